@@ -1,0 +1,27 @@
+"""Inference-time value steering for language models, native to Hugging Face `transformers`."""
+
+from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueHeadConfig
+from hf_value_steer.generate import disable_value_steer, enable_value_steer
+from hf_value_steer.generation.decoding import value_steer_generate
+from hf_value_steer.generation.logits_process import AbstentionLogitsProcessor, ValueFilterLogitsProcessor
+from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
+from hf_value_steer.hub import export_custom_generate
+from hf_value_steer.modeling import ValueHead, ValueHeadOutput
+from hf_value_steer.wrapper import ValueSteerForCausalLM
+
+
+__all__ = [
+    "AbstentionConfig",
+    "AbstentionLogitsProcessor",
+    "ValueFilterConfig",
+    "ValueFilterLogitsProcessor",
+    "ValueHead",
+    "ValueHeadConfig",
+    "ValueHeadOutput",
+    "ValueSteerDecoderOnlyOutput",
+    "ValueSteerForCausalLM",
+    "disable_value_steer",
+    "enable_value_steer",
+    "export_custom_generate",
+    "value_steer_generate",
+]

@@ -1,0 +1,63 @@
+"""The one place that knows how to read a backbone: the feature, its width, and which backbone it is."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+SAMPLES_PER_PARAMETER = 16
+
+
+def output_embedding(model: PreTrainedModel) -> nn.Module:
+    """The module (`lm_head`) whose input is the feature: final layer, after the final norm, per token."""
+    module = model.get_output_embeddings()
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{type(model).__name__} has no output embeddings: value steering needs a causal LM.")
+    return module
+
+
+def feature_width(model: PreTrainedModel) -> int:
+    """Width of the feature. It differs from `hidden_size` in models that project before the output embedding."""
+    return int(output_embedding(model).in_features)  # type: ignore[arg-type]
+
+
+@contextmanager
+def intercept_feature(model: PreTrainedModel, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Call `function` with every tensor that the output embedding is about to consume, inside the `with` block.
+
+    Args:
+        model: the backbone.
+        function: receives the feature, `(rows, positions, width)` in the model's dtype. What it returns, if not
+            `None`, is consumed instead: a look-ahead hands over the chosen candidate alone, so that logits are
+            computed by the model itself (scaling and soft-capping included) for one position instead of K.
+    """
+
+    def hook(_module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
+        return function(args[0])
+
+    handle = output_embedding(model).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identity of a backbone's weights: a digest of a few entries of every parameter, and of the parameters' names.
+
+    The same checkpoint gives the same answer in float32, bfloat16 and (for checkpoints stored in bfloat16) float16.
+    A fine-tuned, merged or quantised backbone gives another one: its features are others, too.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        stride = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
+        sample = flat[::stride][:SAMPLES_PER_PARAMETER]
+        canonical = sample.to(torch.bfloat16).to(torch.float16).cpu() if sample.is_floating_point() else sample.cpu()
+        digest.update(f"{name}:{tuple(parameter.shape)}".encode())
+        digest.update(canonical.numpy().tobytes())
+    return digest.hexdigest()[:16]

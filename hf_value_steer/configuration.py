@@ -1,0 +1,267 @@
+"""Configurations: `ValueHeadConfig` describes an artefact, the frozen dataclasses describe choices of one call."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_value_steer.policy import Fallback, Polarity
+
+
+def _refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    known = sorted(known)
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
+            raise ValueError(f"`{key}` is not a field of {owner}: {hint}")
+
+
+def check_threshold(threshold: Any, name: str = "threshold") -> None:
+    """Raise unless `threshold` is `None`, a number in (0, 1), or a non-empty sequence of such numbers."""
+    if threshold is None:
+        return
+    values = threshold if isinstance(threshold, list | tuple) else [threshold]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if not values or not numbers or not all(0.0 < value < 1.0 for value in values):
+        raise ValueError(f"`{name}` has to be a number in (0, 1), or a sequence of them, one a row; got {threshold}.")
+
+
+# What `transformers` itself writes into a config.json or passes while it loads one.
+_INHERITED_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_commit_hash",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "torch_dtype",
+    }
+)
+
+
+@strict
+class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
+    r"""What a value head is, and which backbone and feature it belongs to.
+
+    Unknown keys are refused. The *feature* is the tensor that the backbone's output embedding consumes: final layer,
+    after the final norm, per token.
+
+    Args:
+        hidden_size (`int`): width of the feature.
+        architecture (`str`): `"mlp"` (Linear-Tanh-Linear-ReLU-Linear, as in value-steer) or `"linear"`.
+        polarity (`str`): meaning of a high value, `"undesirable"` (P(unsafe)) or `"desirable"` (P(correct)).
+        attribute (`str`, *optional*): what is valued, for instance `"toxicity"`.
+        backbone (`str`, *optional*): Hub id of the backbone that the head was trained on.
+        backbone_revision (`str`, *optional*): its revision.
+        backbone_fingerprint (`str`, *optional*): [`~hf_value_steer.backbone.fingerprint`] of its weights. When it is
+            there, generation on other weights is refused.
+        feature_layer (`str`), feature_norm (`str`): the feature contract; `"final"` and `"post"` are what exists.
+        feature_dtype (`str`, *optional*): dtype of the backbone during training, for instance `"bfloat16"`.
+        chat_template (`str`, *optional*): how training prompts were formatted: `"none"` for plain continuations,
+            else a name or digest of the template.
+        threshold (`float`, *optional*): default threshold in (0, 1).
+        library_version (`str`): version of this library that made the head.
+        training (`dict`, *optional*): how the head was trained; free form, JSON.
+    """
+
+    model_type: ClassVar[str] = "value_head"
+    has_no_defaults_at_init: ClassVar[bool] = True
+
+    hidden_size: int
+    architecture: Literal["mlp", "linear"] = "mlp"
+    polarity: Polarity = "undesirable"
+    attribute: str | None = None
+    backbone: str | None = None
+    backbone_revision: str | None = None
+    backbone_fingerprint: str | None = None
+    feature_layer: Literal["final"] = "final"
+    feature_norm: Literal["post"] = "post"
+    feature_dtype: str | None = None
+    chat_template: str | None = None
+    threshold: float | None = None
+    library_version: str | None = None
+    training: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_unknown(set(kwargs) - _INHERITED_KEYS, (field.name for field in fields(self)), type(self).__name__)
+        self.library_version = self.library_version or version("hf-value-steer")
+        super().__post_init__(**kwargs)
+
+    def validate_value_head(self) -> None:
+        """Part of `@strict` validation."""
+        if self.hidden_size < 1:
+            raise ValueError(f"`hidden_size` has to be a positive integer, got {self.hidden_size}.")
+        check_threshold(self.threshold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringConfig:
+    """What the runtime configurations share.
+
+    Args:
+        value_head ([`ValueHead`] or `str`, *optional*): the head, or its Hub id or folder.
+        threshold (`float` or sequence of `float`, *optional*): threshold in (0, 1), or one for each row of the
+            returned batch. The head's own by default.
+        min_new_tokens (`int`): number of new tokens before the method starts to act.
+        allow_backbone_mismatch (`bool`): use the head although its fingerprint names another backbone.
+    """
+
+    method: ClassVar[str]
+
+    value_head: PreTrainedModel | str | None = None
+    threshold: float | Sequence[float] | None = None
+    min_new_tokens: int = 0
+    allow_backbone_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.threshold, list):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+        check_threshold(self.threshold)
+        self._check_integer("min_new_tokens", 0)
+        if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str):
+            raise TypeError(f"`value_head` has to be a ValueHead, a Hub id or a folder, got {self.value_head!r}.")
+
+    def _check_integer(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"`{name}` has to be an integer of at least {minimum}, got {value!r}.")
+
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def with_value_head(self, value_head: PreTrainedModel) -> "SteeringConfig":
+        """This config with `value_head` where it names none."""
+        return self if self.value_head is not None else replace(self, value_head=value_head)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the fields that differ from their defaults, and `method`.
+
+        Raises:
+            ValueError: if `value_head` is a head that was never saved or loaded, which JSON cannot name.
+        """
+        pairs = ((field, getattr(self, field.name)) for field in fields(self))
+        chosen = {field.name: value for field, value in pairs if value is not field.default}
+        if isinstance(self.value_head, PreTrainedModel):
+            if not self.value_head.name_or_path:
+                raise ValueError("`value_head` was never saved: save it and name its folder or Hub id instead.")
+            chosen["value_head"] = self.value_head.name_or_path
+        return {"method": self.method, **chosen}
+
+    def to_json_string(self) -> str:
+        """`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueFilterConfig(SteeringConfig):
+    r"""Value-filtered decoding (arXiv 2605.14746): commit the first of K candidates whose value is acceptable.
+
+    Takes the arguments of [`SteeringConfig`] and:
+
+    Args:
+        num_candidates (`int`): K, the natural sample included.
+        proposal (`str`): `"sample"` draws alternatives independently from the processed distribution, `"topk"` takes
+            the most likely tokens. Greedy decoding always takes the most likely ones.
+        evaluation (`str`): `"lazy"` forwards alternatives for rows that reject the natural sample; `"eager"` forwards
+            all candidates in one pass. Both commit the same tokens.
+        fallback (`str`): if no candidate is acceptable: `"argmin"` commits the most acceptable one, `"args"` the one
+            with the lowest `u - prob_weight * probability` (ARGS, arXiv 2402.01694; `u` = undesirability), and
+            `"abstain"` ends the row.
+        prob_weight (`float`): `w` of `"args"`, not negative.
+        max_interventions (`int`, *optional*): rows are left alone after so many interventions.
+        output_candidates (`bool`): return the candidates and their values.
+        seed (`int`, *optional*): seed of the alternatives; by default it follows the global generator's state.
+    """
+
+    method: ClassVar[str] = "filter"
+
+    num_candidates: int = 8
+    proposal: Literal["sample", "topk"] = "sample"
+    evaluation: Literal["lazy", "eager"] = "lazy"
+    fallback: Fallback = "argmin"
+    prob_weight: float = 1.0
+    max_interventions: int | None = None
+    output_candidates: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integer("num_candidates", 1)
+        self._check_choice("proposal", ("sample", "topk"))
+        self._check_choice("evaluation", ("lazy", "eager"))
+        self._check_choice("fallback", ("argmin", "args", "abstain"))
+        if not (math.isfinite(self.prob_weight) and self.prob_weight >= 0):
+            raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight}.")
+        if self.max_interventions is not None:
+            self._check_integer("max_interventions", 0)
+        if self.seed is not None:
+            self._check_integer("seed", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstentionConfig(SteeringConfig):
+    r"""Dynamic abstention (arXiv 2604.18419): end a row as soon as its value says that it will not end well.
+
+    Takes the arguments of [`SteeringConfig`] and:
+
+    Args:
+        patience (`int`): number of consecutive unacceptable values after which a row stops.
+        message_ids (sequence of `int`, *optional*): token ids that are appended before EOS.
+    """
+
+    method: ClassVar[str] = "abstain"
+
+    patience: int = 1
+    message_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integer("patience", 1)
+        if self.message_ids is not None:
+            object.__setattr__(self, "message_ids", tuple(self.message_ids))
+            if not all(isinstance(token, int) and token >= 0 for token in self.message_ids):
+                raise ValueError(f"`message_ids` has to hold token ids, got {self.message_ids}.")
+
+
+ValueSteer: TypeAlias = SteeringConfig | Mapping[str, Any] | Sequence[SteeringConfig | Mapping[str, Any]]
+_METHODS: dict[str, type[SteeringConfig]] = {cls.method: cls for cls in (ValueFilterConfig, AbstentionConfig)}
+
+
+def parse_value_steer(value_steer: ValueSteer) -> dict[str, SteeringConfig]:
+    """Read the `value_steer` argument: a config, its JSON form, or a list of them, one a method.
+
+    Returns:
+        `dict` from method name (`"filter"`, `"abstain"`) to its config.
+    """
+    items = [value_steer] if isinstance(value_steer, SteeringConfig | Mapping) else list(value_steer)
+    configs = [_parse_one(item) for item in items]
+    methods = [config.method for config in configs]
+    if not methods or len(set(methods)) < len(methods):
+        raise ValueError(f"`value_steer` takes one config a method, at least one; got methods {methods}.")
+    return dict(zip(methods, configs, strict=True))
+
+
+def _parse_one(item: SteeringConfig | Mapping[str, Any]) -> SteeringConfig:
+    if isinstance(item, SteeringConfig):
+        return item
+    if not isinstance(item, Mapping):
+        raise TypeError(f"`value_steer` takes a config, its dict form or a list of them, got {type(item).__name__}.")
+    options = dict(item)
+    method = options.pop("method", None)
+    if method not in _METHODS:
+        raise ValueError(f'`value_steer` needs a "method", one of {", ".join(_METHODS)}; got {method!r}.')
+    cls = _METHODS[method]
+    _refuse_unknown(options, (field.name for field in fields(cls)), cls.__name__)
+    return cls(**options)

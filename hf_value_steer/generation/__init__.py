@@ -1,0 +1,1 @@
+"""The engines: the decoding loop for `transformers` and the logits processors."""

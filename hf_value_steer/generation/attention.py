@@ -1,0 +1,61 @@
+"""Attention masks for K candidates that share a prefix: each sees the prefix and itself, none sees another."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_value_steer.generation.cache import LookaheadCache
+
+
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
+
+
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each decoder layer in tokens, `None` where a layer sees everything."""
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in layer_types]
+
+
+def candidate_masks(
+    model: PreTrainedModel, lookahead: LookaheadCache, padding_mask: Tensor | None, shape: tuple[int, int]
+) -> Tensor | dict[str, Tensor]:
+    """The 4-D mask of a look-ahead forward, or one for each kind of layer where the model has several.
+
+    Args:
+        model: the backbone.
+        lookahead: the cache of the forward; its layers tell how much of the prefix each kind of layer keeps.
+        padding_mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 0 where the prefix is padding.
+        shape (`tuple`): `(rows, K)`.
+
+    Returns:
+        `(rows, 1, K, prefix + K)`, boolean for SDPA and additive for eager attention; a `dict` keyed by layer type
+        for models whose config has `layer_types` (the form in which `transformers` itself hands masks over).
+    """
+    config = model.config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        return _mask(model, lookahead.layers[0].prefix_length, padding_mask, shape)
+    first_layers = {kind: layer_types.index(kind) for kind in set(layer_types)}
+    return {
+        kind: _mask(model, lookahead.layers[index].prefix_length, padding_mask, shape)
+        for kind, index in first_layers.items()
+    }
+
+
+def _mask(model: PreTrainedModel, prefix: int, padding_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    rows, count = shape
+    visible = torch.ones(rows, prefix, dtype=torch.bool, device=model.device)
+    if padding_mask is not None:
+        visible = padding_mask[:, padding_mask.shape[1] - prefix :].bool()
+    own = torch.eye(count, dtype=torch.bool, device=visible.device).expand(rows, 1, count, count)
+    mask = torch.cat([visible[:, None, None].expand(rows, 1, count, prefix), own], dim=-1)
+    if model.config.get_text_config()._attn_implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(model.dtype).min
+    )

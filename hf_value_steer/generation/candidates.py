@@ -1,0 +1,90 @@
+"""Where candidate tokens come from: the natural sample, its alternatives, and which of them are distinct."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def natural_sample(scores: Tensor, do_sample: bool) -> tuple[Tensor, Tensor]:
+    """Draw the token that plain `generate` draws, with the same calls on the same generator.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(rows, vocab)`): processed scores; `-inf` marks a forbidden token.
+        do_sample (`bool`): multinomial sampling if `True`, argmax otherwise.
+
+    Returns:
+        `(tokens, possible)`, both of shape `(rows,)`: the drawn ids, and whether a row allows any token at all.
+    """
+    if not do_sample:
+        tokens = scores.argmax(dim=-1)
+        return tokens, scores.gather(1, tokens[:, None]).squeeze(1) > -torch.inf
+    probabilities = scores.softmax(dim=-1)
+    possible = ~probabilities[:, 0].isnan()
+    if not possible.all():
+        return scores.argmax(dim=-1), possible
+    return torch.multinomial(probabilities, num_samples=1).squeeze(1), possible
+
+
+def random_key(device: torch.device, seed: int | None) -> bytes:
+    """The key of the alternatives' random stream, without consuming a number of the global generator.
+
+    With `seed=None` it is a digest of the global generator's present state, so that it changes with
+    `torch.manual_seed` and from call to call, and the natural samples stay those of plain `generate`.
+    """
+    if seed is None:
+        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        return hashlib.blake2b(state.numpy().tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+
+
+def uniforms(key: bytes, rows: Sequence[int], step: int, count: int) -> Tensor:
+    """Uniform numbers in [0, 1) that depend on `(key, row, step)` alone, float64, shape `(len(rows), count)`.
+
+    A counter-based generator (Philox): the numbers of a row are the same whatever happens in other rows, in which
+    order steps ask for them, or on which device the model runs; more of them never changes the first ones.
+    """
+    words = np.frombuffer(key, dtype=np.uint64)
+    streams = (np.random.Generator(np.random.Philox(key=words, counter=[0, 0, row, step])) for row in rows)
+    return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams])).double()
+
+
+def sampled_alternatives(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Independent draws from the processed distribution by inversion, shape `(rows, count)`.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(rows, vocab)`): processed scores.
+        uniform (`torch.DoubleTensor` of shape `(rows, count)`): numbers in [0, 1).
+    """
+    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(cumulative, uniform.to(scores.device) * cumulative[:, -1:], right=True)
+
+
+def likely_alternatives(scores: Tensor, natural: Tensor, count: int) -> Tensor:
+    """The next most likely tokens after the natural one, shape `(rows, count)`, -1 where no token is left."""
+    others = scores.scatter(1, natural[:, None], -torch.inf)
+    top, ids = others.topk(min(count, scores.shape[-1] - 1), dim=-1)
+    ids = ids.masked_fill(top == -torch.inf, -1)
+    return torch.nn.functional.pad(ids, (0, count - ids.shape[1]), value=-1)
+
+
+def first_occurrence(candidates: Tensor) -> Tensor:
+    """For each candidate the column in which its token stands first, shape `(rows, K)`."""
+    return (candidates[:, :, None] == candidates[:, None, :]).int().argmax(dim=-1)
+
+
+def compact(needed: Tensor) -> tuple[Tensor, Tensor]:
+    """Move the needed columns to the front, in order.
+
+    Args:
+        needed (`torch.BoolTensor` of shape `(rows, K)`).
+
+    Returns:
+        `(columns, slots)`: `columns` of shape `(rows, width)` are the columns to forward, padded where a row needs
+        fewer than the widest; `slots` of shape `(rows, K)` says at which of them each needed column then stands.
+    """
+    width = int(needed.sum(dim=-1).max())
+    columns = (~needed).int().argsort(dim=-1, stable=True)[:, :width]
+    return columns, needed.int().cumsum(dim=-1) - 1

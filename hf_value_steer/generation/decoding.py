@@ -1,0 +1,202 @@
+"""`value_steer_generate`: the decoding loop of steered generation, for `model.generate(custom_generate=...)`."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import BaseStreamer
+
+from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueSteer, parse_value_steer
+from hf_value_steer.generation.abstention import Abstention
+from hf_value_steer.generation.candidates import natural_sample
+from hf_value_steer.generation.engine import Engine, State
+from hf_value_steer.generation.output import Record, Stops, ValueSteerDecoderOnlyOutput
+from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
+from hf_value_steer.generation.validation import eos_token, refuse_dropped_arguments, refuse_unsupported
+from hf_value_steer.generation.value_filter import Draw, Outcome, ValueFilter
+
+
+def value_steer_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    value_steer: ValueSteer | None = None,
+    token_streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> Tensor | ValueSteerDecoderOnlyOutput:
+    r"""Generate while a value head decides which tokens are kept.
+
+    ```python
+    out = model.generate(**inputs, custom_generate=value_steer_generate, value_steer=cfg, do_sample=True)
+    ```
+
+    With the same seed the output equals that of plain `generate`, row by row, up to the row's first intervention.
+
+    Args:
+        model: the backbone; `generate` fills this in, and the four arguments that follow.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt.
+        logits_processor: every processor and warper of the call; candidates come from the processed distribution.
+        stopping_criteria: criteria of the call.
+        generation_config: prepared config of the call.
+        value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], their dict form, or a list of both.
+        token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
+            (`streamer=` reaches us only through [`enable_value_steer`].)
+        model_kwargs: what `generate` prepared for the model's forward.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, length + new_tokens)`, or, with `return_dict_in_generate=True`, a
+        [`ValueSteerDecoderOnlyOutput`].
+
+    Raises:
+        ValueError: before the first token, for anything that cannot be honoured.
+        RuntimeError: if the head returns NaN; the token is not emitted.
+    """
+    if value_steer is None:
+        raise ValueError("`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig or their dict form.")
+    refuse_dropped_arguments()
+    refuse_unsupported(model, generation_config, model_kwargs)
+    loop = _Loop(model, input_ids, generation_config, model_kwargs, value_steer)
+    if token_streamer is not None:
+        token_streamer.put(input_ids.cpu())
+    with model._optimize_model_for_decode():
+        return loop.run(input_ids, logits_processor, stopping_criteria, token_streamer)
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        value_steer: ValueSteer,
+    ):
+        self.config = config
+        self.engine = Engine(model, model_kwargs)
+        self.record = Record()
+        self.stops = Stops.none(len(input_ids), input_ids.device)
+        self.filter: ValueFilter | None = None
+        self.abstention: Abstention | None = None
+        self.output_candidates = False
+        for method in parse_value_steer(value_steer).values():
+            scorer = bind(method, load_head(method, model), len(input_ids), input_ids.device)
+            if isinstance(method, ValueFilterConfig):
+                self.output_candidates = method.output_candidates
+                eos = eos_token(config, 'fallback="abstain"') if method.fallback == "abstain" else None
+                sampled = config.do_sample and method.proposal == "sample"
+                self.filter = ValueFilter(method, scorer, self.stops, self.engine, sampled, eos)
+            elif isinstance(method, AbstentionConfig):
+                min_new_tokens = max(method.min_new_tokens, config.min_new_tokens or 0)
+                self.abstention = Abstention(
+                    method, scorer, self.stops, eos_token(config, "Abstention"), min_new_tokens
+                )
+
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer whose values are reported."""
+        method = self.filter or self.abstention
+        assert method is not None  # parse_value_steer returns at least one
+        return method.scorer
+
+    def run(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+    ) -> Tensor | ValueSteerDecoderOnlyOutput:
+        """The loop: draw, let the methods decide, commit, stop."""
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        state = self.engine.prefill(input_ids, self.config)
+        prompt_values = self._score(self.scorer, state, 0, unfinished)
+        if self.abstention is not None:
+            self.abstention.observe(self._score(self.abstention.scorer, state, 0, unfinished), 0, unfinished)
+        for step in itertools.count():
+            live = unfinished if pads else torch.ones_like(unfinished)
+            draw = self._draw(step, input_ids, processors, state, live)
+            outcome = self._step(input_ids, draw)
+            state, tokens = outcome.state, outcome.tokens
+            input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
+            unfinished = unfinished & ~criteria(input_ids, tuple(self.record.scores) or None)
+            if self.abstention is not None:
+                values = self._score(self.abstention.scorer, state, step, live) if self.filter else outcome.values
+                self.abstention.observe(values, step + 1, unfinished)
+            self._observe(draw, outcome)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            if not bool(unfinished.any()):
+                break
+            self.engine.commit()
+        self.engine.finish()
+        if streamer is not None:
+            streamer.end()
+        return self._output(input_ids, prompt_values)
+
+    def _draw(
+        self, step: int, input_ids: Tensor, processors: LogitsProcessorList, state: State, live: Tensor
+    ) -> Draw:
+        scores = processors(input_ids, state.logits)
+        self._record_state(scores, state)
+        tokens, possible = natural_sample(scores, self.config.do_sample)
+        forced = torch.zeros_like(live)
+        if self.abstention is not None:
+            tokens, forced = self.abstention.prescribe(tokens)
+        if not bool((possible | ~live).all()):
+            rows = (live & ~possible).nonzero().flatten().tolist()
+            raise ValueError(f"The logits processors allow no token at new token {step} in row(s) {rows}.")
+        if not bool(live.all()):
+            tokens = torch.where(live, tokens, self.config._pad_token_tensor.to(tokens.device))
+        return Draw(step, scores, tokens, live, forced)
+
+    def _step(self, input_ids: Tensor, draw: Draw) -> Outcome:
+        if self.filter is not None:
+            return self.filter.step(input_ids, draw)
+        state = self.engine.advance(torch.cat([input_ids, draw.tokens[:, None]], dim=-1))
+        values = self._score(self.scorer, state, draw.step, draw.live)
+        return Outcome(state, draw.tokens, draw.live.long(), values, draw.tokens[:, None], values[:, None])
+
+    def _record_state(self, scores: Tensor, state: State) -> None:
+        if not self.config.return_dict_in_generate:
+            return
+        if self.config.output_scores:
+            self.record.scores.append(scores)
+        if self.config.output_logits:
+            self.record.logits.append(state.logits)
+        if self.config.output_attentions and state.attentions is not None:
+            self.record.attentions.append(state.attentions)
+        if self.config.output_hidden_states and state.hidden_states is not None:
+            self.record.hidden_states.append(state.hidden_states)
+
+    def _score(self, scorer: Scorer, state: State, step: int, live: Tensor) -> Tensor:
+        values = scorer.values(state.feature).masked_fill(~live, torch.nan)
+        require_finite(values, live, step)
+        return values
+
+    def _observe(self, draw: Draw, outcome: Outcome) -> None:
+        if not self.config.return_dict_in_generate:
+            return
+        record = self.record
+        record.values.append(outcome.values)
+        record.interventions.append(outcome.tokens != draw.tokens)
+        record.candidates_evaluated.append(outcome.evaluated)
+        if self.output_candidates:
+            record.candidates.append(outcome.candidates)
+            record.candidate_values.append(outcome.candidate_values)
+
+    def _output(self, input_ids: Tensor, prompt_values: Tensor) -> Tensor | ValueSteerDecoderOnlyOutput:
+        if not self.config.return_dict_in_generate:
+            return input_ids
+        return ValueSteerDecoderOnlyOutput(
+            sequences=input_ids,
+            past_key_values=self.engine.cache,
+            prompt_values=prompt_values,
+            abstained=self.stops.step >= 0,
+            abstention_step=self.stops.step,
+            abstention_value=self.stops.value,
+            **self.record.fields(),
+        )

@@ -1,0 +1,147 @@
+"""The forward passes of a steered generation: prefill, the ordinary decode step, and the look-ahead."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_value_steer.backbone import intercept_feature
+from hf_value_steer.generation.attention import candidate_masks, sliding_windows
+from hf_value_steer.generation.cache import LookaheadCache, end_recording, pick, select_rows, settle
+
+
+@dataclass
+class State:
+    """What the last token left behind, for each row.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw.
+        feature (`torch.FloatTensor` of shape `(rows, width)`): what the output embedding consumed.
+        hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
+    """
+
+    logits: Tensor
+    feature: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+    def overwrite(self, rows: Tensor, other: "State", keep: Tensor) -> None:
+        """Replace `rows[keep]` by the rows `keep` of `other`."""
+        pairs = [(self.logits, other.logits), (self.feature, other.feature)]
+        pairs += zip(self.hidden_states or (), other.hidden_states or (), strict=True)
+        pairs += zip(self.attentions or (), other.attentions or (), strict=True)
+        for mine, theirs in pairs:
+            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)]
+
+
+class Engine:
+    """One backbone, one live cache, and the mask and positions of the token that is forwarded next.
+
+    Uses the preparation of `GenerationMixin` itself, so that an ordinary step is the step of plain `generate`.
+
+    Args:
+        model: the backbone.
+        model_kwargs: the forward's keyword arguments as `generate` keeps them, `past_key_values` among them.
+    """
+
+    def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any]):
+        self.model, self.model_kwargs = model, model_kwargs
+        self.cache: Cache = model_kwargs["past_key_values"]
+        self.windows = sliding_windows(model.config)
+
+    def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
+        """Forward the prompt; the state is that of its last token."""
+        outputs, feature = self._forward(
+            lambda: self.model._prefill(input_ids, config, self.model_kwargs, is_first_iteration=True)
+        )
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        self.cache.activate_past_recording()
+        return self._state(outputs, feature[:, -1], input_ids.device)
+
+    def advance(self, input_ids: Tensor) -> State:
+        """Forward the last token of each row, as plain `generate` does."""
+        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
+        outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
+        return self._state(outputs, feature[:, -1], input_ids.device)
+
+    def look_ahead(
+        self, candidates: Tensor, choose: Callable[[Tensor], Tensor], rows: Tensor | None = None
+    ) -> tuple[State, LookaheadCache]:
+        """Forward K candidates of some rows at one position, and read the state of the chosen one.
+
+        Args:
+            candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
+            choose: from features `(rows, K, width)` to the chosen columns `(rows,)`; may raise.
+            rows (`torch.LongTensor`, *optional*): which rows these are. With `rows`, the live cache already holds the
+                natural sample, which the candidates do not see.
+        """
+        chosen: list[Tensor] = []
+
+        def keep_chosen(feature: Tensor) -> Tensor:
+            chosen.append(choose(feature))
+            return pick(feature, chosen[-1])
+
+        lookahead = LookaheadCache(self.cache, self.windows, rows)
+        inputs = self._candidate_inputs(candidates, lookahead, rows)
+        outputs, feature = self._forward(lambda: self.model(**inputs), keep_chosen)
+        state = self._state(outputs, feature[:, 0], candidates.device)
+        if state.hidden_states is not None:
+            state.hidden_states = tuple(pick(layer, chosen[0]) for layer in state.hidden_states)
+        if state.attentions is not None:
+            state.attentions = tuple(_attention_of(layer, chosen[0]) for layer in state.attentions)
+        return state, lookahead
+
+    def commit(self) -> None:
+        """The token that was forwarded last stays: move mask, positions and windows on by one."""
+        settle(self.cache)
+        self.model_kwargs = self.model._update_model_kwargs_for_generation(ModelOutput(), self.model_kwargs)
+
+    def finish(self) -> None:
+        """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token."""
+        settle(self.cache, remove=1)
+        end_recording(self.cache)
+
+    def _forward(
+        self, run: Callable[[], ModelOutput], transform: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[ModelOutput, Tensor]:
+        features: list[Tensor] = []
+
+        def intercept(feature: Tensor) -> Tensor | None:
+            features.append(feature if transform is None else transform(feature))
+            return None if transform is None else features[-1]
+
+        with intercept_feature(self.model, intercept):
+            outputs = run()
+        return outputs, features[-1]
+
+    def _state(self, outputs: ModelOutput, feature: Tensor, device: torch.device) -> State:
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
+        return State(logits, feature, outputs.get("hidden_states"), outputs.get("attentions"))
+
+    def _candidate_inputs(
+        self, candidates: Tensor, lookahead: LookaheadCache, rows: Tensor | None
+    ) -> dict[str, Any]:
+        shape = (candidates.shape[0], candidates.shape[1])
+        inputs = dict(self.model_kwargs, input_ids=candidates, past_key_values=lookahead, return_dict=True)
+        inputs.pop("inputs_embeds", None)
+        padding_mask = inputs.get("attention_mask")
+        if padding_mask is not None:
+            padding_mask = select_rows(padding_mask[:, :-1], rows)
+        inputs["attention_mask"] = candidate_masks(self.model, lookahead, padding_mask, shape)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = select_rows(inputs["position_ids"][:, -1:], rows).expand(shape)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = candidates.shape[1]
+        return inputs
+
+
+def _attention_of(attention: Tensor, columns: Tensor) -> Tensor:
+    """One candidate's attention `(rows, heads, 1, prefix + 1)` out of `(rows, heads, K, prefix + K)`."""
+    own = pick(attention, columns)
+    prefix = attention.shape[-1] - attention.shape[-2]
+    index = (prefix + columns.to(own.device))[:, None, None, None].expand(*own.shape[:3], 1)
+    return torch.cat([own[..., :prefix], own.gather(-1, index)], dim=-1)

@@ -1,0 +1,97 @@
+"""What a steered generation refuses, by name and before the first token."""
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerationMode
+
+from hf_value_steer.generation.attention import SUPPORTED_ATTENTION, SUPPORTED_LAYERS
+
+
+SUPPORTED_MODEL_TYPES = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
+_UNDERSTOOD_TENSORS = {"attention_mask", "inputs_embeds", "position_ids"}
+# `generate` takes these, but does not hand them to a `custom_generate` callable (transformers 5.16 to 5.19).
+_DROPPED = {
+    "streamer": "call `enable_value_steer(model)` and leave out `custom_generate`, or pass it as `token_streamer=`",
+    "assistant_model": "assisted decoding cannot be steered",
+    "synced_gpus": "FSDP and DeepSpeed ZeRO-3 are not supported",
+}
+
+
+def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` for anything that steering could not honour exactly.
+
+    Args:
+        model: the backbone.
+        config: the prepared generation config.
+        model_kwargs: what `generate` prepared for the model's forward.
+    """
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"`value_steer` works with greedy search and sampling, but these arguments ask for {mode.value} "
+            f"(num_beams={config.num_beams}). In beam search, use ValueFilterLogitsProcessor or "
+            "AbstentionLogitsProcessor."
+        )
+    if not config.use_cache:
+        raise ValueError("`use_cache=False` cannot be steered: candidates share the cached prefix.")
+    refuse_model(model)
+    _refuse_cache(config, model_kwargs.get("past_key_values"))
+    for name, value in model_kwargs.items():
+        if isinstance(value, torch.Tensor) and name not in _UNDERSTOOD_TENSORS:
+            raise ValueError(f"`{name}` is not understood by the look-ahead of value steering; leave it out.")
+
+
+def refuse_model(model: PreTrainedModel) -> None:
+    """Raise a `ValueError` for a model whose look-ahead was not verified."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in SUPPORTED_MODEL_TYPES or model.config.is_encoder_decoder:
+        known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+        raise ValueError(f"Value steering was not verified for model type {config.model_type!r}, only for {known}.")
+    if config._attn_implementation not in SUPPORTED_ATTENTION:
+        raise ValueError(
+            f"attn_implementation={config._attn_implementation!r} cannot look ahead with a mask; load the model with "
+            f"one of {', '.join(SUPPORTED_ATTENTION)}."
+        )
+    other = set(getattr(config, "layer_types", None) or ()) - set(SUPPORTED_LAYERS)
+    if other:
+        raise ValueError(f"Layers of type {', '.join(sorted(other))} cannot look ahead yet.")
+
+
+def _refuse_cache(config: GenerationConfig, cache: Any) -> None:
+    if type(cache) is not DynamicCache or cache.offloading:
+        name = config.cache_implementation or type(cache).__name__
+        raise ValueError(f"Cache {name!r} cannot look ahead yet; use the default, a `DynamicCache`.")
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(f"Cache layers of type {type(layer).__name__} cannot look ahead yet.")
+
+
+def refuse_dropped_arguments() -> None:
+    """Raise if the calling `generate` was given an argument that it does not hand to us.
+
+    Without this, `streamer=` beside `custom_generate=` would see the prompt, then nothing, and a reader thread would
+    wait for ever. There is no public way to learn of it, so this looks at the caller's frames.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "generate":
+        frame = frame.f_back
+    given = frame.f_locals if frame is not None else {}
+    for name, remedy in _DROPPED.items():
+        if given.get(name) not in (None, False):
+            raise ValueError(f"`{name}` does not reach a `custom_generate` callable: {remedy}.")
+
+
+def eos_token(config: GenerationConfig, reason: str) -> int:
+    """The (first) EOS id, needed to end rows early.
+
+    Raises:
+        ValueError: if the generation config has none.
+    """
+    ids = config.eos_token_id
+    if ids is None:
+        raise ValueError(f"{reason} ends rows with an EOS token, but the generation config has no `eos_token_id`.")
+    return int(ids[0] if isinstance(ids, list) else ids)

@@ -1,0 +1,172 @@
+"""`ValueHead`: a small network from the feature of a token to a value in (0, 1)."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_value_steer.configuration import ValueHeadConfig
+from hf_value_steer.policy import Polarity
+
+
+# The feature contract of value-steer 0.2.0, as its sidecar spells it.
+_PEER_FEATURE = {"layer": "final", "norm": "post", "pooling": "none", "dtype": "fp32"}
+
+
+@dataclass
+class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
+    """Output of a value head.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): binary cross-entropy, when `labels` were given.
+        logits (`torch.FloatTensor` of shape `(...)`): one logit for each feature.
+        values (`torch.FloatTensor` of shape `(...)`): `sigmoid(logits)` in (0, 1), NaN where a logit is not finite.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    values: Tensor | None = None
+
+
+class ValueHead(PreTrainedModel):  # type: ignore[misc]
+    """The learned value of a hidden state (arXiv 2605.14746, 2604.18419). Always float32, whatever is asked for.
+
+    ```python
+    head = ValueHead.from_pretrained("org/head")
+    values = head(hidden_states).values  # (batch, tokens, hidden_size) -> (batch, tokens)
+    ```
+    """
+
+    config_class = ValueHeadConfig
+    base_model_prefix = ""
+    main_input_name = "hidden_states"
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["net"]
+
+    def __init__(self, config: ValueHeadConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        layers: list[nn.Module] = [nn.Linear(width, 1)]
+        if config.architecture == "mlp":
+            layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), *layers]
+        self.net = nn.Sequential(*layers).to(torch.float32)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "ValueHead":
+        def keep_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_float32, recurse)  # type: ignore[no-any-return]
+
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
+        """Value each feature.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+            labels (`torch.FloatTensor` of shape `(...)`, *optional*): targets in [0, 1].
+        """
+        if hidden_states.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"`hidden_states` has width {hidden_states.shape[-1]}, but this value head has hidden_size="
+                f"{self.config.hidden_size} (backbone {self.config.backbone!r}); load the head of your backbone."
+            )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = self.net(hidden_states.float()).squeeze(-1)
+        values = logits.sigmoid().masked_fill(~logits.isfinite(), torch.nan)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+        return ValueHeadOutput(loss=loss, logits=logits, values=values)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load a head from a folder or the Hub: `config.json` and `model.safetensors`, never a pickle.
+
+        Raises:
+            ValueError: if weights are missing, do not fit the config, or are not finite.
+        """
+        kwargs["use_safetensors"] = True
+        wants_info = kwargs.pop("output_loading_info", False)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        head, info = loaded
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                raise ValueError(f"{pretrained_model_name_or_path}: {problem} {sorted(map(str, info[problem]))}.")
+        head.require_finite()
+        return loaded if wants_info else head
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write `config.json`, `model.safetensors` and, where there is none yet, a generated `README.md`."""
+        from hf_value_steer.hub import write_card
+
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_card(self, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self.name_or_path = str(save_directory)
+        self.config.name_or_path = str(save_directory)
+
+    def require_finite(self) -> None:
+        """Raise a `ValueError` if a weight is NaN or infinite."""
+        bad = [name for name, parameter in self.named_parameters() if not parameter.isfinite().all()]
+        if bad:
+            raise ValueError(f"The value head holds NaN or infinite weights in {', '.join(bad)}.")
+
+    @classmethod
+    def from_value_steer(
+        cls,
+        path: str | os.PathLike[str],
+        hidden_size: int | None = None,
+        polarity: Polarity = "undesirable",
+        **config: Any,
+    ) -> "ValueHead":
+        """Read a checkpoint of the value-steer package: `path` and, if it is there, `path + ".meta.json"`.
+
+        Args:
+            path: the `.bin` file, a state dict of the MLP; read with `weights_only=True`.
+            hidden_size (`int`, *optional*): width of the feature; read off the weights by default.
+            polarity (`str`): the file does not say: `"undesirable"` for its filter, `"desirable"` for its abstention.
+            config: further fields of [`ValueHeadConfig`].
+        """
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        expected = {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+        if set(state) != expected:
+            raise ValueError(f"{path} is no value-steer head: expected keys {sorted(expected)}, got {sorted(state)}.")
+        width = state["0.weight"].shape[1]
+        if hidden_size not in (None, width):
+            raise ValueError(f"`hidden_size` is {hidden_size}, but the weights in {path} have width {width}.")
+        sidecar = Path(f"{path}.meta.json")
+        if sidecar.exists():
+            meta = json.loads(sidecar.read_text(encoding="utf-8"))
+            if meta["feature_spec"] != _PEER_FEATURE:
+                raise ValueError(f"{sidecar}: feature_spec {meta['feature_spec']} is not {_PEER_FEATURE}.")
+            config = {"threshold": meta["threshold"], "training": meta["meta"], **config}
+        head = cls(ValueHeadConfig(hidden_size=width, polarity=polarity, **config))
+        head.net.load_state_dict(state)
+        head.require_finite()
+        head.eval()
+        return head
+
+    def save_value_steer(self, path: str | os.PathLike[str]) -> tuple[str, str]:
+        """Write the files that value-steer's `save_probe_checkpoint` writes; returns their paths."""
+        if self.config.architecture != "mlp":
+            raise ValueError(f"value-steer knows only mlp heads, this one is {self.config.architecture!r}.")
+        weights, sidecar = str(path), f"{path}.meta.json"
+        Path(weights).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.net.state_dict(), weights)
+        meta = {"feature_spec": _PEER_FEATURE, "threshold": self.config.threshold, "meta": self.config.training or {}}
+        Path(sidecar).write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        return weights, sidecar
+
+
+AutoConfig.register(ValueHeadConfig.model_type, ValueHeadConfig)
+AutoModel.register(ValueHeadConfig, ValueHead)

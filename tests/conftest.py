@@ -1,0 +1,32 @@
+"""Offline, quiet, and with the models that several tests share."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from tests.families import build
+
+
+torch.set_num_threads(1)  # the models are tiny
+logging.disable_progress_bar()
+logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    return build("llama")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,93 @@
+"""The slowest correct implementation of value-filtered decoding: no cache, no batch, one candidate at a time.
+
+A `custom_generate` callable with the same arguments as `value_steer_generate`. It shares with the library the random
+numbers of the alternatives, and nothing else.
+"""
+
+from typing import Any
+
+import torch
+
+from hf_value_steer.generation.candidates import random_key, uniforms
+
+
+class Oracle:
+    """Collects what it decided: `values`, `interventions`, `tokens`, one list a row."""
+
+    def __init__(self, config: Any):
+        self.config, self.head = config, config.value_head
+        self.values: list[list[float]] = []
+        self.interventions: list[list[bool]] = []
+
+    def value(self, model: Any, tokens: list[int]) -> float:
+        hidden = model.base_model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, -1]
+        return float(torch.sigmoid(self.head.net(hidden.float())))
+
+    def accepts(self, value: float) -> bool:
+        threshold = self.config.threshold
+        return value < threshold if self.head.config.polarity == "undesirable" else value > threshold
+
+    def badness(self, value: float, probability: float) -> float:
+        base = value if self.head.config.polarity == "undesirable" else 1 - value
+        return base - (self.config.prob_weight * probability if self.config.fallback == "args" else 0.0)
+
+    def alternatives(self, scores: torch.Tensor, natural: int, uniform: torch.Tensor, do_sample: bool) -> list[int]:
+        probabilities = scores.double().softmax(-1)
+        if do_sample and self.config.proposal == "sample":
+            drawn = []
+            for number in uniform.tolist():
+                total = 0.0
+                for token, probability in enumerate(probabilities.tolist()):
+                    total += probability
+                    if total > number:
+                        drawn.append(token)
+                        break
+            return drawn
+        order = sorted(range(len(scores)), key=lambda token: -scores[token].item())
+        allowed = [token for token in order if token != natural and scores[token] > -torch.inf]
+        return allowed[: self.config.num_candidates - 1]
+
+    def commit(self, model: Any, prefix: list[int], scores: torch.Tensor, candidates: list[int]) -> tuple[int, float]:
+        values = [self.value(model, [*prefix, candidate]) for candidate in candidates]
+        for candidate, value in zip(candidates, values, strict=True):
+            if self.accepts(value):
+                return candidate, value
+        if self.config.fallback == "abstain":
+            return 2, self.value(model, [*prefix, 2])
+        probabilities = scores.softmax(-1)
+        scored = [self.badness(v, probabilities[c].item()) for c, v in zip(candidates, values, strict=True)]
+        best = min(range(len(candidates)), key=scored.__getitem__)
+        return candidates[best], values[best]
+
+    def __call__(
+        self, model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        **model_kwargs: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        mask = model_kwargs["attention_mask"]
+        starts = [0] * len(input_ids) if mask is None else mask.argmax(dim=1).tolist()
+        finished = [False] * len(input_ids)
+        self.values, self.interventions = [[] for _ in finished], [[] for _ in finished]
+        key, step = random_key(input_ids.device, self.config.seed), 0
+        while not all(finished):
+            rows = [ids[start:].tolist() for ids, start in zip(input_ids, starts, strict=True)]
+            logits = torch.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
+            scores = logits_processor(input_ids, logits)
+            natural = scores.argmax(-1)
+            if generation_config.do_sample:
+                natural = torch.multinomial(scores.softmax(-1), 1).squeeze(1)
+            tokens = []
+            for row, prefix in enumerate(rows):
+                if finished[row]:
+                    tokens.append(0)
+                    continue
+                uniform = uniforms(key, [row], step, self.config.num_candidates - 1)[0]
+                own = natural[row].item()
+                others = self.alternatives(scores[row], own, uniform, generation_config.do_sample)
+                token, value = self.commit(model, prefix, scores[row], [own, *others])
+                tokens.append(token)
+                self.values[row].append(value)
+                self.interventions[row].append(token != own)
+            input_ids = torch.cat([input_ids, torch.tensor(tokens)[:, None]], dim=1)
+            finished = [was or is_ for was, is_ in zip(finished, stopping_criteria(input_ids, None).tolist(), strict=True)]
+            step += 1
+        return input_ids
