@@ -33,7 +33,7 @@ cfg = ValueFilterConfig(value_head="org/this-head")
 out = model.generate(**inputs, value_steer=cfg, do_sample=True)
 ```
 
-Backbone fingerprint `{{ fingerprint }}`, prompts formatted as `{{ chat_template }}`, features in `{{ feature_dtype }}`.
+Backbone fingerprint: `{{ fingerprint }}`. Prompt format: `{{ chat_template }}`. Features: `{{ feature_dtype }}`.
 
 ## Limits
 

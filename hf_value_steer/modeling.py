@@ -93,15 +93,20 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
         """Load a head from a folder or the Hub: `config.json` and `model.safetensors`, never a pickle.
 
         Raises:
-            ValueError: if weights are missing, do not fit the config, or are not finite.
+            ValueError: if this is no value head, or weights are missing, do not fit the config, or are not finite.
         """
+        source = str(pretrained_model_name_or_path)
+        if kwargs.get("config") is None:
+            found, _ = ValueHeadConfig.get_config_dict(source, **kwargs)
+            if found.get("model_type") != ValueHeadConfig.model_type:
+                raise ValueError(f"{source} is no value head: config.json is missing or not of model_type value_head.")
         kwargs["use_safetensors"] = True
         wants_info = kwargs.pop("output_loading_info", False)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         head, info = loaded
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
-                raise ValueError(f"{pretrained_model_name_or_path}: {problem} {sorted(map(str, info[problem]))}.")
+                raise ValueError(f"{source}: {problem} {sorted(map(str, info[problem]))}.")
         head.require_finite()
         return loaded if wants_info else head
 

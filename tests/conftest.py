@@ -7,17 +7,39 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from examples.smollm2 import load_backbone
+from hf_value_steer import disable_value_steer
 from tests.families import build
 
 
 torch.set_num_threads(1)  # the models are tiny
 logging.disable_progress_bar()
 logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def backbone_and_tokenizer() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return load_backbone(torch.float32)
+
+
+@pytest.fixture
+def smollm2(backbone_and_tokenizer: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Iterator[PreTrainedModel]:
+    yield backbone_and_tokenizer[0]
+    disable_value_steer(backbone_and_tokenizer[0])
+
+
+@pytest.fixture(scope="session")
+def tokenizer(
+    backbone_and_tokenizer: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+) -> PreTrainedTokenizerBase:
+    return backbone_and_tokenizer[1]
 
 
 @pytest.fixture(scope="session")

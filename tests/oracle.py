@@ -88,6 +88,8 @@ class Oracle:
                 self.values[row].append(value)
                 self.interventions[row].append(token != own)
             input_ids = torch.cat([input_ids, torch.tensor(tokens)[:, None]], dim=1)
-            finished = [was or is_ for was, is_ in zip(finished, stopping_criteria(input_ids, None).tolist(), strict=True)]
+            finished = [
+                was or is_ for was, is_ in zip(finished, stopping_criteria(input_ids, None).tolist(), strict=True)
+            ]
             step += 1
         return input_ids

@@ -9,10 +9,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone import output_embedding
+from hf_value_steer.generation.cache import LookaheadCache
 
 
 class DecodeTap:
-    """Hooks that remember the last ordinary forward of a model, for as long as the tap lives.
+    """Hooks that remember the last ordinary forward of a model (no look-ahead), for as long as the tap lives.
 
     The hooks hold the tap weakly, so that an inline `logits_processor=[...]` leaves nothing behind on the model.
 
@@ -25,7 +26,7 @@ class DecodeTap:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
-        self.paused = False
+        self.watching = False
         self.inputs: dict[str, Any] = {}
         self.prefill = False
         self.prompt_embeds = 0
@@ -51,18 +52,19 @@ class DecodeTap:
             weakref.finalize(self, handle.remove)
 
     def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused:
-            return
         cache = kwargs.get("past_key_values")
+        self.watching = not isinstance(cache, LookaheadCache)
+        if not self.watching:
+            return
         self.prefill = cache is None or cache.get_seq_length() == 0
         self.inputs = {**kwargs, **({"input_ids": args[0]} if args else {})}
 
     def _at_head(self, feature: Tensor) -> None:
-        if not self.paused:
+        if self.watching:
             self.feature = feature
 
     def _after(self, output: ModelOutput) -> None:
-        if not self.paused:
+        if self.watching:
             self.cache = output.get("past_key_values")
 
     def read(self, input_ids: Tensor) -> Tensor:
@@ -74,8 +76,8 @@ class DecodeTap:
         """
         if self.feature is None or self.cache is None:
             raise RuntimeError(
-                "No forward pass with a cache was seen before this logits processor was called: generate with the model "
-                "that the processor was made for, and with `use_cache=True`."
+                "No forward pass with a cache was seen before this logits processor was called: generate with the "
+                "model that the processor was made for, and with `use_cache=True`."
             )
         positions = self.feature.shape[1]
         cached = self.cache.get_seq_length() - self._embedded(input_ids)

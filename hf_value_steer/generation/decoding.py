@@ -137,9 +137,7 @@ class _Loop:
             streamer.end()
         return self._output(input_ids, prompt_values)
 
-    def _draw(
-        self, step: int, input_ids: Tensor, processors: LogitsProcessorList, state: State, live: Tensor
-    ) -> Draw:
+    def _draw(self, step: int, input_ids: Tensor, processors: LogitsProcessorList, state: State, live: Tensor) -> Draw:
         scores = processors(input_ids, state.logits)
         self._record_state(scores, state)
         tokens, possible = natural_sample(scores, self.config.do_sample)

@@ -122,9 +122,7 @@ class Engine:
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
         return State(logits, feature, outputs.get("hidden_states"), outputs.get("attentions"))
 
-    def _candidate_inputs(
-        self, candidates: Tensor, lookahead: LookaheadCache, rows: Tensor | None
-    ) -> dict[str, Any]:
+    def _candidate_inputs(self, candidates: Tensor, lookahead: LookaheadCache, rows: Tensor | None) -> dict[str, Any]:
         shape = (candidates.shape[0], candidates.shape[1])
         inputs = dict(self.model_kwargs, input_ids=candidates, past_key_values=lookahead, return_dict=True)
         inputs.pop("inputs_embeds", None)

@@ -127,11 +127,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             values.append(self.head(features).values.to(candidates.device))
             return torch.zeros_like(candidates[:, 0])
 
-        self.tap.paused = True
-        try:
-            Engine(self.model, self.tap.continuation_inputs()).look_ahead(candidates.clamp(min=0), score)
-        finally:
-            self.tap.paused = False
+        Engine(self.model, self.tap.continuation_inputs()).look_ahead(candidates.clamp(min=0), score)
         require_finite(values[0], torch.ones_like(candidates[:, 0], dtype=torch.bool), step)
         return values[0]
 

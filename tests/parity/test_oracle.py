@@ -53,9 +53,7 @@ def test_commits_what_the_oracle_commits(family, case, fallback, evaluation):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_returned_cache_continues_like_a_fresh_prefill(family, evaluation):
     model, inputs = build(family), prompts(3)
-    config = ValueFilterConfig(
-        value_head=random_head(model), threshold=0.3, num_candidates=6, evaluation=evaluation
-    )
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.3, num_candidates=6, evaluation=evaluation)
     out = steer(model, inputs, {"do_sample": True}, config, eos_token_id=None)
     assert out.interventions.float().mean() > 0.2
     length = out.sequences.shape[1]
@@ -88,4 +86,6 @@ def test_reported_candidates_are_the_ones_decided_on(family):
     committed = (lazy.candidates == new[..., None]).any(-1)
     assert committed[~lazy.values.isnan()].all()
     single = lazy.candidates_evaluated == 1
-    assert torch.equal(drawn[..., 1:].any(-1)[~single & drawn[..., 0]], torch.ones_like(new[~single & drawn[..., 0]]) > 0)
+    assert torch.equal(
+        drawn[..., 1:].any(-1)[~single & drawn[..., 0]], torch.ones_like(new[~single & drawn[..., 0]]) > 0
+    )

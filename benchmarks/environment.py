@@ -1,0 +1,28 @@
+"""Where and when a benchmark ran."""
+
+import os
+import platform
+import time
+from typing import Any
+
+import torch
+import transformers
+
+
+def describe() -> dict[str, Any]:
+    """Date, machine and versions, for the head of a result file."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": device,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }

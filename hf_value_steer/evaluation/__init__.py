@@ -1,0 +1,1 @@
+"""Looking at what steering did: pages of generations with the value of every token."""

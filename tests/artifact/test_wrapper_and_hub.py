@@ -1,0 +1,146 @@
+"""Backbone and head as one model, model cards, and the `custom_generate` repository."""
+
+import json
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, LlamaConfig, pipeline, set_seed
+
+import hf_value_steer
+from hf_value_steer import (
+    AbstentionConfig,
+    ValueFilterConfig,
+    ValueHead,
+    ValueHeadConfig,
+    ValueSteerForCausalLM,
+    enable_value_steer,
+    export_custom_generate,
+)
+from hf_value_steer.backbone import fingerprint
+from tests.families import FAMILIES, build, prompts, random_head
+
+
+@pytest.fixture
+def folders(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "backbone")
+    head = random_head(model)
+    head.config.backbone_fingerprint = fingerprint(model)
+    head.save_pretrained(tmp_path / "head")
+    return tmp_path
+
+
+def text(model, **extra):
+    set_seed(0)
+    return model.generate(**prompts(2), max_new_tokens=10, do_sample=True, **extra)
+
+
+@pytest.fixture
+def expected(folders):
+    model = enable_value_steer(AutoModelForCausalLM.from_pretrained(folders / "backbone"))
+    steered = text(model, value_steer={"method": "filter", "value_head": str(folders / "head")})
+    assert not torch.equal(steered, text(model))
+    return steered
+
+
+def test_put_together_generate_save_and_load(folders, expected):
+    model = ValueSteerForCausalLM.from_pretrained(folders / "backbone", value_head=str(folders / "head"))
+    assert torch.equal(text(model), expected)
+    model.save_pretrained(folders / "reference")
+    names = sorted(path.name for path in (folders / "reference").rglob("*") if path.is_file())
+    assert names == ["README.md", "config.json", "config.json", "model.safetensors"]
+    model.save_pretrained(folders / "whole", save_backbone=True)
+    for saved in ("reference", "whole"):
+        assert torch.equal(text(ValueSteerForCausalLM.from_pretrained(folders / saved)), expected)
+        assert torch.equal(text(AutoModelForCausalLM.from_pretrained(folders / saved)), expected)
+    half = ValueSteerForCausalLM.from_pretrained(folders / "whole", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.value_head.dtype == torch.float32
+
+
+def test_its_own_way_of_steering_is_kept(folders, expected):
+    steer = [ValueFilterConfig(threshold=0.4), AbstentionConfig(threshold=0.7, patience=2)]
+    model = ValueSteerForCausalLM.from_pretrained(folders / "backbone", str(folders / "head"), value_steer=steer)
+    model.save_pretrained(folders / "saved", save_backbone=True)
+    assert torch.equal(text(ValueSteerForCausalLM.from_pretrained(folders / "saved")), text(model))
+    assert torch.equal(text(model, value_steer={"method": "filter"}), expected)
+    assert not torch.equal(text(model), expected)
+
+
+def test_forward_returns_values(folders):
+    model = ValueSteerForCausalLM.from_pretrained(folders / "backbone", value_head=str(folders / "head"))
+    inputs = prompts(2)
+    out = model(**inputs)
+    hidden = model.backbone.base_model(**inputs).last_hidden_state
+    torch.testing.assert_close(out.values, model.value_head(hidden).values)
+    torch.testing.assert_close(out.logits, model.backbone(**inputs).logits)
+    assert model(**inputs, logits_to_keep=1).values.shape == (2, 1)
+
+
+def test_what_does_not_fit_together_is_refused(folders):
+    with pytest.raises(ValueError, match="is a plain backbone: pass `value_head="):
+        ValueSteerForCausalLM.from_pretrained(folders / "backbone")
+    other = build("llama", seed=5)
+    with pytest.raises(ValueError, match="its values would mean nothing"):
+        ValueSteerForCausalLM(other, ValueHead.from_pretrained(folders / "head"))
+    nameless = ValueSteerForCausalLM(other, random_head(other))
+    with pytest.raises(ValueError, match="pass `save_backbone=True`"):
+        nameless.save_pretrained(folders / "nameless")
+
+
+def test_text_generation_pipeline(tokenizer):
+    config = LlamaConfig(**{**FAMILIES["llama"].to_dict(), "vocab_size": len(tokenizer), "pad_token_id": 2})
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(config).eval()
+    model = ValueSteerForCausalLM(backbone, random_head(backbone), {"method": "filter", "threshold": 0.45})
+    backbone.generation_config.update(max_new_tokens=8, pad_token_id=2)
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    steered = pipe(["Hello there", "you"], batch_size=2, do_sample=False, return_tensors=True)
+    inputs = tokenizer("Hello there", return_tensors="pt")
+    expected = model.generate(**inputs, do_sample=False)[0].tolist()
+    assert steered[0][0]["generated_token_ids"] == expected
+    assert expected != backbone.generate(**inputs, do_sample=False)[0].tolist()
+
+
+def test_fingerprints_tell_backbones_apart(folders):
+    model = build("llama")
+    assert fingerprint(model) == fingerprint(AutoModelForCausalLM.from_pretrained(folders / "backbone"))
+    assert fingerprint(model) != fingerprint(build("llama", seed=1))
+    stored = model.to(torch.bfloat16)
+    identity = fingerprint(stored)
+    assert identity == fingerprint(stored.float()) == fingerprint(stored.half())
+    with torch.no_grad():
+        stored.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+    assert fingerprint(stored) != identity
+
+
+def test_the_generated_card(folders):
+    head = ValueHead(ValueHeadConfig(hidden_size=8, attribute="toxicity", backbone="org/base", threshold=0.25))
+    head.save_pretrained(folders / "card")
+    card = ModelCard.load(folders / "card" / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "library_name": "hf-value-steer",
+        "tags": ["value-head", "value-steering", "toxicity"],
+    }
+    assert "Default threshold: 0.25." in card.text and "## Limits" in card.text
+
+
+def test_the_custom_generate_repository(folders, expected):
+    repository = export_custom_generate(folders / "recipe")
+    files = sorted(str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file())
+    assert files == ["README.md", "custom_generate/generate.py", "custom_generate/requirements.txt"]
+    assert "custom_generate" in ModelCard.load(repository / "README.md").data.tags
+    model = AutoModelForCausalLM.from_pretrained(folders / "backbone")
+    config = ValueFilterConfig(value_head=str(folders / "head"))
+    recipe = {"custom_generate": str(repository), "trust_remote_code": True}
+    assert torch.equal(text(model, **recipe, value_steer=json.loads(config.to_json_string())), expected)
+    assert torch.equal(text(enable_value_steer(model), **recipe, value_steer=config), expected)
+    with pytest.raises(ValueError, match="`value_steer` is missing"):
+        text(model, **recipe)
+
+
+def test_public_names():
+    assert hf_value_steer.__all__ == sorted(hf_value_steer.__all__)
+    assert all(getattr(hf_value_steer, name).__doc__ for name in hf_value_steer.__all__)
