@@ -149,13 +149,13 @@ class SteeringConfig:
         """The JSON form: the fields that differ from their defaults, and `method`.
 
         Raises:
-            ValueError: if `value_head` is a head that was never saved or loaded, which JSON cannot name.
+            ValueError: if `value_head` is a head that was not loaded from anywhere, which JSON cannot name.
         """
         pairs = ((field, getattr(self, field.name)) for field in fields(self))
         chosen = {field.name: value for field, value in pairs if value is not field.default}
         if isinstance(self.value_head, PreTrainedModel):
             if not self.value_head.name_or_path:
-                raise ValueError("`value_head` was never saved: save it and name its folder or Hub id instead.")
+                raise ValueError("`value_head` has no name: save it and pass its folder or Hub id instead.")
             chosen["value_head"] = self.value_head.name_or_path
         return {"method": self.method, **chosen}
 

@@ -1,11 +1,13 @@
 """What goes to the Hub beside weights: model cards, and the `custom_generate` repository."""
 
 import os
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 
 if TYPE_CHECKING:
@@ -112,6 +114,44 @@ def write_card(head: "ValueHead", folder: Path) -> None:
     path = folder / "README.md"
     if not path.exists():
         head_card(head).save(path)
+
+
+def push(
+    save: Callable[[Path], None],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload with hf-value-steer",
+    create_pr: bool = False,
+) -> str:
+    """Upload what `save` writes into a folder as one commit; a README that is there already is kept.
+
+    `transformers` itself would put its blank model card in place of ours.
+
+    Args:
+        save: writes the files.
+        repo_id: repository, made if it is not there.
+        private, token, revision, commit_message, create_pr: as in [`~huggingface_hub.HfApi.create_commit`].
+
+    Returns:
+        The URL of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+    with TemporaryDirectory() as folder:
+        save(Path(folder))
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=kept,
+        )
+    return str(commit.commit_url)
 
 
 def export_custom_generate(folder: str | os.PathLike[str]) -> Path:

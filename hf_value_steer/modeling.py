@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_value_steer import hub
 from hf_value_steer.configuration import ValueHeadConfig
 from hf_value_steer.policy import Polarity
 
@@ -112,13 +113,17 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write `config.json`, `model.safetensors` and, where there is none yet, a generated `README.md`."""
-        from hf_value_steer.hub import write_card
-
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_card(self, Path(save_directory))
+        hub.write_card(self, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)
-        self.name_or_path = str(save_directory)
-        self.config.name_or_path = str(save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload config, weights and card as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
+
+        Returns:
+            The URL of the commit.
+        """
+        return hub.push(self.save_pretrained, repo_id, **kwargs)
 
     def require_finite(self) -> None:
         """Raise a `ValueError` if a weight is NaN or infinite."""

@@ -20,6 +20,7 @@ from hf_value_steer.backbone import intercept_feature
 from hf_value_steer.configuration import ValueSteer, parse_value_steer
 from hf_value_steer.generate import generate
 from hf_value_steer.generation.scorer import check_fit
+from hf_value_steer.hub import push
 from hf_value_steer.modeling import ValueHead
 
 
@@ -170,6 +171,14 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self.value_head.save_pretrained(folder / _HEAD_FOLDER)
         config.architectures = [type(self).__name__]
         config.save_pretrained(folder)
+
+    def push_to_hub(self, repo_id: str, save_backbone: bool = False, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes; keyword arguments of [`~hf_value_steer.hub.push`].
+
+        Returns:
+            The URL of the commit.
+        """
+        return push(lambda folder: self.save_pretrained(folder, save_backbone=save_backbone), repo_id, **kwargs)
 
 
 AutoConfig.register(ValueSteerConfig.model_type, ValueSteerConfig)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from hf_value_steer import AbstentionConfig, ValueFilterConfig, ValueHeadConfig
+from hf_value_steer import AbstentionConfig, ValueFilterConfig, ValueHead, ValueHeadConfig
 from hf_value_steer.configuration import parse_value_steer
 
 
@@ -96,3 +96,12 @@ def test_value_steer_of_another_type_is_refused():
 def test_head_configs_are_strict(options, message):
     with pytest.raises(Exception, match=message):
         ValueHeadConfig(**options)
+
+
+def test_a_head_in_memory_has_no_json_form(tmp_path):
+    head = ValueHead(ValueHeadConfig(hidden_size=4))
+    with pytest.raises(ValueError, match="`value_head` has no name: save it"):
+        ValueFilterConfig(value_head=head).to_dict()
+    head.save_pretrained(tmp_path)
+    loaded = ValueFilterConfig(value_head=ValueHead.from_pretrained(tmp_path))
+    assert loaded.to_dict() == {"method": "filter", "value_head": str(tmp_path)}
