@@ -2,12 +2,14 @@
 
     python examples/train_toxicity_head.py
 
-1. Continue every training prompt several times and keep the decode-time feature of each generated token.
-2. Let the label judge read the last words of every prefix. A token's label is the rise of the score at it, or at the
-   next one if that continues the word: a dense "hazard" label that tells the filter where to act, as the label of the
-   whole text cannot. The rise itself is the target, not a yes or no: severe words get the high values.
-3. Fit a head, and put its threshold where a set share of natural tokens, of held-out training prompts, lies above it.
-4. Generate again, now steered by that head: its own misses are what it still has to learn. Fit the final head on both.
+1. Continue every training prompt several times and keep the decode-time feature of each generated token; once as the
+   model would, and once with a word of the label judge's own vocabulary forced into each continuation, because the
+   model's own offences are too few to learn from.
+2. Let the label judge read the last words of every prefix. A token's label is the rise of the score at it, or later in
+   the same word: a dense "hazard" label that tells the filter where to act, as the label of the whole text cannot. The
+   rise itself is the target, not a yes or no: severe words get the high values.
+3. Fit the head, stop early on natural tokens of held-out training prompts, and put the threshold where a set share of
+   them lies above it.
 """
 
 from __future__ import annotations
@@ -19,18 +21,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from profanity_check.profanity_check import vectorizer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.smollm2 import BACKBONE_ID, load_backbone
 from examples.toxicity import SAMPLING, load_prompts, profanity_score
-from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig, enable_value_steer
+from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.backbone import fingerprint
 
 
 NEW_TOKENS = 32
 CONTEXT = 3  # words that the label judge reads: enough for a phrase, and one offence does not hide the next
+DISLIKED = 0.3  # score of a single word from which it is worth forcing into a text
 HELD_OUT = 0.15  # share of the training prompts that stop the training and set the threshold
 PROMPTS = 20  # in one call of `generate`
 BATCH = 512  # tokens in one training step
@@ -54,42 +58,80 @@ def join(parts: list[Tokens]) -> Tokens:
     return Tokens(*(torch.cat(column) for column in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
+def judged_words(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of the words in the label judge's vocabulary that it dislikes when they stand alone."""
+    words = [word for word in vectorizer.vocabulary_ if word.isalpha() and 3 <= len(word) <= 15]
+    return [tokenizer(f" {words[index]}")["input_ids"] for index in np.flatnonzero(profanity_score(words) > DISLIKED)]
+
+
+class Inject(LogitsProcessor):
+    """Forces a random one of `words` into every row, at a random step.
+
+    Attributes:
+        forced (`torch.BoolTensor` of shape `(rows, NEW_TOKENS)`): pieces of the word but its last, which say nothing
+            about what the model would have written next.
+    """
+
+    def __init__(self, words: list[list[int]], rows: int, prompt_length: int):
+        self.words = [words[index] for index in torch.randint(len(words), (rows,)).tolist()]
+        self.starts = torch.randint(1, NEW_TOKENS - 8, (rows,)).tolist()
+        self.prompt_length = prompt_length
+        self.forced = torch.zeros(rows, NEW_TOKENS, dtype=torch.bool)
+        for row, (word, start) in enumerate(zip(self.words, self.starts, strict=True)):
+            self.forced[row, start : start + len(word) - 1] = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores, step = scores.clone(), input_ids.shape[1] - self.prompt_length
+        for row, (word, start) in enumerate(zip(self.words, self.starts, strict=True)):
+            if start <= step < start + len(word):
+                scores[row] = -torch.inf
+                scores[row, word[step - start]] = 0.0
+        return scores
+
+
 def hazard_labels(tokenizer: PreTrainedTokenizerBase, tokens: Tensor) -> Tensor:
-    """Labels (B, T) of continuations (B, T): rise of the judge's score at the token or at the rest of its word."""
+    """Labels (B, T) of continuations (B, T): rise of the judge's score at the token or later in its word."""
     columns = []
     for end in range(1, tokens.shape[1] + 1):
         prefixes = tokenizer.batch_decode(tokens[:, :end], skip_special_tokens=True)
         columns.append(profanity_score([" ".join(prefix.split()[-CONTEXT:]) for prefix in prefixes]))
-    rise = torch.from_numpy(np.stack(columns, axis=1)).float().diff(dim=1, prepend=torch.zeros(len(tokens), 1))
-    pieces = [tokenizer.batch_decode(row[:, None]) for row in tokens]
-    continues = torch.tensor([[piece[:1].isalnum() for piece in row] for row in pieces])
-    ahead = F.pad((rise * continues)[:, 1:], (0, 1))
-    return torch.maximum(rise, ahead).clamp(min=0)
+    labels = torch.from_numpy(np.stack(columns, axis=1)).float().diff(dim=1, prepend=torch.zeros(len(tokens), 1))
+    continues = [[piece[:1].isalnum() for piece in tokenizer.batch_decode(row[:, None])] for row in tokens]
+    for step in reversed(range(labels.shape[1] - 1)):
+        later = labels[:, step + 1] * torch.tensor([row[step + 1] for row in continues])
+        labels[:, step] = torch.maximum(labels[:, step], later)
+    return labels.clamp(min=0)
 
 
+@torch.no_grad()
 def collect(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     samples: int,
-    steer: ValueFilterConfig | None = None,
+    words: list[list[int]] | None = None,
 ) -> Tokens:
     """Plain continuations (no chat template), `samples` per prompt, with the features that decoding sees."""
     parts = []
     for start in range(0, len(prompts), PROMPTS):
         batch = tokenizer(prompts[start : start + PROMPTS], return_tensors="pt", padding=True)
+        rows, length = len(batch["input_ids"]) * samples, batch["input_ids"].shape[1]
+        inject = Inject(words, rows, length) if words else None
         # A token's feature appears when the next token is about to be chosen: one more is generated than is kept.
         output = model.generate(
-            **batch, **SAMPLING, num_return_sequences=samples, max_new_tokens=NEW_TOKENS + 1, value_steer=steer,
+            **batch, **SAMPLING, num_return_sequences=samples, max_new_tokens=NEW_TOKENS + 1,
+            logits_processor=[inject] if inject else None,
             return_dict_in_generate=True, output_hidden_states=True,
         )  # fmt: skip
         features = torch.stack([layers[-1][:, -1] for layers in output.hidden_states[1:]], dim=1)
-        tokens = output.sequences[:, batch["input_ids"].shape[1] : -1]
+        tokens = output.sequences[:, length:-1]
         ended = (tokens == tokenizer.eos_token_id).long()
-        real = ended.cumsum(1) == ended  # up to and including the first end of sequence
+        keep = ended.cumsum(1) == ended  # up to and including the first end of sequence
+        if inject:
+            keep &= ~inject.forced[:, : tokens.shape[1]]
         owner = torch.arange(start, start + len(batch["input_ids"])).repeat_interleave(samples)
         labels = hazard_labels(tokenizer, tokens)
-        parts.append(Tokens(features[real].float(), labels[real], owner[:, None].expand_as(tokens)[real]))
+        parts.append(Tokens(features[keep].float(), labels[keep], owner[:, None].expand_as(tokens)[keep]))
         print(f"{start + len(batch['input_ids'])}/{len(prompts)} prompts", flush=True)
     return join(parts)
 
@@ -136,7 +178,7 @@ def train_head(config: ValueHeadConfig, train: Tokens, held_out: Tokens, rejecte
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the toxicity value head.")
     parser.add_argument("--output", default="model_cards/smollm2-135m-toxicity", help="folder of the saved head")
-    parser.add_argument("--samples", type=int, default=6, help="continuations of each training prompt in each round")
+    parser.add_argument("--samples", type=int, default=6, help="continuations of each prompt, of each kind")
     parser.add_argument("--rejected", type=float, default=0.075, help="share of natural tokens to reject")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -144,7 +186,6 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(arguments.seed)
     model, tokenizer = load_backbone(torch.bfloat16)
-    enable_value_steer(model)
     prompts = load_prompts("train")
     config = ValueHeadConfig(
         hidden_size=model.config.hidden_size,
@@ -156,13 +197,12 @@ def main() -> None:
         chat_template="none",
         training={name: getattr(arguments, name) for name in ("samples", "rejected", "seed")},
     )
-    held_out = torch.randperm(len(prompts)) < HELD_OUT * len(prompts)
     natural = collect(model, tokenizer, prompts, arguments.samples)
-    validation, train = natural.where(held_out[natural.prompts]), natural.where(~held_out[natural.prompts])
-    first = train_head(deepcopy(config), train, validation, arguments.rejected)
-    steered = collect(model, tokenizer, prompts, arguments.samples, ValueFilterConfig(value_head=first))
-    train = join([train, steered.where(~held_out[steered.prompts])])
-    head = train_head(config, train, validation, arguments.rejected)
+    injected = collect(model, tokenizer, prompts, arguments.samples, judged_words(tokenizer))
+    torch.manual_seed(arguments.seed)
+    held_out = torch.randperm(len(prompts)) < HELD_OUT * len(prompts)
+    train = join([part.where(~held_out[part.prompts]) for part in (natural, injected)])
+    head = train_head(config, train, natural.where(held_out[natural.prompts]), arguments.rejected)
     head.save_pretrained(arguments.output)
     print(f"saved to {arguments.output} after {time.perf_counter() - start:.0f} s")
 
