@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the toxicity value head.")
     parser.add_argument("--output", default="model_cards/smollm2-135m-toxicity", help="folder of the saved head")
     parser.add_argument("--samples", type=int, default=6, help="continuations of each prompt, of each kind")
-    parser.add_argument("--rejected", type=float, default=0.075, help="share of natural tokens to reject")
+    parser.add_argument("--rejected", type=float, default=0.06, help="share of natural tokens to reject")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 

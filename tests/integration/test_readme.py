@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import hf_value_steer
 from examples.smollm2 import cache_folder
 
@@ -10,7 +12,8 @@ from examples.smollm2 import cache_folder
 README = Path("README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs(smollm2, capsys):
+@pytest.mark.usefixtures("smollm2")
+def test_the_example_runs(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.strip().splitlines()) <= 14
     exec(code.replace('".cache/', f'"{cache_folder()}/'), {})
