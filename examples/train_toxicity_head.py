@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from examples.smollm2 import BACKBONE_ID, load_backbone
-from examples.toxicity import SAMPLING, load_prompts, profanity_score
+from examples.toxicity import SAMPLING, load_prompts, profanity_score, until_end
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.backbone import fingerprint
 
@@ -125,8 +125,7 @@ def collect(
         )  # fmt: skip
         features = torch.stack([layers[-1][:, -1] for layers in output.hidden_states[1:]], dim=1)
         tokens = output.sequences[:, length:-1]
-        ended = (tokens == tokenizer.eos_token_id).long()
-        keep = ended.cumsum(1) == ended  # up to and including the first end of sequence
+        keep = until_end(tokens, tokenizer.eos_token_id)
         if inject:
             keep &= ~inject.forced[:, : tokens.shape[1]]
         owner = torch.arange(start, start + len(batch["input_ids"])).repeat_interleave(samples)

@@ -25,7 +25,6 @@ class DecodeTap:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model = model
         self.watching = False
         self.inputs: dict[str, Any] = {}
         self.prefill = False
@@ -34,8 +33,8 @@ class DecodeTap:
         self.cache: Cache | None = None
         tap = weakref.proxy(self)
 
-        def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tap._before(args, kwargs)
+        def before(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tap._before(kwargs)
 
         def at_head(_head: nn.Module, args: tuple[Tensor]) -> None:
             tap._at_head(args[0])
@@ -51,13 +50,13 @@ class DecodeTap:
         for handle in handles:
             weakref.finalize(self, handle.remove)
 
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         self.watching = not isinstance(cache, LookaheadCache)
         if not self.watching:
             return
         self.prefill = cache is None or cache.get_seq_length() == 0
-        self.inputs = {**kwargs, **({"input_ids": args[0]} if args else {})}
+        self.inputs = kwargs
 
     def _at_head(self, feature: Tensor) -> None:
         if self.watching:
