@@ -2,6 +2,7 @@
 
 from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueHeadConfig
 from hf_value_steer.generate import disable_value_steer, enable_value_steer
+from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.generation.logits_process import AbstentionLogitsProcessor, ValueFilterLogitsProcessor
 from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
@@ -13,6 +14,7 @@ from hf_value_steer.wrapper import ValueSteerForCausalLM
 __all__ = [
     "AbstentionConfig",
     "AbstentionLogitsProcessor",
+    "BlockCache",
     "ValueFilterConfig",
     "ValueFilterLogitsProcessor",
     "ValueHead",

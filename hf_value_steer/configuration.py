@@ -182,6 +182,9 @@ class ValueFilterConfig(SteeringConfig):
         prob_weight (`float`): `w` of `"args"`, not negative.
         max_interventions (`int`, *optional*): rows are left alone after so many interventions.
         output_candidates (`bool`): return the candidates and their values.
+        lookahead (`str`): how candidates are forwarded: `"shared_prefix"` (the prefix is read once for all of them,
+            without a mask), `"masked"` (along the query dimension, under a 4-D mask), `"expanded"` (along the batch
+            dimension, any model and cache), or with `"auto"` the best that was verified for the model.
         seed (`int`, *optional*): seed of the alternatives; by default it follows the global generator's state.
     """
 
@@ -194,6 +197,7 @@ class ValueFilterConfig(SteeringConfig):
     prob_weight: float = 1.0
     max_interventions: int | None = None
     output_candidates: bool = False
+    lookahead: Literal["auto", "shared_prefix", "masked", "expanded"] = "auto"
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -202,6 +206,7 @@ class ValueFilterConfig(SteeringConfig):
         self._check_choice("proposal", ("sample", "topk"))
         self._check_choice("evaluation", ("lazy", "eager"))
         self._check_choice("fallback", ("argmin", "args", "abstain"))
+        self._check_choice("lookahead", ("auto", "shared_prefix", "masked", "expanded"))
         if not (math.isfinite(self.prob_weight) and self.prob_weight >= 0):
             raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight}.")
         if self.max_interventions is not None:

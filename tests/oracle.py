@@ -20,8 +20,11 @@ class Oracle:
         self.interventions: list[list[bool]] = []
 
     def value(self, model: Any, tokens: list[int]) -> float:
-        hidden = model.base_model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, -1]
-        return float(torch.sigmoid(self.head.net(hidden.float())))
+        features: list[torch.Tensor] = []
+        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: features.append(args[0]))
+        model(torch.tensor([tokens]), use_cache=False)
+        handle.remove()
+        return float(torch.sigmoid(self.head.net(features[0].flatten(0, -2)[-1].float())))
 
     def accepts(self, value: float) -> bool:
         threshold = self.config.threshold

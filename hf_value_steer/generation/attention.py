@@ -2,23 +2,12 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_value_steer.generation.cache import LookaheadCache
-
-
-SUPPORTED_ATTENTION = ("sdpa", "eager")
-SUPPORTED_LAYERS = ("full_attention", "sliding_attention")
+from hf_value_steer.generation.lookahead import LookaheadCache
 
 
-def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
-    """The sliding window of each decoder layer in tokens, `None` where a layer sees everything."""
-    config = config.get_text_config(decoder=True)
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        return [window] * config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in layer_types]
+MASKABLE_ATTENTION = ("sdpa", "eager")
 
 
 def candidate_masks(

@@ -1,105 +1,169 @@
-"""A look at the next token that leaves the cache as it is.
+"""What a look-ahead needs of the live cache, for every kind of cache layer of `transformers`.
 
-A `LookaheadCache` borrows the prefix of a live cache (views, never K copies) and keeps the candidates' own keys and
-values beside it. The live cache learns of a candidate only when it is committed.
+Keys and values grow by one slot a token: a step is undone by dropping the slot. Recurrent states (convolutions, state
+spaces, linear attention) are overwritten: they are remembered before each step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from hf_value_steer.generation.block_cache import BlockLayer
 
 
-class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer: a borrowed prefix of `(rows, heads, prefix, dim)` and the candidates' own `(rows, heads, K, dim)`."""
-
-    def __init__(self, keys: Tensor, values: Tensor, sequence_length: int):
-        super().__init__()
-        self.prefix_keys, self.prefix_values = keys, values
-        self.sequence_length = sequence_length
-        self.is_initialized = True
-
-    @property
-    def prefix_length(self) -> int:
-        return self.prefix_keys.shape[-2]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the prefix is there from the start."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = key_states, value_states
-        keys = torch.cat([self.prefix_keys, key_states], dim=-2)
-        return keys, torch.cat([self.prefix_values, value_states], dim=-2)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.prefix_length + query_length, self.sequence_length - self.prefix_length
-
-    def get_seq_length(self) -> int:
-        return self.sequence_length
-
-    def get_max_length(self) -> int:
-        return -1
+SUPPORTED_LAYERS = (
+    BlockLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionAndStaticSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+# Convolution and recurrent states of one layer, by name and index within the layer.
+States = dict[tuple[str, int], Tensor]
 
 
-class LookaheadCache(Cache):  # type: ignore[misc]
-    """Cache for one forward of K candidates a row, all at the position after the first `length` tokens.
+def recurrent_states(layer: Any) -> States:
+    """The recurrent states that a layer holds; none for a layer of keys and values, or one that holds nothing."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return {}
+    kinds = {"conv_states": layer.conv_states, "recurrent_states": layer.recurrent_states}
+    return {(kind, i): state for kind, states in kinds.items() for i, state in states.items() if state is not None}
+
+
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each decoder layer in tokens, `None` where everything is seen."""
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    return [window if kind in ("sliding_attention", "hybrid_sliding") else None for kind in kinds]
+
+
+def cache_name(model_kwargs: dict[str, Any]) -> str:
+    """Under which name a model's forward takes its cache."""
+    return "cache_params" if "cache_params" in model_kwargs else "past_key_values"
+
+
+def make_room(cache: Cache, config: PreTrainedConfig) -> None:
+    """Give an empty static cache one more slot: the last token is forwarded, too, before it is committed."""
+    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    if lengths and not any(layer.is_initialized for layer in cache.layers if isinstance(layer, StaticLayer)):
+        cache.layers = StaticCache(config.get_text_config(decoder=True), max_cache_len=max(lengths) + 1).layers
+
+
+class LiveCache:
+    """The cache of the text so far.
 
     Args:
-        cache (`transformers.Cache`): the live cache.
-        windows (`list`): sliding window of each layer, `None` where it sees everything.
-        rows (`torch.LongTensor`, *optional*): the rows to look ahead in, whose natural sample the cache already holds
-            and the candidates must not see. Without it: all rows, and no natural sample.
+        cache (`transformers.Cache`): a cache with one slot a token, all rows in step.
+        config (`PreTrainedConfig`): config of the model, for the sliding windows.
     """
 
-    def __init__(self, cache: Cache, windows: Sequence[int | None], rows: Tensor | None = None):
-        self.live, self.rows = cache, rows
-        length = cache.get_seq_length() - (rows is not None)
-        borrowed = [self._borrow(layer, window, length) for layer, window in zip(cache.layers, windows, strict=True)]
-        super().__init__(layers=borrowed)
+    def __init__(self, cache: Cache, config: PreTrainedConfig):
+        self.cache = cache
+        self.windows = sliding_windows(config)
+        self.before: list[States] = []
+        self.measure()
 
-    def _borrow(self, layer: DynamicLayer, window: int | None, length: int) -> LookaheadLayer:
-        end = layer.keys.shape[-2] - (self.rows is not None)
-        start = 0 if window is None else max(end - window + 1, 0)
-        keys, values = (select_rows(states[:, :, start:end], self.rows) for states in (layer.keys, layer.values))
-        return LookaheadLayer(keys, values, length)
+    def measure(self) -> None:
+        """Learn how many tokens the cache holds."""
+        has_slots = any(isinstance(layer, CacheLayerMixin) for layer in self.cache.layers)
+        self.length = int(self.cache.get_seq_length()) if has_slots else 0
 
-    def append(self, columns: Tensor) -> None:
-        """Add candidate `columns[row]` of every row to the live cache, as an ordinary step would have."""
-        for layer, live in zip(self.layers, self.live.layers, strict=True):
-            live.update(pick(layer.keys, columns), pick(layer.values, columns))
+    def start(self) -> None:
+        """The prompt is in: from now on each step can be undone."""
+        self.measure()
+        for layer in self._sliding():
+            layer.activate_past_recording()
 
-    def replace(self, keep: Tensor, columns: Tensor) -> None:
-        """Overwrite the live cache's last slot with candidate `columns[i]`, for those looked-at rows that `keep`s."""
-        rows = torch.arange(len(keep), device=keep.device) if self.rows is None else self.rows
-        for layer, live in zip(self.layers, self.live.layers, strict=True):
-            live.keys[rows[keep], :, -1] = pick(layer.keys, columns)[keep, :, 0]
-            live.values[rows[keep], :, -1] = pick(layer.values, columns)[keep, :, 0]
+    def remember(self) -> None:
+        """Begin a step: keep the recurrent states, which the step overwrites."""
+        self.before = [
+            {name: state.clone() for name, state in recurrent_states(layer).items()} for layer in self.cache.layers
+        ]
 
+    def advance(self) -> None:
+        """Every row has taken in one token."""
+        self.length += 1
 
-def select_rows(states: Tensor, rows: Tensor | None) -> Tensor:
-    """`states[rows]` along the first dimension, as a view where the rows are one."""
-    if rows is None:
-        return states
-    if len(rows) == 1:
-        return states[int(rows) : int(rows) + 1]
-    return states.index_select(0, rows.to(states.device))
+    def last_slot(self, layer: CacheLayerMixin) -> int:
+        """Where `layer` holds the last token."""
+        held = min(self.length, layer.max_cache_len) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
+        return int(held) - 1
 
+    def settle(self) -> None:
+        """End a step: drop what has left the windows."""
+        for layer in self._sliding():
+            layer.crop(0)
 
-def pick(states: Tensor, columns: Tensor) -> Tensor:
-    """Entry `columns[row]` along the second to last dimension of `(rows, ..., K, dim)`, that dimension kept."""
-    columns = columns.to(states.device)
-    return states[torch.arange(len(columns), device=states.device), ..., columns, :].unsqueeze(-2)
-
-
-def settle(cache: Cache, remove: int = 0) -> None:
-    """End a step: drop `remove` tokens from the end and what has left the windows."""
-    cache.crop(-remove)
-
-
-def end_recording(cache: Cache) -> None:
-    """Give sliding layers back their ordinary behaviour."""
-    for layer in cache.layers:
-        if isinstance(layer, DynamicSlidingWindowLayer):
+    def remove_last(self) -> None:
+        """Undo the last step, and give the layers back their ordinary behaviour."""
+        for layer, before in zip(self.cache.layers, self.before, strict=True):
+            if isinstance(layer, CacheLayerMixin):
+                _remove_last_slot(layer)
+            for name, state in recurrent_states(layer).items():
+                _trailing(state, before[name]).copy_(before[name])
+        for layer in self._sliding():
+            layer.crop(0)
             layer.record_past = False
+        self.length -= 1
+
+    def overwrite_last(self, index: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put other keys and values `(rows, heads, 1, dim)` into the last slot of some rows of layer `index`."""
+        layer = self.cache.layers[index]
+        slot = self.last_slot(layer)
+        layer.keys[rows, :, slot] = keys[:, :, 0]
+        layer.values[rows, :, slot] = values[:, :, 0]
+
+    def overwrite_states(self, index: int, rows: Tensor, states: States) -> None:
+        """Put other recurrent states `(rows, ...)` into some rows of layer `index`."""
+        for name, state in recurrent_states(self.cache.layers[index]).items():
+            _trailing(state, states[name])[rows] = states[name]
+
+    def _sliding(self) -> Iterator[DynamicSlidingWindowLayer]:
+        return (layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
+
+
+def _remove_last_slot(layer: CacheLayerMixin) -> None:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        DynamicSlidingWindowLayer.crop(layer, -1)
+    elif isinstance(layer, DynamicLayer):
+        DynamicLayer.crop(layer, -1)
+    elif isinstance(layer, StaticSlidingWindowLayer) and layer.cumulative_length_int > layer.max_cache_len:
+        # A full window shifts to the left at each step. Shifted back, its first slot is one that no later step reads.
+        layer.keys.copy_(layer.keys.roll(1, dims=-2))
+        layer.values.copy_(layer.values.roll(1, dims=-2))
+        layer.cumulative_length_int -= 1
+    else:
+        layer.cumulative_length.sub_(1)
+        if isinstance(layer, StaticSlidingWindowLayer):
+            layer.cumulative_length_int -= 1
+
+
+def _trailing(state: Tensor, like: Tensor) -> Tensor:
+    """The end of `state` that has the last dimension of `like`: a recording convolution holds more than it needs."""
+    return state[..., -like.shape[-1] :]

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone import output_embedding
-from hf_value_steer.generation.cache import LookaheadCache
+from hf_value_steer.generation.lookahead import LookaheadCache
 
 
 class DecodeTap:

@@ -10,8 +10,10 @@ from transformers.generation import BaseStreamer
 
 from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueSteer, parse_value_steer
 from hf_value_steer.generation.abstention import Abstention
+from hf_value_steer.generation.cache import cache_name, make_room
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.engine import Engine, State
+from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Record, Stops, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
 from hf_value_steer.generation.validation import eos_token, refuse_dropped_arguments, refuse_unsupported
@@ -76,13 +78,17 @@ class _Loop:
         value_steer: ValueSteer,
     ):
         self.config = config
-        self.engine = Engine(model, model_kwargs)
+        methods = parse_value_steer(value_steer)
+        kernel = getattr(methods.get("filter"), "lookahead", "auto")
+        make_room(model_kwargs[cache_name(model_kwargs)], model.config)
+        mask = model_kwargs.get("attention_mask")
+        self.engine = Engine(model, model_kwargs, choose_kernel(kernel, model, mask, bool(config.output_attentions)))
         self.record = Record()
         self.stops = Stops.none(len(input_ids), input_ids.device)
         self.filter: ValueFilter | None = None
         self.abstention: Abstention | None = None
         self.output_candidates = False
-        for method in parse_value_steer(value_steer).values():
+        for method in methods.values():
             scorer = bind(method, load_head(method, model), len(input_ids), input_ids.device)
             if isinstance(method, ValueFilterConfig):
                 self.output_candidates = method.output_candidates
@@ -111,15 +117,15 @@ class _Loop:
     ) -> Tensor | ValueSteerDecoderOnlyOutput:
         """The loop: draw, let the methods decide, commit, stop."""
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         state = self.engine.prefill(input_ids, self.config)
         prompt_values = self._score(self.scorer, state, 0, unfinished)
         if self.abstention is not None:
             self.abstention.observe(self._score(self.abstention.scorer, state, 0, unfinished), 0, unfinished)
         for step in itertools.count():
-            live = unfinished if pads else torch.ones_like(unfinished)
+            live = unfinished if self.pads else torch.ones_like(unfinished)
             draw = self._draw(step, input_ids, processors, state, live)
-            outcome = self._step(input_ids, draw)
+            outcome = self._step(draw)
             state, tokens = outcome.state, outcome.tokens
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             unfinished = unfinished & ~criteria(input_ids, tuple(self.record.scores) or None)
@@ -144,17 +150,15 @@ class _Loop:
         forced = torch.zeros_like(live)
         if self.abstention is not None:
             tokens, forced = self.abstention.prescribe(tokens)
-        if not bool((possible | ~live).all()):
-            rows = (live & ~possible).nonzero().flatten().tolist()
-            raise ValueError(f"The logits processors allow no token at new token {step} in row(s) {rows}.")
-        if not bool(live.all()):
+        if self.pads:
             tokens = torch.where(live, tokens, self.config._pad_token_tensor.to(tokens.device))
-        return Draw(step, scores, tokens, live, forced)
+        return Draw(step, input_ids, scores, tokens, live, forced, live & ~possible)
 
-    def _step(self, input_ids: Tensor, draw: Draw) -> Outcome:
+    def _step(self, draw: Draw) -> Outcome:
         if self.filter is not None:
-            return self.filter.step(input_ids, draw)
-        state = self.engine.advance(torch.cat([input_ids, draw.tokens[:, None]], dim=-1))
+            return self.filter.step(draw)
+        draw.refuse_impossible()
+        state = self.engine.advance(torch.cat([draw.input_ids, draw.tokens[:, None]], dim=-1))
         values = self._score(self.scorer, state, draw.step, draw.live)
         return Outcome(state, draw.tokens, draw.live.long(), values, draw.tokens[:, None], values[:, None])
 
@@ -191,7 +195,7 @@ class _Loop:
             return input_ids
         return ValueSteerDecoderOnlyOutput(
             sequences=input_ids,
-            past_key_values=self.engine.cache,
+            past_key_values=self.engine.live.cache,
             prompt_values=prompt_values,
             abstained=self.stops.step >= 0,
             abstention_step=self.stops.step,

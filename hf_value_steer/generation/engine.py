@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone import intercept_feature
-from hf_value_steer.generation.attention import candidate_masks, sliding_windows
-from hf_value_steer.generation.cache import LookaheadCache, end_recording, pick, select_rows, settle
+from hf_value_steer.generation.cache import LiveCache, cache_name
+from hf_value_steer.generation.compiled import CompiledForward, compiled_forward
+from hf_value_steer.generation.kernels import Kernel
+from hf_value_steer.generation.lookahead import LookaheadCache, pick
 
 
 @dataclass
@@ -46,12 +48,13 @@ class Engine:
     Args:
         model: the backbone.
         model_kwargs: the forward's keyword arguments as `generate` keeps them, `past_key_values` among them.
+        kernel: how candidates are forwarded.
     """
 
-    def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any]):
-        self.model, self.model_kwargs = model, model_kwargs
-        self.cache: Cache = model_kwargs["past_key_values"]
-        self.windows = sliding_windows(model.config)
+    def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], kernel: Kernel):
+        self.model, self.model_kwargs, self.kernel = model, model_kwargs, kernel
+        self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
+        self.compiled: CompiledForward | None = None
 
     def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
         """Forward the prompt; the state is that of its last token."""
@@ -59,21 +62,32 @@ class Engine:
             lambda: self.model._prefill(input_ids, config, self.model_kwargs, is_first_iteration=True)
         )
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
-        self.cache.activate_past_recording()
+        self.live.start()
+        self.compiled = compiled_forward(self.model, config, self.model_kwargs)
         return self._state(outputs, feature[:, -1], input_ids.device)
 
     def advance(self, input_ids: Tensor) -> State:
         """Forward the last token of each row, as plain `generate` does."""
+        self.live.remember()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
-        outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
+        if self.compiled is not None:
+            outputs, feature = self.compiled(inputs)
+        else:
+            outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
+        self.live.advance()
         return self._state(outputs, feature[:, -1], input_ids.device)
 
     def look_ahead(
-        self, candidates: Tensor, choose: Callable[[Tensor], Tensor], rows: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        candidates: Tensor,
+        choose: Callable[[Tensor], Tensor],
+        rows: Tensor | None = None,
     ) -> tuple[State, LookaheadCache]:
         """Forward K candidates of some rows at one position, and read the state of the chosen one.
 
         Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
             candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
             choose: from features `(rows, K, width)` to the chosen columns `(rows,)`; may raise.
             rows (`torch.LongTensor`, *optional*): which rows these are. With `rows`, the live cache already holds the
@@ -82,28 +96,31 @@ class Engine:
         chosen: list[Tensor] = []
 
         def keep_chosen(feature: Tensor) -> Tensor:
+            feature = feature.reshape(*candidates.shape, -1)
             chosen.append(choose(feature))
             return pick(feature, chosen[-1])
 
-        lookahead = LookaheadCache(self.cache, self.windows, rows)
-        inputs = self._candidate_inputs(candidates, lookahead, rows)
-        outputs, feature = self._forward(lambda: self.model(**inputs), keep_chosen)
+        if rows is None:
+            self.live.remember()
+        lookahead = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
+        inputs = self.kernel.inputs(self.model, self.model_kwargs, lookahead, input_ids, candidates)
+        with self.kernel.attention(self.model, lookahead):
+            outputs, feature = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
         state = self._state(outputs, feature[:, 0], candidates.device)
         if state.hidden_states is not None:
-            state.hidden_states = tuple(pick(layer, chosen[0]) for layer in state.hidden_states)
+            state.hidden_states = tuple(self.kernel.pick_hidden(layer, chosen[0]) for layer in state.hidden_states)
         if state.attentions is not None:
-            state.attentions = tuple(_attention_of(layer, chosen[0]) for layer in state.attentions)
+            state.attentions = tuple(self.kernel.pick_attention(layer, chosen[0]) for layer in state.attentions)
         return state, lookahead
 
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""
-        settle(self.cache)
+        self.live.settle()
         self.model_kwargs = self.model._update_model_kwargs_for_generation(ModelOutput(), self.model_kwargs)
 
     def finish(self) -> None:
         """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token."""
-        settle(self.cache, remove=1)
-        end_recording(self.cache)
+        self.live.remove_last()
 
     def _forward(
         self, run: Callable[[], ModelOutput], transform: Callable[[Tensor], Tensor] | None = None
@@ -121,25 +138,3 @@ class Engine:
     def _state(self, outputs: ModelOutput, feature: Tensor, device: torch.device) -> State:
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
         return State(logits, feature, outputs.get("hidden_states"), outputs.get("attentions"))
-
-    def _candidate_inputs(self, candidates: Tensor, lookahead: LookaheadCache, rows: Tensor | None) -> dict[str, Any]:
-        shape = (candidates.shape[0], candidates.shape[1])
-        inputs = dict(self.model_kwargs, input_ids=candidates, past_key_values=lookahead, return_dict=True)
-        inputs.pop("inputs_embeds", None)
-        padding_mask = inputs.get("attention_mask")
-        if padding_mask is not None:
-            padding_mask = select_rows(padding_mask[:, :-1], rows)
-        inputs["attention_mask"] = candidate_masks(self.model, lookahead, padding_mask, shape)
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = select_rows(inputs["position_ids"][:, -1:], rows).expand(shape)
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = candidates.shape[1]
-        return inputs
-
-
-def _attention_of(attention: Tensor, columns: Tensor) -> Tensor:
-    """One candidate's attention `(rows, heads, 1, prefix + 1)` out of `(rows, heads, K, prefix + K)`."""
-    own = pick(attention, columns)
-    prefix = attention.shape[-1] - attention.shape[-2]
-    index = (prefix + columns.to(own.device))[:, None, None, None].expand(*own.shape[:3], 1)
-    return torch.cat([own[..., :prefix], own.gather(-1, index)], dim=-1)

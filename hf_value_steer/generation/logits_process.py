@@ -9,6 +9,7 @@ from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.candidates import random_key, sampled_alternatives, uniforms
 from hf_value_steer.generation.decode_tap import DecodeTap
 from hf_value_steer.generation.engine import Engine
+from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import bind, load_head, require_finite
 from hf_value_steer.generation.validation import eos_token, refuse_model
@@ -103,7 +104,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         if step < self.config.min_new_tokens:
             return scores
         candidates = self._candidates(scores, step)
-        keep = self._keep(candidates, self._values(candidates, step), scores)
+        keep = self._keep(candidates, self._values(input_ids, candidates, step), scores)
         kept = torch.full_like(scores, -torch.inf)
         for tokens, wanted in zip(candidates.T.clamp(min=0)[:, :, None], keep.T[:, :, None], strict=True):
             kept = torch.where(wanted, kept.scatter(1, tokens, scores.gather(1, tokens)), kept)
@@ -120,14 +121,16 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         top, tokens = scores.topk(count, dim=-1)
         return tokens.masked_fill(top == -torch.inf, -1)
 
-    def _values(self, candidates: Tensor, step: int) -> Tensor:
+    def _values(self, input_ids: Tensor, candidates: Tensor, step: int) -> Tensor:
         values: list[Tensor] = []
 
         def score(features: Tensor) -> Tensor:
             values.append(self.head(features).values.to(candidates.device))
             return torch.zeros_like(candidates[:, 0])
 
-        Engine(self.model, self.tap.continuation_inputs()).look_ahead(candidates.clamp(min=0), score)
+        inputs = self.tap.continuation_inputs()
+        kernel = choose_kernel(self.config.lookahead, self.model, inputs["attention_mask"])
+        Engine(self.model, inputs, kernel).look_ahead(input_ids, candidates.clamp(min=0), score)
         require_finite(values[0], torch.ones_like(candidates[:, 0], dtype=torch.bool), step)
         return values[0]
 

@@ -4,14 +4,15 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
 
-from hf_value_steer.generation.attention import SUPPORTED_ATTENTION, SUPPORTED_LAYERS
+from hf_value_steer.generation.block_cache import BlockCache
+from hf_value_steer.generation.cache import SUPPORTED_LAYERS, cache_name
+from hf_value_steer.generation.families import VERIFIED
 
 
-SUPPORTED_MODEL_TYPES = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
 _UNDERSTOOD_TENSORS = {"attention_mask", "inputs_embeds", "position_ids"}
 # `generate` takes these, but does not hand them to a `custom_generate` callable (transformers 5.16 to 5.19).
 _DROPPED = {
@@ -39,7 +40,7 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_k
     if not config.use_cache:
         raise ValueError("`use_cache=False` cannot be steered: candidates share the cached prefix.")
     refuse_model(model)
-    _refuse_cache(config, model_kwargs.get("past_key_values"))
+    _refuse_cache(model_kwargs.get(cache_name(model_kwargs)), config.max_length)
     for name, value in model_kwargs.items():
         if isinstance(value, torch.Tensor) and name not in _UNDERSTOOD_TENSORS:
             raise ValueError(f"`{name}` is not understood by the look-ahead of value steering; leave it out.")
@@ -48,26 +49,27 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_k
 def refuse_model(model: PreTrainedModel) -> None:
     """Raise a `ValueError` for a model whose look-ahead was not verified."""
     config = model.config.get_text_config(decoder=True)
-    if config.model_type not in SUPPORTED_MODEL_TYPES or model.config.is_encoder_decoder:
-        known = ", ".join(sorted(SUPPORTED_MODEL_TYPES))
+    if config.model_type not in VERIFIED or model.config.is_encoder_decoder:
+        known = ", ".join(sorted(VERIFIED))
         raise ValueError(f"Value steering was not verified for model type {config.model_type!r}, only for {known}.")
-    if config._attn_implementation not in SUPPORTED_ATTENTION:
+
+
+def _refuse_cache(cache: Any, max_length: int) -> None:
+    if type(cache) not in (DynamicCache, StaticCache, BlockCache) or cache.offloading:
+        kind = "offloaded " if getattr(cache, "offloading", False) else ""
         raise ValueError(
-            f"attn_implementation={config._attn_implementation!r} cannot look ahead with a mask; load the model with "
-            f"one of {', '.join(SUPPORTED_ATTENTION)}."
+            f"The cache of this call, an {kind}{type(cache).__name__}, cannot look ahead; use a DynamicCache (the "
+            "default), a StaticCache or a BlockCache."
         )
-    other = set(getattr(config, "layer_types", None) or ()) - set(SUPPORTED_LAYERS)
-    if other:
-        raise ValueError(f"Layers of type {', '.join(sorted(other))} cannot look ahead yet.")
-
-
-def _refuse_cache(config: GenerationConfig, cache: Any) -> None:
-    if type(cache) is not DynamicCache or cache.offloading:
-        name = config.cache_implementation or type(cache).__name__
-        raise ValueError(f"Cache {name!r} cannot look ahead yet; use the default, a `DynamicCache`.")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise ValueError(f"Cache layers of type {type(layer).__name__} cannot look ahead yet.")
+        if type(layer) not in SUPPORTED_LAYERS:
+            raise ValueError(f"Cache layers of type {type(layer).__name__} cannot look ahead.")
+        full = isinstance(layer, StaticLayer) and not layer.is_sliding
+        if full and layer.is_initialized and layer.max_cache_len < max_length:
+            raise ValueError(
+                f"The StaticCache of this call holds {layer.max_cache_len} tokens, but the text may get {max_length} "
+                "long: steering forwards the last token, too, so give it one slot more than plain generate needs."
+            )
 
 
 def refuse_dropped_arguments() -> None:

@@ -26,17 +26,27 @@ class Draw:
 
     Args:
         step (`int`): number of new tokens so far.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far.
         scores (`torch.FloatTensor` of shape `(batch, vocab)`): processed scores.
         tokens (`torch.LongTensor` of shape `(batch,)`): natural samples, padding and forced tokens put in.
         live (`torch.BoolTensor` of shape `(batch,)`): rows whose token counts.
         forced (`torch.BoolTensor` of shape `(batch,)`): rows whose token is prescribed by abstention.
+        impossible (`torch.BoolTensor` of shape `(batch,)`): live rows in which the processors allow no token.
     """
 
     step: int
+    input_ids: Tensor
     scores: Tensor
     tokens: Tensor
     live: Tensor
     forced: Tensor
+    impossible: Tensor
+
+    def refuse_impossible(self) -> None:
+        """Raise a `ValueError` if there is a row without any token to draw."""
+        if bool(self.impossible.any()):
+            rows = self.impossible.nonzero().flatten().tolist()
+            raise ValueError(f"The logits processors allow no token at new token {self.step} in row(s) {rows}.")
 
 
 @dataclass
@@ -93,37 +103,39 @@ class ValueFilter:
         self.key = random_key(device, config.seed)
         self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)
 
-    def step(self, input_ids: Tensor, draw: Draw) -> Outcome:
-        """Forward, choose and commit one token a row; `input_ids` are the tokens so far, `(batch, length)`."""
+    def step(self, draw: Draw) -> Outcome:
+        """Forward, choose and commit one token a row."""
         checked = draw.live & ~draw.forced
         if draw.step < self.config.min_new_tokens:
             checked = torch.zeros_like(checked)
         if self.config.max_interventions is not None:
             checked = checked & (self.interventions < self.config.max_interventions)
         if self.config.evaluation == "lazy":
-            outcome = self._lazy(input_ids, draw, checked)
+            outcome = self._lazy(draw, checked)
         else:
             outcome = self._eager(draw, checked)
         self.interventions += outcome.tokens != draw.tokens
         return outcome
 
-    def _lazy(self, input_ids: Tensor, draw: Draw, checked: Tensor) -> Outcome:
-        state = self.engine.advance(torch.cat([input_ids, draw.tokens[:, None]], dim=-1))
+    def _lazy(self, draw: Draw, checked: Tensor) -> Outcome:
+        state = self.engine.advance(torch.cat([draw.input_ids, draw.tokens[:, None]], dim=-1))
         values = self.scorer.values(state.feature)
         outcome = self._natural_outcome(state, draw, values)
         rejected = checked & ~self.scorer.accepts(values)
-        if bool((rejected | (draw.live & values.isnan())).any()):
+        if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
+            draw.refuse_impossible()
             require_finite(values, draw.live, draw.step)
             self._replace_rejected(outcome, draw, rejected.nonzero().squeeze(1))
         return outcome
 
     def _eager(self, draw: Draw, checked: Tensor) -> Outcome:
+        draw.refuse_impossible()
         rows = torch.arange(len(checked), device=checked.device)
         candidates = self._candidates(draw, rows).masked_fill(~checked[:, None], -1)
         candidates[:, 0] = draw.tokens
         known = torch.full((len(rows), 1), torch.nan, device=checked.device)
         look = _Look(self, draw, rows, checked, candidates, known)
-        state, lookahead = self.engine.look_ahead(look.tokens, look.choose)
+        state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose)
         lookahead.append(look.slot())
         outcome = self._natural_outcome(state, draw, look.decision.values[:, 0])
         self._write(outcome, rows, look)
@@ -135,7 +147,7 @@ class ValueFilter:
         if look.tokens.shape[1] == 0:
             look.decide(look.known)
         else:
-            state, lookahead = self.engine.look_ahead(look.tokens, look.choose, rows)
+            state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose, rows)
             replaced = look.first_column() > 0
             lookahead.replace(replaced, look.slot())
             outcome.state.overwrite(rows, state, replaced)

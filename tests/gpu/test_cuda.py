@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import set_seed
 
-from hf_value_steer import AbstentionConfig, ValueFilterConfig, enable_value_steer
+from hf_value_steer import AbstentionConfig, BlockCache, ValueFilterConfig, enable_value_steer
+from hf_value_steer.generation.shared_prefix import attend
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
 
@@ -34,6 +35,35 @@ def test_lazy_equals_eager(family, fallback):
     lazy, eager = (run(model, ValueFilterConfig(**options, evaluation=evaluation)) for evaluation in ("lazy", "eager"))
     assert lazy.interventions.any() and torch.equal(lazy.sequences, eager.sequences)
     torch.testing.assert_close(lazy.values, eager.values, rtol=0, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "block"])
+@pytest.mark.parametrize("kernel", ["shared_prefix", "masked", "expanded"])
+def test_kernels_and_caches(kernel, cache):
+    model = enable_value_steer(build("llama").cuda())
+    options = {"value_head": random_head(model), "threshold": 0.4, "lookahead": kernel}
+    kinds = {"dynamic": {}, "static": {"cache_implementation": "static"}}
+    expected = run(model, ValueFilterConfig(**options | {"lookahead": "masked"}))
+    out = run(model, ValueFilterConfig(**options), **kinds.get(cache, {"past_key_values": BlockCache(model.config)}))
+    assert out.interventions.any() and torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_any_attention_implementation(implementation):
+    model = enable_value_steer(build("qwen3").cuda())
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4)
+    expected = run(model, config)
+    model.set_attn_implementation(implementation)
+    assert torch.equal(run(model, config).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_flash_attention_over_a_shared_prefix(dtype):
+    queries, keys, values = (torch.randn(2, 4, n, 64, device="cuda", dtype=dtype) for n in (24, 700, 700))
+    output, log_denominator = attend(queries, keys[:, :, 9:], values[:, :, 9:], 0.125)
+    scores = queries.double() @ keys[:, :, 9:].double().mT * 0.125
+    torch.testing.assert_close(output.double(), scores.softmax(-1) @ values[:, :, 9:].double(), rtol=0, atol=1e-2)
+    torch.testing.assert_close(log_denominator.double(), scores.logsumexp(-1), rtol=0, atol=1e-2)
 
 
 def test_abstention():

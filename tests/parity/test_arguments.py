@@ -1,6 +1,7 @@
 """The rest of `generate`'s arguments: honoured exactly, or refused before the first token."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,8 +208,7 @@ REFUSED = [
     ({"num_beams": 3, "do_sample": True}, "beam_sample"),
     ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
     ({"use_cache": False}, "`use_cache=False` cannot be steered"),
-    ({"cache_implementation": "static"}, "Cache 'static' cannot look ahead yet"),
-    ({"cache_implementation": "offloaded"}, "Cache 'offloaded' cannot look ahead yet"),
+    ({"cache_implementation": "offloaded"}, "an offloaded DynamicCache, cannot look ahead"),
     ({"token_type_ids": torch.zeros(1, 11, dtype=torch.long)}, "token_type_ids"),
     ({"stop_strings": ["x"]}, "`stop_strings` need the tokenizer"),
     ({"synced_gpus": True}, "`synced_gpus` does not reach"),
@@ -226,21 +226,33 @@ def test_what_cannot_be_honoured_is_refused_before_the_first_token(model, argume
 def test_assistants_and_foreign_caches_are_refused(model):
     with pytest.raises(ValueError, match="`assistant_model` does not reach|assisted_generation"):
         model.generate(**prompts(1), value_steer=accepting(model), assistant_model=build("llama"))
-    static = StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="Cache 'StaticCache' cannot look ahead yet"):
-        model.generate(**prompts(1), value_steer=accepting(model), past_key_values=static)
+    static = StaticCache(config=model.config, max_cache_len=15)
+    model(torch.tensor([[3]]), past_key_values=static)
+    with pytest.raises(ValueError, match="holds 15 tokens, but the text may get 16 long"):
+        model.generate(**prompts(1), max_new_tokens=5, value_steer=accepting(model), past_key_values=static)
 
 
 def test_models_that_were_not_verified_are_refused():
-    from transformers import BloomConfig
+    from transformers import RwkvConfig
 
-    bloom = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="not verified for model type 'bloom'"):
-        enable_value_steer(bloom).generate(torch.tensor([[3, 4]]), value_steer=accepting(bloom), max_new_tokens=2)
-    flex = build("llama")
-    flex.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match="attn_implementation='flex_attention' cannot look ahead"):
-        enable_value_steer(flex).generate(**prompts(1), value_steer=accepting(flex), max_new_tokens=2)
+    rwkv = AutoModelForCausalLM.from_config(RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="not verified for model type 'rwkv'"):
+        enable_value_steer(rwkv).generate(torch.tensor([[3, 4]]), value_steer=accepting(rwkv), max_new_tokens=2)
+
+
+def test_a_kernel_that_does_not_fit_is_refused(model, monkeypatch):
+    masked = replace(accepting(model), lookahead="masked")
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flex_attention")
+    with pytest.raises(ValueError, match="lookahead='masked' cannot be used with model type 'llama', attn_impl"):
+        model.generate(**prompts(1), value_steer=masked, max_new_tokens=2)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "eager")
+    shared = replace(accepting(model), lookahead="shared_prefix")
+    arguments = {"return_dict_in_generate": True, "output_attentions": True}
+    with pytest.raises(ValueError, match='and the arguments of this call; "auto" takes one of masked, expanded'):
+        model.generate(**prompts(1), value_steer=shared, max_new_tokens=2, **arguments)
+    holes = prompts(1) | {"attention_mask": torch.tensor([[1] * 5 + [0] * 2 + [1] * 4])}
+    with pytest.raises(ValueError, match="lookahead='shared_prefix' cannot be used"):
+        model.generate(**holes, value_steer=shared, max_new_tokens=2)
 
 
 def test_compile_config_is_no_obstacle(model):

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
-from hf_value_steer.generation.cache import LookaheadCache, pick
+from hf_value_steer.generation.cache import LiveCache
+from hf_value_steer.generation.lookahead import LookaheadCache, pick
 
 
 def filled(rows=3, length=5):
@@ -14,22 +15,28 @@ def filled(rows=3, length=5):
     return cache
 
 
+def look(cache, count=3, window=None, rows=None, **kind):
+    live = LiveCache(cache, LlamaConfig(num_hidden_layers=1))
+    live.windows = [window]
+    return LookaheadCache(live, count, rows=rows, **kind)
+
+
 def test_the_prefix_of_one_row_is_a_view():
     cache = filled()
-    lookahead = LookaheadCache(cache, [None], torch.tensor([1]))
+    lookahead = look(cache, rows=torch.tensor([1]))
     layer = lookahead.layers[0]
     assert layer.prefix_keys.data_ptr() == cache.layers[0].keys[1].data_ptr()
     assert layer.prefix_length == 4 and lookahead.get_seq_length() == 4
 
 
 def test_without_rows_the_whole_cache_is_the_prefix():
-    lookahead = LookaheadCache(filled(), [None])
+    lookahead = look(filled())
     assert lookahead.layers[0].prefix_length == 5 and lookahead.get_seq_length() == 5
     assert lookahead.get_mask_sizes(3, 0) == (8, 0)
 
 
 def test_a_window_limits_the_prefix():
-    lookahead = LookaheadCache(filled(), [4], torch.tensor([0, 2]))
+    lookahead = look(filled(), window=4, rows=torch.tensor([0, 2]))
     assert torch.equal(lookahead.layers[0].prefix_keys, filled().layers[0].keys[[0, 2], :, 1:4])
     assert lookahead.get_mask_sizes(2, 0) == (5, 1)
 
@@ -37,7 +44,7 @@ def test_a_window_limits_the_prefix():
 def test_updating_and_replacing():
     cache, rows = filled(), torch.tensor([0, 2])
     before = cache.layers[0].keys.clone()
-    lookahead = LookaheadCache(cache, [None], rows)
+    lookahead = look(cache, rows=rows)
     own = torch.full((2, 2, 3, 4), 7.0) + torch.arange(3)[:, None]
     keys, values = lookahead.update(own, -own, 0)
     assert keys.shape == (2, 2, 7, 4) and torch.equal(values[:, :, 4:], -own)
@@ -50,7 +57,7 @@ def test_updating_and_replacing():
 
 def test_appending():
     cache = filled(rows=2)
-    lookahead = LookaheadCache(cache, [None])
+    lookahead = look(cache)
     own = torch.zeros(2, 2, 3, 4) + torch.arange(3)[:, None]
     lookahead.update(own, own, 0)
     lookahead.append(torch.tensor([2, 1]))

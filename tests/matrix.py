@@ -1,0 +1,225 @@
+"""Which model types can be steered, with which caches and kernels: measured on a tiny random model of each type.
+
+    python -m tests.matrix --output docs/families.md
+
+For every type: *identity* (a head that accepts everything changes no token of plain `generate`) and *oracle* (every
+committed token is the one that the cache-free oracle picks, values to 1e-4), lazy and eager, in float32, on texts
+three times as long as the sliding windows, with left padding.
+"""
+
+import argparse
+import json
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+import torch
+import transformers
+from transformers import set_seed
+
+from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from tests.families import accepting_head, prompts, random_head
+from tests.oracle import Oracle
+from tests.tiny_models import CACHE_DISAGREES, MODEL_TYPES, UNBUILDABLE, build_tiny
+
+
+KERNELS = ("shared_prefix", "masked", "expanded")
+CACHES = ("dynamic", "block", "static")
+NEW_TOKENS = 14
+SAMPLING = {"do_sample": True, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": NEW_TOKENS}
+
+
+class Everything:
+    """A set that holds whatever one asks for."""
+
+    def __contains__(self, _item):
+        return True
+
+    def __iter__(self):
+        return iter(())
+
+
+def let_everything_in():
+    """Take the list of verified types out of the way."""
+    stack = ExitStack()
+    for name in ("validation.VERIFIED", "kernels.MASKED", "kernels.SHARED_PREFIX"):
+        stack.enter_context(mock.patch(f"hf_value_steer.generation.{name}", Everything()))
+    return stack
+
+
+def plain(model, inputs, cache=None, **extra):
+    """Plain `generate` with a cache by name."""
+    set_seed(5)
+    return model.generate(**inputs, **SAMPLING, **named_cache(model, cache), return_dict_in_generate=True, **extra)
+
+
+def steered(model, inputs, cache, head, threshold, **options):
+    config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=4, **options)
+    extra = {"custom_generate": value_steer_generate, "value_steer": config, "output_logits": True}
+    return plain(model, inputs, cache, **extra)
+
+
+def named_cache(model, name):
+    if name == "block":
+        return {"past_key_values": BlockCache(model.config)}
+    return {"cache_implementation": name}
+
+
+def usable_prompts(model):
+    """Left-padded prompts if the family knows what to do with them, else prompts of one length; whether it does."""
+    padded, options = prompts(3), {"max_new_tokens": 10, "eos_token_id": None, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    together = torch.stack(model.generate(**padded, **options).logits, dim=1)
+    for row, mask in enumerate(padded["attention_mask"]):
+        alone = model.generate(padded["input_ids"][row, mask.bool()][None], **options)
+        if not torch.allclose(torch.cat(alone.logits), together[row], rtol=1e-3, atol=1e-3):
+            whole = padded["input_ids"].clamp(min=3)
+            return {"input_ids": whole, "attention_mask": torch.ones_like(whole)}, False
+    return padded, True
+
+
+def expectation(model, inputs):
+    """What the oracle commits: `(sequences, values)`."""
+    oracle = Oracle(ValueFilterConfig(value_head=random_head(model), threshold=0.5, num_candidates=4))
+    set_seed(5)
+    sequences = model.generate(**inputs, **SAMPLING, custom_generate=oracle)
+    assert any(map(any, oracle.interventions)), "the oracle never intervened: a test that cannot fail"
+    return sequences, oracle.values
+
+
+def check(model, inputs, cache, kernel, evaluation, expected):
+    """`None`, or what is wrong with steering in one line."""
+    options = {"lookahead": kernel, "evaluation": evaluation}
+    sequences, values = expected
+    out = steered(model, inputs, cache, random_head(model), 0.5, **options)
+    if not torch.equal(out.sequences, sequences):
+        return "oracle: other tokens"
+    for row, wanted in enumerate(values):
+        if not torch.allclose(out.values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
+            return "oracle: other values"
+    same, base = (
+        steered(model, inputs, cache, accepting_head(model), 0.9, **options),
+        plain(model, inputs, cache, output_logits=True),
+    )
+    if not torch.equal(same.sequences, base.sequences):
+        return "identity: other tokens than plain generate"
+    if not torch.allclose(torch.stack(same.logits), torch.stack(base.logits), rtol=1e-3, atol=1e-3):
+        return "identity: other logits than plain generate"
+    return None
+
+
+def one_line(error):
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+def attempt(function, *arguments):
+    """`"ok"`, or what went wrong in one line."""
+    try:
+        return function(*arguments) or "ok"
+    except Exception as error:
+        return one_line(error)
+
+
+def examine(model_type):
+    """What works for one type: `{"padding": bool, cache: {kernel: "ok" or a reason}}`, or `{"reason": ...}`."""
+    try:
+        model = build_tiny(model_type)
+        inputs, padding = usable_prompts(model)
+        base = plain(model, inputs).sequences
+        expected = expectation(model, inputs)
+    except Exception as error:
+        return {"reason": f"without steering: {one_line(error)}"}
+    result = {"padding": padding}
+    for cache in CACHES:
+        try:
+            trusted = torch.equal(plain(model, inputs, cache).sequences, base)
+        except Exception as error:
+            result[cache] = f"plain generate: {one_line(error)}"
+            continue
+        if not trusted:
+            result[cache] = "plain generate gives other tokens than with its default cache"
+            continue
+        result[cache] = {
+            kernel: next(
+                (
+                    wrong
+                    for evaluation in ("lazy", "eager")
+                    if (wrong := attempt(check, model, inputs, cache, kernel, evaluation, expected)) != "ok"
+                ),
+                "ok",
+            )
+            for kernel in KERNELS
+        }
+    return result
+
+
+# Why the others are refused, where `tiny_models` does not say it.
+_INDEXED = "sparse attention with an indexer, whose cache layers cannot look ahead yet"
+_OWN_CACHE = "keeps a cache of its own that `transformers` cannot roll back"
+_POSITIONS = "its forward numbers positions in another way than `generate`: plain generation differs from a forward"
+REASONS = {
+    **dict.fromkeys(["axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4", "qwen4_exp", "qwen4_exp_text"], _INDEXED),
+    **dict.fromkeys(["minimax", "xlnet", "xlstm", "minimax_m3_vl_text"], _OWN_CACHE),
+    **dict.fromkeys(["camembert", "data2vec-text", "roberta", "roberta-prelayernorm"], _POSITIONS),
+    **dict.fromkeys(["xlm-roberta", "xlm-roberta-xl", "xmod"], _POSITIONS),
+    **dict.fromkeys(["openai-gpt", "xlm"], "has no cache"),
+    "inkling_text": "its hybrid sliding layers make masks of their own",
+    "mllama": "its cross-attention layers leave empty cache layers without an image",
+    "mpt": "its configuration turns the cache off",
+    **CACHE_DISAGREES,
+    **UNBUILDABLE,
+}
+
+
+def usable(result, kernel):
+    """Whether a kernel works with every cache that the family itself works with."""
+    caches = [result.get(cache) for cache in CACHES]
+    return isinstance(caches[0], dict) and all(cache[kernel] == "ok" for cache in caches if isinstance(cache, dict))
+
+
+def page(results):
+    """The table as Markdown."""
+    passed = {name: result for name, result in results.items() if usable(result, "expanded")}
+    lines = [
+        "# Model types",
+        "",
+        f"`python -m tests.matrix --output docs/families.md` (transformers {transformers.__version__}, torch "
+        f"{torch.__version__.split('+')[0]}, CPU, float32) passed {len(passed)} of the "
+        f"{len(results) + len(UNBUILDABLE)} types that `AutoModelForCausalLM` knows, on a tiny random model of each: "
+        "identity and oracle, lazy and eager, past the sliding window. Everything else is refused by name before the "
+        "first token.",
+        "",
+        "| type | `shared_prefix` | `masked` | `expanded` | caches | left padding |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in passed.items():
+        kernels = " | ".join("yes" if usable(result, kernel) else "" for kernel in KERNELS)
+        caches = ", ".join(cache for cache in CACHES if isinstance(result[cache], dict))
+        lines.append(f"| {name} | {kernels} | {caches} | {'yes' if result['padding'] else 'not in this family'} |")
+    lines += ["", "A cache is missing where plain `generate` itself fails with it or gives other tokens.", ""]
+    lines += ["| refused | why |", "|---|---|"]
+    lines += [f"| {name} | {REASONS[name]} |" for name in sorted([*results, *UNBUILDABLE]) if name not in passed]
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="model types, all by default")
+    parser.add_argument("--output", type=Path, help="where to write the page")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    results = {}
+    with let_everything_in():
+        for model_type in arguments.types or MODEL_TYPES:
+            results[model_type] = examine(model_type)
+            print(model_type, json.dumps(results[model_type]), flush=True)
+    if arguments.output:
+        arguments.output.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""With a static cache the ordinary step is compiled exactly when plain `generate` compiles it, and once."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig, set_seed
+
+from hf_value_steer import ValueFilterConfig, value_steer_generate
+from tests.families import accepting_head, build, prompts, random_head
+
+
+@pytest.fixture
+def compile_config():
+    """As on an accelerator, with a backend that takes no time."""
+    torch._dynamo.reset()
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    yield config
+    torch._dynamo.reset()
+
+
+def generate(model, config, new_tokens=20, **arguments):
+    set_seed(3)
+    return model.generate(
+        **prompts(3), do_sample=True, max_new_tokens=new_tokens, cache_implementation="static",
+        compile_config=config, return_dict_in_generate=True, **arguments,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_identity_and_no_recompilation(family, compile_config):
+    model = build(family)
+    plain = generate(model, compile_config)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    counters.clear()
+    config = ValueFilterConfig(value_head=accepting_head(model))
+    steer = {"custom_generate": value_steer_generate, "value_steer": config}
+    steered = generate(model, compile_config, **steer)
+    assert torch.equal(steered.sequences, plain.sequences)
+    assert 0 < counters["stats"]["unique_graphs"] <= graphs
+    counters.clear()
+    again = generate(model, compile_config, **steer)
+    assert torch.equal(again.sequences, steered.sequences) and counters["stats"]["unique_graphs"] == 0
+    assert torch.equal(generate(model, compile_config).sequences, plain.sequences)
+
+
+def test_interventions_are_those_of_the_uncompiled_engine(compile_config):
+    model = build("qwen3")
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4)
+    steer = {"custom_generate": value_steer_generate, "value_steer": config}
+    compiled, ordinary = generate(model, compile_config, **steer), generate(model, None, **steer)
+    assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
+    torch.testing.assert_close(compiled.values, ordinary.values, equal_nan=True)

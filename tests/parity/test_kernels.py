@@ -1,0 +1,90 @@
+"""Every kernel commits what the oracle commits, over every cache, and leaves the cache of the text behind."""
+
+import pytest
+import torch
+from transformers import set_seed
+
+from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer.generation.kernels import Expanded, Masked, SharedPrefix, choose_kernel
+from tests.families import build, prompts, random_head
+from tests.oracle import Oracle
+
+
+KERNELS = ("shared_prefix", "masked", "expanded")
+CACHES = ("dynamic", "static", "block")
+
+
+def generate(model, cache, **arguments):
+    set_seed(5)
+    if cache == "block":
+        arguments["past_key_values"] = BlockCache(model.config)
+    elif cache == "static":
+        arguments["cache_implementation"] = "static"
+    return model.generate(**prompts(3), do_sample=True, max_new_tokens=14, return_dict_in_generate=True, **arguments)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma3"])
+def case(request):
+    model = build(request.param)
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.35, num_candidates=4)
+    oracle = Oracle(config)
+    set_seed(5)
+    return (
+        model,
+        config.value_head,
+        model.generate(**prompts(3), do_sample=True, max_new_tokens=14, custom_generate=oracle, eos_token_id=None),
+    )
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_and_cache(case, kernel, cache, evaluation):
+    model, head, expected = case
+    config = ValueFilterConfig(
+        value_head=head, threshold=0.35, num_candidates=4, lookahead=kernel, evaluation=evaluation
+    )
+    out = generate(model, cache, custom_generate=value_steer_generate, value_steer=config, eos_token_id=None)
+    assert torch.equal(out.sequences, expected) and out.interventions.any()
+    assert int(out.past_key_values.get_seq_length()) == out.sequences.shape[1] - 1
+    mask = torch.cat([prompts(3)["attention_mask"], torch.ones(3, 14, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    fresh = model(out.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
+    inputs = {"attention_mask": mask, "position_ids": positions[:, -1:], "past_key_values": out.past_key_values}
+    cached = model(out.sequences[:, -1:], **inputs).logits[:, -1]
+    torch.testing.assert_close(cached, fresh, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_loaded_with_eager_attention():
+    model = build("qwen3")
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.35, num_candidates=4)
+    arguments = {"custom_generate": value_steer_generate, "value_steer": config}
+    expected = generate(model, "dynamic", **arguments)
+    model.set_attn_implementation("eager")
+    out = generate(model, "dynamic", **arguments)
+    assert torch.equal(out.sequences, expected.sequences) and out.interventions.any()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_what_auto_chooses(monkeypatch):
+    llama = build("llama")
+    assert isinstance(choose_kernel("auto", llama), SharedPrefix)
+    assert isinstance(choose_kernel("auto", llama, torch.tensor([[0, 1, 1]])), SharedPrefix)
+    assert isinstance(choose_kernel("auto", llama, torch.tensor([[1, 0, 1]])), Masked)
+    assert isinstance(choose_kernel("auto", llama, output_attentions=True), Masked)
+    monkeypatch.setattr(llama.config, "model_type", "bloom")
+    assert isinstance(choose_kernel("auto", llama), Expanded)
+
+
+def test_a_model_that_attends_on_its_own_is_not_steered_without_a_prefix(monkeypatch):
+    model = build("llama")
+    forward = model.model.layers[1].self_attn.forward
+    monkeypatch.setattr(
+        model.model.layers[1].self_attn, "forward",
+        lambda hidden_states, past_key_values, **kw: forward(hidden_states, past_key_values=None, **kw)
+        if past_key_values is None else (past_key_values.update(*[torch.zeros(len(hidden_states), 2, 1, 8)] * 2, 1)
+                                         and (hidden_states, None)),
+    )  # fmt: skip
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.35)
+    with pytest.raises(RuntimeError, match='has an attention of its own; pass lookahead="expanded"'):
+        generate(model, "dynamic", custom_generate=value_steer_generate, value_steer=config)

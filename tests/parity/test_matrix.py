@@ -1,0 +1,43 @@
+"""A third of the verified model types, with the kernel that `auto` takes; `python -m tests.matrix` tries them all."""
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from hf_value_steer.generation.families import MASKED, SHARED_PREFIX, VERIFIED
+from tests.matrix import KERNELS, check, expectation, usable_prompts
+from tests.tiny_models import MODEL_TYPES, build_tiny, tiny_config
+
+
+PAGE = Path("docs/families.md").read_text()
+THIRD = [name for name in MODEL_TYPES if name in VERIFIED][::3]
+
+
+@pytest.mark.parametrize("model_type", THIRD)
+@pytest.mark.filterwarnings("ignore")
+def test_identity_and_oracle(model_type):
+    model = build_tiny(model_type)
+    inputs, _ = usable_prompts(model)
+    expected = expectation(model, inputs)
+    caches = re.search(rf"^\| {model_type} \|.*\| ([a-z, ]+) \| [a-z ]+ \|$", PAGE, re.M).group(1).split(", ")
+    for cache, evaluation in zip(caches, ("lazy", "eager", "lazy"), strict=False):
+        assert check(model, inputs, cache, "auto", evaluation, expected) is None, (cache, evaluation)
+
+
+def test_the_page_and_the_list_agree():
+    rows = re.findall(r"^\| ([\w-]+) \| (yes)? ?\| (yes)? ?\| (yes)? ?\|", PAGE, re.M)
+    listed = {tiny_config(name).get_text_config(decoder=True).model_type: kernels for name, *kernels in rows}
+    assert set(listed) == VERIFIED
+    families = (SHARED_PREFIX, MASKED, VERIFIED)
+    for name, kernels in listed.items():
+        assert [name in family for family in families] == [bool(kernel) for kernel in kernels], name
+    assert len(KERNELS) == len(families) and len(rows) >= 45
+
+
+def test_refused_types_have_a_reason():
+    refused = dict(re.findall(r"^\| ([\w-]+) \| ([^|]+) \|$", PAGE, re.M))
+    refused.pop("refused")
+    assert all(len(reason) > 10 for reason in refused.values())
+    assert AutoConfig.for_model("mpt").model_type in refused and not set(refused) & VERIFIED
