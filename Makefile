@@ -30,8 +30,10 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
+	$(PIP) --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python -m benchmarks.overhead --dtype float32 --output benchmarks/results/overhead-float32.json
 	$(BIN)/python -m benchmarks.overhead --dtype bfloat16 --output benchmarks/results/overhead-bfloat16.json
+	$(BIN)/python -m benchmarks.scaling --output benchmarks/results/scaling-float32.json --plot docs/scaling.png
 	$(BIN)/python -m benchmarks.efficacy --output benchmarks/results/efficacy-toxicity.json
 	$(MAKE) tables
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -51,9 +52,17 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     The same checkpoint gives the same answer in float32, bfloat16 and (for checkpoints stored in bfloat16) float16.
     A fine-tuned, merged or quantised backbone gives another one: its features are others, too.
+
+    Raises:
+        ValueError: if weights are offloaded, or sharded over several processes, and so cannot be read here.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        if parameter.is_meta or isinstance(parameter.data, DTensor):
+            raise ValueError(
+                f"The weights {name} are offloaded or sharded, so this backbone cannot be identified: pass "
+                "`allow_backbone_mismatch=True` if you know that the head fits."
+            )
         flat = parameter.detach().flatten()
         stride = max(flat.numel() // SAMPLES_PER_PARAMETER, 1)
         sample = flat[::stride][:SAMPLES_PER_PARAMETER]

@@ -100,6 +100,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self.tap.read(input_ids)
         if self.tap.prefill:
             self.prompt_length = input_ids.shape[1]
+            self.scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
         step = input_ids.shape[1] - self.prompt_length
         if step < self.config.min_new_tokens:
             return scores
@@ -125,7 +126,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         values: list[Tensor] = []
 
         def score(features: Tensor) -> Tensor:
-            values.append(self.head(features).values.to(candidates.device))
+            values.append(self.scorer.values(features))
             return torch.zeros_like(candidates[:, 0])
 
         inputs = self.tap.continuation_inputs()
@@ -136,8 +137,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def _keep(self, candidates: Tensor, values: Tensor, scores: Tensor) -> Tensor:
         """Which candidates stay, `(rows, K)`: the acceptable ones, else the fallback's choice."""
-        config, polarity = self.config, self.head.config.polarity
-        threshold = bind(config, self.head, len(candidates), candidates.device).threshold[:, None]
+        config, polarity, threshold = self.config, self.scorer.polarity, self.scorer.threshold[:, None]
         drawn = candidates >= 0
         passed = acceptable(values, threshold, polarity) & drawn
         if config.fallback == "abstain":

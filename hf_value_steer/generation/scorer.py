@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import feature_width, fingerprint, output_embedding
+from hf_value_steer.backbone import feature_width, fingerprint
 from hf_value_steer.configuration import SteeringConfig
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity, acceptable
@@ -14,7 +14,7 @@ from hf_value_steer.policy import Polarity, acceptable
 
 @dataclass(frozen=True)
 class Scorer:
-    """A head on the feature's device, with one threshold a row (`(batch,)`, float32)."""
+    """A head with one threshold a row (`(batch,)`, float32)."""
 
     head: ValueHead
     threshold: Tensor
@@ -24,7 +24,12 @@ class Scorer:
         return self.head.config.polarity  # type: ignore[no-any-return]
 
     def values(self, features: Tensor) -> Tensor:
-        """Values in (0, 1), or NaN, of features `(..., width)`, on the device of the thresholds."""
+        """Values in (0, 1), or NaN, of features `(..., width)`, on the device of the thresholds.
+
+        The head goes to where the features are: with `device_map` or offloading, no weight tells that beforehand.
+        """
+        if self.head.device != features.device:
+            self.head.to(features.device)
         return self.head(features).values.to(self.threshold.device)  # type: ignore[no-any-return]
 
     def accepts(self, values: Tensor) -> Tensor:
@@ -47,7 +52,7 @@ def bind(config: SteeringConfig, head: ValueHead, batch_size: int, device: torch
 
 
 def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
-    """Load the head that `config` names if need be, check that it fits `model`, and place it beside the feature.
+    """Load the head that `config` names if need be, and check that it fits `model`.
 
     Raises:
         ValueError: if there is no head, or it is for another backbone or another width.
@@ -58,7 +63,6 @@ def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
     if not isinstance(head, ValueHead):
         raise TypeError(f"`value_head` has to be a ValueHead, got a {type(head).__name__}.")
     check_fit(head, model, config.allow_backbone_mismatch)
-    head.to(output_embedding(model).weight.device)
     return head
 
 

@@ -1,0 +1,99 @@
+"""Weights that are offloaded, quantised, or sharded over processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+
+from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer.backbone import fingerprint
+from tests.families import _DECODER, build, prompts, random_head
+from tests.oracle import Oracle
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLING = {"do_sample": True, "max_new_tokens": 10, "eos_token_id": None}
+
+
+def steer(model, config):
+    set_seed(0)
+    return model.generate(
+        **prompts(3), **SAMPLING, custom_generate=value_steer_generate, value_steer=config,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+
+
+def test_weights_offloaded_to_disk(tmp_path):
+    model = build("llama")
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.rotary_emb": "cpu"}
+    places |= {"model.layers.1": "disk", "model.norm": "disk", "lm_head": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
+    )
+    assert offloaded.lm_head.weight.is_meta
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4)
+    out, expected = steer(offloaded, config), steer(model, config)
+    assert out.interventions.any() and torch.equal(out.sequences, expected.sequences)
+    with pytest.raises(ValueError, match="offloaded or sharded, so this backbone cannot be identified"):
+        fingerprint(offloaded)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_weights(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    set_seed(0)
+    sizes = _DECODER | {"hidden_size": 128, "intermediate_size": 256}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    )
+    assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.5, num_candidates=4)
+    out = steer(model, config)
+    set_seed(0)
+    expected = model.generate(**prompts(3), **SAMPLING, custom_generate=Oracle(config))
+    assert out.interventions.any() and torch.equal(out.sequences, expected)
+
+
+RANK = """
+import torch, sys
+from transformers import AutoModelForCausalLM
+from tests.integration.test_devices import ValueFilterConfig, random_head, steer
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
+for kernel in ("shared_prefix", "masked", "expanded"):
+    for evaluation in ("lazy", "eager"):
+        config = ValueFilterConfig(
+            value_head=random_head(model), threshold=0.4, lookahead=kernel, evaluation=evaluation
+        )
+        torch.save(steer(model, config).sequences, f"{sys.argv[2]}/{kernel}-{evaluation}-{torch.distributed.get_rank()}")
+"""
+
+
+def test_tensor_parallel_ranks_commit_the_same_tokens(tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**_DECODER | {"vocab_size": 102}))
+    model.save_pretrained(tmp_path / "model")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        [*command, str(tmp_path / "model"), str(tmp_path)], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    expected = steer(model.eval(), ValueFilterConfig(value_head=random_head(model), threshold=0.4))
+    assert expected.interventions.any()
+    for kernel in ("shared_prefix", "masked", "expanded"):
+        for evaluation in ("lazy", "eager"):
+            for rank in (0, 1):
+                sequences = torch.load(tmp_path / f"{kernel}-{evaluation}-{rank}")
+                assert torch.equal(sequences, expected.sequences), (kernel, evaluation, rank)
