@@ -74,7 +74,8 @@ for kernel in ("shared_prefix", "masked", "expanded"):
         config = ValueFilterConfig(
             value_head=random_head(model), threshold=0.4, lookahead=kernel, evaluation=evaluation
         )
-        torch.save(steer(model, config).sequences, f"{sys.argv[2]}/{kernel}-{evaluation}-{torch.distributed.get_rank()}")
+        name = f"{kernel}-{evaluation}-{torch.distributed.get_rank()}"
+        torch.save(steer(model, config).sequences, f"{sys.argv[2]}/{name}")
 """
 
 

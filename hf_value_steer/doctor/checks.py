@@ -1,0 +1,262 @@
+"""The checks of the doctor, each a function of one context."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_value_steer.backbone import output_embedding
+from hf_value_steer.configuration import ValueFilterConfig
+from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
+from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh
+from hf_value_steer.generation.kernels import choose_kernel
+from hf_value_steer.generation.validation import refuse_model
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.policy import acceptable
+
+
+Status = Literal["ok", "FAIL", "n.a.", "info"]
+EVALUATIONS: tuple[Literal["lazy", "eager"], ...] = ("lazy", "eager")
+KERNELS = ("shared_prefix", "masked", "expanded")  # fastest first
+POSITIONS, PAIRS, TIMED_TOKENS = 16, 3, 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Args:
+        name (`str`): what was checked.
+        status (`str`): `"ok"`, `"FAIL"`, `"n.a."` if there was nothing to check, `"info"` if there is nothing to pass.
+        detail (`str`): one sentence, with the remedy where there is one.
+        numbers (`dict`): what was measured.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def diagnose(model: PreTrainedModel, head: ValueHead | str | None = None, num_candidates: int = 8) -> list[Check]:
+    """Check that steering `model` will be exact, on random tokens; takes some hundred forwards of one token.
+
+    Args:
+        model: the backbone, in evaluation mode, where it will run.
+        head ([`ValueHead`] or `str`, *optional*): the head, or its folder or Hub id. Without one that fits, a random
+            linear head stands in for it in the checks that need values.
+        num_candidates (`int`): K.
+
+    Returns:
+        One [`Check`] each, in the order of `CHECKS`. A check that raises has failed; the others still run.
+    """
+    context = Context(model, head, num_candidates)
+    with torch.no_grad():
+        return [_attempt(check, context) for check in CHECKS]
+
+
+def check_feature(context: Context) -> Check:
+    """What the output embedding consumes is `last_hidden_state`, and nothing non-linear follows."""
+    input_ids, module = context.prompts(2), output_embedding(context.model)
+    feature = context.features(input_ids)
+    expected = context.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.float()
+    if feature.shape != expected.shape:
+        return Check("feature", "FAIL", f"has shape {_shape(feature)}, but last_hidden_state {_shape(expected)}")
+    probe = feature.to(module.weight.dtype)  # type: ignore[arg-type]
+    doubled, once, bias = (module(factor * probe).float() for factor in (2, 1, 0))
+    numbers = {
+        "width": feature.shape[-1],
+        "difference": _relative(feature, expected),
+        "nonlinearity": _relative(doubled + bias, 2 * once),
+    }
+    if not numbers["difference"] <= context.tolerance:
+        detail = "the output embedding does not consume last_hidden_state: a head trained on that reads another tensor"
+        return Check("feature", "FAIL", f"{detail} (relative difference {numbers['difference']:.2g})", numbers)
+    if not numbers["nonlinearity"] <= context.tolerance:
+        return Check("feature", "FAIL", "the output embedding is not linear: a norm follows the feature?", numbers)
+    if feature.shape[-1] != context.head.config.hidden_size:
+        detail = f"has width {feature.shape[-1]}, but the head {context.head.config.hidden_size}"
+        return Check("feature", "FAIL", detail, numbers)
+    return Check("feature", "ok", f"last_hidden_state, after the final norm, width {feature.shape[-1]}", numbers)
+
+
+def check_head(context: Context) -> Check:
+    """The head loads, fits the width, is finite, and was trained on this backbone."""
+    if context.given is None:
+        return Check("head", "n.a.", "none given; a random linear head stands in for it below")
+    config = context.loaded.config
+    if config.backbone_fingerprint is None:
+        return Check("head", "info", "fits the width; its config holds no fingerprint, so the backbone is not known")
+    return Check("head", "ok", f"fits; backbone {config.backbone}, fingerprint {config.backbone_fingerprint}")
+
+
+def check_kernel(context: Context) -> Check:
+    """Which kernel `lookahead="auto"` takes, and why none that is faster."""
+    refuse_model(context.model)
+    chosen = type(choose_kernel("auto", context.model)).__name__
+    reasons = [_refusal(name, context.model) for name in KERNELS]
+    faster = itertools.takewhile(bool, reasons)
+    return Check("kernel", "info", ". ".join([chosen, *map(str, faster)]))
+
+
+def check_identity(context: Context) -> Check:
+    """With a head that accepts everything, greedy search writes what plain greedy search writes."""
+    input_ids = context.prompts(2, seed=1)
+    plain, steered = context.generate(input_ids), context.steer(input_ids, context.accepting())
+    different = int((plain.sequences != steered.sequences).sum())
+    numbers = {"tokens": 2 * NEW_TOKENS, "different": different}
+    if different:
+        return Check("identity", "FAIL", f"{different} of {2 * NEW_TOKENS} tokens differ from plain generate", numbers)
+    return Check("identity", "ok", f"{2 * NEW_TOKENS} tokens are those of plain generate", numbers)
+
+
+def check_cache(context: Context) -> Check:
+    """After interventions, the returned cache goes on as a fresh prefill of the committed text does."""
+    input_ids = context.prompts(2, seed=1)
+    threshold = _median_threshold(context, context.generate(input_ids).sequences)
+    numbers: dict[str, float] = {}
+    for evaluation in EVALUATIONS:
+        config = ValueFilterConfig(
+            value_head=context.head, threshold=threshold, evaluation=evaluation, num_candidates=context.num_candidates
+        )
+        out = context.steer(input_ids, config)
+        numbers[f"interventions_{evaluation}"] = int(out.interventions.sum())
+        held = context.generate(out.sequences, 1, custom_generate=held_and_fresh(out.past_key_values))
+        numbers[f"difference_{evaluation}"] = _standardized(context, *held)
+    interventions = min(numbers[f"interventions_{evaluation}"] for evaluation in EVALUATIONS)
+    differences = [numbers[f"difference_{evaluation}"] for evaluation in EVALUATIONS]
+    if interventions == 0:
+        return Check("cache", "FAIL", "the head never intervened, so nothing was checked: is it constant?", numbers)
+    measured = f"the next feature differs from that of a fresh prefill by {max(differences):.2g} standard deviations"
+    if not all(difference <= 4 * context.tolerance for difference in differences):
+        return Check("cache", "FAIL", f"{measured} after {interventions} interventions: rollback fails", numbers)
+    return Check("cache", "ok", f"{measured} after {interventions} interventions", numbers)
+
+
+def check_drift(context: Context) -> Check:
+    """How far the value of a token forwarded alone is from its value among K candidates."""
+    alone, among = context.generate(
+        context.prompts(1, seed=2), POSITIONS, custom_generate=alone_and_among(context.num_candidates)
+    )
+    values = [context.values(features).cpu() for features in (alone, among)]
+    drift = float((values[0] - values[1]).abs().max())
+    threshold = context.head.config.threshold or float(values[0].median())
+    verdicts = [acceptable(value, torch.tensor(threshold), context.head.config.polarity) for value in values]
+    flips = int((verdicts[0] != verdicts[1]).sum())
+    numbers = {"max_abs_dvalue": drift, "flips": flips, "tokens": values[0].numel(), "threshold": threshold}
+    status: Status = "FAIL" if not drift <= 1e-4 and context.model.dtype == torch.float32 else "info"
+    detail = f"one row against {context.num_candidates}: max |dvalue| {drift:.2g}; {flips} of {values[0].numel()}"
+    return Check("drift", status, f"{detail} decisions flip at {threshold:.3g}", numbers)
+
+
+def check_padding(context: Context) -> Check:
+    """A left-padded batch has the values and the greedy tokens of its rows alone."""
+    whole, padding = context.prompts(3, seed=3), (0, 5, 9)
+    mask = torch.stack([torch.arange(PROMPT, device=whole.device) >= count for count in padding]).long()
+    together = context.steer(whole, context.reading(), attention_mask=mask, output_logits=True)
+    values, gaps = [], []
+    for row, count in enumerate(padding):
+        alone = context.steer(whole[row : row + 1, count:], context.reading(), output_logits=True)
+        value, gap = _row_difference(together, alone, row)
+        values.append(value)
+        gaps.append(gap)
+    numbers = {"max_abs_dvalue": max(values), "token_gap": max(gaps)}
+    measured = f"max |dvalue| {max(values):.2g}, other tokens up to {max(gaps):.2g} below the best"
+    if not (max(values) <= context.tolerance and max(gaps) <= context.tolerance):
+        return Check("padding", "FAIL", f"{measured}: pass prompts of one length", numbers)
+    return Check("padding", "ok", f"rows of a left-padded batch are as alone: {measured}", numbers)
+
+
+def check_speed(context: Context) -> Check:
+    """What steering without interventions costs."""
+    input_ids, config = context.prompts(1, seed=4), context.accepting()
+    context.steer(input_ids, config, new_tokens=2)
+    plain, steered = [], []
+    for _ in range(PAIRS):
+        plain.append(_seconds(lambda: context.generate(input_ids, TIMED_TOKENS)))
+        steered.append(_seconds(lambda: context.steer(input_ids, config, new_tokens=TIMED_TOKENS)))
+    numbers = {
+        "plain_tokens_per_second": TIMED_TOKENS / statistics.median(plain),
+        "steered_tokens_per_second": TIMED_TOKENS / statistics.median(steered),
+        "ratio": statistics.median(ours / theirs for ours, theirs in zip(steered, plain, strict=True)),
+    }
+    speeds = f"{numbers['plain_tokens_per_second']:.1f} plain, {numbers['steered_tokens_per_second']:.1f} steered"
+    return Check("speed", "info", f"tokens/s {speeds}; time ratio {numbers['ratio']:.2f}", numbers)
+
+
+CHECKS: tuple[Callable[[Context], Check], ...] = (
+    check_feature,
+    check_head,
+    check_kernel,
+    check_identity,
+    check_cache,
+    check_drift,
+    check_padding,
+    check_speed,
+)
+
+
+def _attempt(check: Callable[[Context], Check], context: Context) -> Check:
+    try:
+        return check(context)
+    except Exception as error:
+        return Check(check.__name__.removeprefix("check_"), "FAIL", f"{type(error).__name__}: {error}")
+
+
+def _refusal(name: str, model: PreTrainedModel) -> str | None:
+    """Why the kernel of that name cannot be used, or `None`."""
+    try:
+        choose_kernel(name, model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _row_difference(together: Any, alone: Any, row: int) -> tuple[float, float]:
+    """Largest difference of values up to the first other token, and how far that token is below the best.
+
+    The second number is in standard deviations of the logits: 0 where all tokens are the same, and next to nothing
+    where rounding broke a tie.
+    """
+    steps = len(alone.logits)
+    tokens = [out.sequences[index, -steps:] for out, index in ((together, row), (alone, 0))]
+    different = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
+    end = different[0] if different else steps
+    values = (together.values[row, :end] - alone.values[0, :end]).abs().tolist()
+    if not different:
+        return max(values), 0.0
+    logits = alone.logits[end][0]
+    return max(values, default=0.0), float((logits.max() - logits[tokens[0][end]]) / logits.std())
+
+
+def _median_threshold(context: Context, sequences: Tensor) -> float:
+    """The median value of the new tokens: about half of them are rejected."""
+    values = context.values(context.features(sequences)[:, PROMPT:])
+    return min(max(float(values.median()), 1e-6), 1 - 1e-6)
+
+
+def _relative(left: Tensor, right: Tensor) -> float:
+    """Norm of the difference, relative to `right`."""
+    return float((left - right).norm() / right.norm())
+
+
+def _standardized(context: Context, left: Tensor, right: Tensor) -> float:
+    """Root mean square difference of two features in standard deviations of each entry, of the worst row."""
+    difference = (left.float() - right.float()) / context.moments[1]
+    return float(difference.square().mean(dim=-1).sqrt().max())
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
