@@ -11,14 +11,14 @@ MASKABLE_ATTENTION = ("sdpa", "eager")
 
 
 def candidate_masks(
-    model: PreTrainedModel, lookahead: LookaheadCache, padding_mask: Tensor | None, shape: tuple[int, int]
+    model: PreTrainedModel, lookahead: LookaheadCache, padding_mask: Tensor, shape: tuple[int, int]
 ) -> Tensor | dict[str, Tensor]:
     """The 4-D mask of a look-ahead forward, or one for each kind of layer where the model has several.
 
     Args:
         model: the backbone.
         lookahead: the cache of the forward; its layers tell how much of the prefix each kind of layer keeps.
-        padding_mask (`torch.Tensor` of shape `(rows, length)`, *optional*): 0 where the prefix is padding.
+        padding_mask (`torch.Tensor` of shape `(rows, length)`): 0 where the text so far is padding.
         shape (`tuple`): `(rows, K)`.
 
     Returns:
@@ -28,21 +28,18 @@ def candidate_masks(
     config = model.config.get_text_config()
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None:
-        return _mask(model, lookahead.layers[0].prefix_length, padding_mask, shape)
+        return _mask(model, lookahead.layers[0].visible(padding_mask), shape)
     first_layers = {kind: layer_types.index(kind) for kind in set(layer_types)}
     return {
-        kind: _mask(model, lookahead.layers[index].prefix_length, padding_mask, shape)
+        kind: _mask(model, lookahead.layers[index].visible(padding_mask), shape)
         for kind, index in first_layers.items()
     }
 
 
-def _mask(model: PreTrainedModel, prefix: int, padding_mask: Tensor | None, shape: tuple[int, int]) -> Tensor:
+def _mask(model: PreTrainedModel, visible: Tensor, shape: tuple[int, int]) -> Tensor:
     rows, count = shape
-    visible = torch.ones(rows, prefix, dtype=torch.bool, device=model.device)
-    if padding_mask is not None:
-        visible = padding_mask[:, padding_mask.shape[1] - prefix :].bool()
     own = torch.eye(count, dtype=torch.bool, device=visible.device).expand(rows, 1, count, count)
-    mask = torch.cat([visible[:, None, None].expand(rows, 1, count, prefix), own], dim=-1)
+    mask = torch.cat([visible[:, None, None].expand(rows, 1, count, visible.shape[1]), own], dim=-1)
     if model.config.get_text_config()._attn_implementation == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(

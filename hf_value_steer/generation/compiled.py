@@ -1,5 +1,12 @@
-"""The ordinary decoding step, compiled where plain `generate` compiles it, with the feature among its results."""
+"""Forwards of one shape, compiled where plain `generate` compiles its decoding step, that return the feature, too.
 
+Plain `generate` compiles `model.__call__`, and a graph compiled there would not know of our hook. So these are
+functions of their own, kept on the model as plain `generate` keeps its own, and compiled once for all generations. The
+ordinary step and the look-ahead are two functions because two shapes of one function would make its graph a dynamic
+one, which CUDA graphs cannot capture.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,43 +17,53 @@ from transformers.utils import ModelOutput
 from hf_value_steer.backbone import intercept_feature
 
 
-class CompiledForward:
+Forward = Callable[[dict[str, Any]], tuple[ModelOutput, Tensor]]
+
+
+class CompiledForwards:
     """`model(**inputs)` under `torch.compile`, for static caches.
 
-    Plain `generate` compiles `model.__call__`, and a graph compiled there would not know of our hook. So this is a
-    function of its own, kept on the model as plain `generate` keeps its own, and compiled once for all generations.
+    Attributes:
+        step, look_ahead: from the forward's arguments to the model's output and the feature, `(rows, positions,
+            width)`, which no later replay of a graph overwrites.
     """
 
     def __init__(self, model: PreTrainedModel, config: CompileConfig):
         self.model, self.config = model, config
-        self.features: dict[str, Tensor] = {}
+        features: list[Tensor] = []
 
-        def call(inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
+        def forward_step(inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
             outputs = model(**inputs, return_dict=True)
-            return outputs, self.features["last"]
+            return outputs, features.pop()
 
-        self._call = torch.compile(call, **config.to_dict())
+        def forward_look_ahead(inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
+            outputs = model(**inputs, return_dict=True)
+            return outputs, features.pop()
 
-    def __call__(self, inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
-        """The model's output, and the feature `(rows, 1, width)`, which no later replay of the graph overwrites."""
-        with intercept_feature(self.model, self._keep):
-            outputs, feature = self._call(inputs)
-        self.features.clear()
-        return outputs, feature.clone()
+        self.keep = features.append
+        self.step = self._compile(forward_step)
+        self.look_ahead = self._compile(forward_look_ahead)
 
-    def _keep(self, feature: Tensor) -> None:
-        self.features["last"] = feature
+    def _compile(self, function: Forward) -> Forward:
+        compiled = torch.compile(function, **self.config.to_dict())
+
+        def forward(inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
+            with intercept_feature(self.model, self.keep):
+                outputs, feature = compiled(inputs)
+            return outputs, feature.clone()
+
+        return forward
 
 
-def compiled_forward(
+def compiled_forwards(
     model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> CompiledForward | None:
-    """The compiled step if plain `generate` would compile with these arguments, else `None`."""
+) -> CompiledForwards | None:
+    """The compiled forwards if plain `generate` would compile with these arguments, else `None`."""
     if not model._valid_auto_compile_criteria(model_kwargs, config):
         return None
     compile_config = config.compile_config or model._default_compile_config()
-    compiled: CompiledForward | None = vars(model).get("_value_steer_forward")
+    compiled: CompiledForwards | None = vars(model).get("_value_steer_compiled")
     if compiled is None or compiled.config != compile_config:
-        compiled = CompiledForward(model, compile_config)
-        model._value_steer_forward = compiled
+        compiled = CompiledForwards(model, compile_config)
+        model._value_steer_compiled = compiled
     return compiled

@@ -11,8 +11,8 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone import intercept_feature
 from hf_value_steer.generation.cache import LiveCache, cache_name
-from hf_value_steer.generation.compiled import CompiledForward, compiled_forward
-from hf_value_steer.generation.kernels import Kernel
+from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
+from hf_value_steer.generation.kernels import Kernel, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick
 
 
@@ -54,7 +54,7 @@ class Engine:
     def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], kernel: Kernel):
         self.model, self.model_kwargs, self.kernel = model, model_kwargs, kernel
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
-        self.compiled: CompiledForward | None = None
+        self.compiled: CompiledForwards | None = None
 
     def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
         """Forward the prompt; the state is that of its last token."""
@@ -63,7 +63,9 @@ class Engine:
         )
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         self.live.start()
-        self.compiled = compiled_forward(self.model, config, self.model_kwargs)
+        self.compiled = compiled_forwards(self.model, config, self.model_kwargs)
+        if self.compiled is not None:
+            self.kernel = compilable_kernel(self.kernel, self.model, self.live)
         return self._state(outputs, feature[:, -1], input_ids.device)
 
     def advance(self, input_ids: Tensor) -> State:
@@ -71,7 +73,7 @@ class Engine:
         self.live.remember()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         if self.compiled is not None:
-            outputs, feature = self.compiled(inputs)
+            outputs, feature = self.compiled.step(inputs)
         else:
             outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
         self.live.advance()
@@ -83,6 +85,7 @@ class Engine:
         candidates: Tensor,
         choose: Callable[[Tensor], Tensor],
         rows: Tensor | None = None,
+        most: int | None = None,
     ) -> tuple[State, LookaheadCache]:
         """Forward K candidates of some rows at one position, and read the state of the chosen one.
 
@@ -92,7 +95,13 @@ class Engine:
             choose: from features `(rows, K, width)` to the chosen columns `(rows,)`; may raise.
             rows (`torch.LongTensor`, *optional*): which rows these are. With `rows`, the live cache already holds the
                 natural sample, which the candidates do not see.
+            most (`int`, *optional*): the most candidates that a look-ahead of this generation has: a compiled one
+                always forwards so many, in all rows.
         """
+        if rows is None:
+            self.live.remember()
+        if self.compiled is not None and isinstance(self.kernel, Whole):
+            return self._look_ahead_compiled(self.compiled, input_ids, candidates, choose, rows, most)
         chosen: list[Tensor] = []
 
         def keep_chosen(feature: Tensor) -> Tensor:
@@ -100,8 +109,6 @@ class Engine:
             chosen.append(choose(feature))
             return pick(feature, chosen[-1])
 
-        if rows is None:
-            self.live.remember()
         lookahead = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
         inputs = self.kernel.inputs(self.model, self.model_kwargs, lookahead, input_ids, candidates)
         with self.kernel.attention(self.model, lookahead):
@@ -112,6 +119,32 @@ class Engine:
         if state.attentions is not None:
             state.attentions = tuple(self.kernel.pick_attention(layer, chosen[0]) for layer in state.attentions)
         return state, lookahead
+
+    def _look_ahead_compiled(
+        self,
+        compiled: CompiledForwards,
+        input_ids: Tensor,
+        candidates: Tensor,
+        choose: Callable[[Tensor], Tensor],
+        rows: Tensor | None,
+        most: int | None,
+    ) -> tuple[State, LookaheadCache]:
+        """The same with shapes that never change: all rows, always as many candidates, and logits of all of them."""
+        looked_at = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
+        padded = candidates.new_zeros(len(input_ids), most or candidates.shape[1])
+        padded[looked_at, : candidates.shape[1]] = candidates
+        lookahead = LookaheadCache(self.live, padded.shape[1], self.kernel.layer, rows)
+        inputs = self.kernel.inputs(self.model, self.model_kwargs, lookahead, input_ids, padded)
+        outputs, features = compiled.look_ahead(inputs)
+        lookahead.keep_rows(looked_at)
+        features = features[looked_at, : candidates.shape[1]]
+        columns = choose(features)
+        for name in ("hidden_states", "attentions"):
+            if outputs.get(name) is not None:
+                pick_state = self.kernel.pick_hidden if name == "hidden_states" else self.kernel.pick_attention
+                outputs[name] = tuple(pick_state(layer[looked_at], columns) for layer in outputs[name])
+        outputs.logits = pick(outputs.logits[looked_at], columns)
+        return self._state(outputs, pick(features, columns)[:, 0], candidates.device), lookahead
 
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""

@@ -7,14 +7,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from hf_value_steer.generation.attention import MASKABLE_ATTENTION, candidate_masks
-from hf_value_steer.generation.cache import cache_name
+from hf_value_steer.generation.cache import LiveCache, cache_name
 from hf_value_steer.generation.families import MASKED, SHARED_PREFIX
 from hf_value_steer.generation.lookahead import (
     ExpandedLayer,
     LookaheadCache,
     LookaheadLayer,
+    WholeLayer,
     pick,
     pick_row,
     select_rows,
@@ -54,6 +56,14 @@ def choose_kernel(
     return usable[name]
 
 
+def compilable_kernel(kernel: "Kernel", model: PreTrainedModel, live: LiveCache) -> "Kernel":
+    """A kernel whose forwards all have one shape, where the model and its cache allow it, else `kernel`."""
+    config = model.config.get_text_config(decoder=True)
+    maskable = config.model_type in MASKED and config._attn_implementation in MASKABLE_ATTENTION
+    static = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in live.cache.layers)
+    return Whole() if maskable and static else kernel
+
+
 class Kernel(Protocol):
     """Candidates `(rows, K)` in, one forward, and how to read what comes out."""
 
@@ -90,14 +100,14 @@ class Kernel(Protocol):
 class Masked:
     """Candidates along the query dimension, all at one position; a 4-D mask keeps them from seeing each other."""
 
-    layer = LookaheadLayer
+    layer: type[LookaheadLayer] = LookaheadLayer
 
     def inputs(
         self,
         model: PreTrainedModel,
         model_kwargs: dict[str, Any],
         lookahead: LookaheadCache,
-        input_ids: Tensor,  # noqa: ARG002
+        input_ids: Tensor,
         candidates: Tensor,
     ) -> dict[str, Any]:
         rows, shape = lookahead.rows, (candidates.shape[0], candidates.shape[1])
@@ -105,11 +115,13 @@ class Masked:
         inputs[cache_name(model_kwargs)] = lookahead
         inputs.pop("inputs_embeds", None)
         padding_mask = inputs.get("attention_mask")
-        if padding_mask is not None:
+        if padding_mask is None:
+            padding_mask = torch.ones(len(candidates), input_ids.shape[1], device=candidates.device)
+        else:
             padding_mask = select_rows(padding_mask[:, :-1], rows)
         inputs["attention_mask"] = candidate_masks(model, lookahead, padding_mask, shape)
         if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = select_rows(inputs["position_ids"][:, -1:], rows).expand(shape)
+            inputs["position_ids"] = select_rows(inputs["position_ids"][:, -1:], rows).expand(shape).contiguous()
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = candidates.shape[1]
         return inputs
@@ -126,6 +138,25 @@ class Masked:
         prefix = weights.shape[-1] - weights.shape[-2]
         index = (prefix + columns.to(own.device))[:, None, None, None].expand(*own.shape[:3], 1)
         return torch.cat([own[..., :prefix], own.gather(-1, index)], dim=-1)
+
+
+class Whole(Masked):
+    """`Masked` over the whole buffers of static layers: every forward has the same shapes and can be compiled."""
+
+    layer = WholeLayer
+
+    def inputs(
+        self,
+        model: PreTrainedModel,
+        model_kwargs: dict[str, Any],
+        lookahead: LookaheadCache,
+        input_ids: Tensor,
+        candidates: Tensor,
+    ) -> dict[str, Any]:
+        rows, lookahead.rows = lookahead.rows, None
+        inputs = super().inputs(model, model_kwargs, lookahead, input_ids, candidates)
+        lookahead.rows = rows
+        return inputs
 
 
 class Expanded:

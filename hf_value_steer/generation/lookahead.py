@@ -21,13 +21,16 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     Candidates stand along the query dimension: own states of `(rows, heads, K, dim)`.
     """
 
-    copies_rows = True  # whether a look-ahead in several rows needs their prefixes side by side
-
-    def __init__(self, keys: Tensor, values: Tensor, sequence_length: int, is_sliding: bool):
+    def __init__(self, keys: Tensor, values: Tensor, span: tuple[int, int], sequence_length: int, rows: Tensor | None):
         super().__init__()
-        self.prefix_keys, self.prefix_values = keys, values
-        self.sequence_length, self.is_sliding = sequence_length, is_sliding
+        self.borrow(keys, values, span, rows)
+        self.sequence_length = sequence_length
         self.is_initialized = True
+
+    def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], rows: Tensor | None) -> None:
+        """Take slots `span` of the live `(batch, heads, slots, dim)` for `rows` (all if `None`)."""
+        self.prefix_keys = select_rows(keys[:, :, slice(*span)], rows)
+        self.prefix_values = select_rows(values[:, :, slice(*span)], rows)
 
     @property
     def prefix_length(self) -> int:
@@ -37,6 +40,10 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     def offset(self) -> int:
         """Position in the text at which the prefix begins."""
         return self.sequence_length - self.prefix_length
+
+    def visible(self, padding_mask: Tensor) -> Tensor:
+        """Which slots of the prefix are text, `(rows, prefix)`; the mask is 0 where the text so far is padding."""
+        return padding_mask[:, padding_mask.shape[1] - self.prefix_length :].bool()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the prefix is there from the start."""
@@ -73,6 +80,19 @@ class ExpandedLayer(LookaheadLayer):
 
     def own(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         return pick_row(self.keys, columns), pick_row(self.values, columns)
+
+
+class WholeLayer(LookaheadLayer):
+    """The whole buffer of a static layer, whatever it holds: shapes that a compiled graph sees never change."""
+
+    def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], _rows: Tensor | None) -> None:
+        self.prefix_keys, self.prefix_values, self.span = keys, values, span
+
+    def visible(self, padding_mask: Tensor) -> Tensor:
+        start, end = self.span
+        mask = padding_mask.new_zeros(len(padding_mask), self.prefix_length, dtype=torch.bool)
+        mask[:, start:end] = padding_mask[:, padding_mask.shape[1] - (end - start) :].bool()
+        return mask
 
 
 class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]
@@ -154,11 +174,16 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     def _attention(self, layer: CacheLayerMixin, window: int | None) -> LookaheadLayer:
         end = self.live.last_slot(layer) + (self.rows is None)
         start = 0 if window is None else max(end - window + 1, 0)
-        keys, values = layer.keys[:, :, start:end], layer.values[:, :, start:end]
-        if self.kind.copies_rows:
-            keys, values = select_rows(keys, self.rows), select_rows(values, self.rows)
-        is_sliding = window is not None or layer.is_sliding
-        return self.kind(keys, values, self.live.length - (self.rows is not None), is_sliding)
+        length = self.live.length - (self.rows is not None)
+        borrowed = self.kind(layer.keys, layer.values, (start, end), length, self.rows)
+        borrowed.is_sliding = window is not None or layer.is_sliding
+        return borrowed
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Forget the candidates of all rows but these, after a forward of all of them."""
+        for layer in map(attention_of, self.layers):
+            if layer is not None:
+                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def append(self, columns: Tensor) -> None:
         """Add candidate `columns[row]` of every row to the live cache, as an ordinary step would have."""

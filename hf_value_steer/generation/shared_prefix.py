@@ -26,8 +26,10 @@ _active: ContextVar[LookaheadCache] = ContextVar("lookahead of the forward that 
 class SharedPrefixLayer(ExpandedLayer):
     """Hands the model the candidates' own keys and values alone; `shared_prefix_attention` reads the prefix itself."""
 
-    copies_rows = False
     attended = False
+
+    def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], _rows: Tensor | None) -> None:
+        self.prefix_keys, self.prefix_values = keys[:, :, slice(*span)], values[:, :, slice(*span)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states

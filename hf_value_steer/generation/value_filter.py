@@ -99,6 +99,7 @@ class ValueFilter:
     ):
         self.config, self.scorer, self.stops, self.engine = config, scorer, stops, engine
         self.sampled, self.eos = sampled, eos
+        self.most = config.num_candidates + (config.fallback == "abstain")
         device = scorer.threshold.device
         self.key = random_key(device, config.seed)
         self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)
@@ -135,7 +136,7 @@ class ValueFilter:
         candidates[:, 0] = draw.tokens
         known = torch.full((len(rows), 1), torch.nan, device=checked.device)
         look = _Look(self, draw, rows, checked, candidates, known)
-        state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose)
+        state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose, most=self.most)
         lookahead.append(look.slot())
         outcome = self._natural_outcome(state, draw, look.decision.values[:, 0])
         self._write(outcome, rows, look)
@@ -147,7 +148,7 @@ class ValueFilter:
         if look.tokens.shape[1] == 0:
             look.decide(look.known)
         else:
-            state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose, rows)
+            state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose, rows, self.most)
             replaced = look.first_column() > 0
             lookahead.replace(replaced, look.slot())
             outcome.state.overwrite(rows, state, replaced)

@@ -45,10 +45,22 @@ def test_identity_and_no_recompilation(family, compile_config):
     assert torch.equal(generate(model, compile_config).sequences, plain.sequences)
 
 
-def test_interventions_are_those_of_the_uncompiled_engine(compile_config):
-    model = build("qwen3")
-    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4)
+@pytest.mark.parametrize("fallback", ["argmin", "abstain"])
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_the_look_ahead_is_compiled_once_and_commits_the_same(family, evaluation, fallback, compile_config):
+    model = build(family)
+    options = {"value_head": random_head(model), "threshold": 0.4, "evaluation": evaluation, "fallback": fallback}
+    config = ValueFilterConfig(**options, num_candidates=4)
     steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    compiled, ordinary = generate(model, compile_config, **steer), generate(model, None, **steer)
+    ordinary = generate(model, None, **steer)
+    counters.clear()
+    compiled = generate(model, compile_config, **steer)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
-    torch.testing.assert_close(compiled.values, ordinary.values, equal_nan=True)
+    torch.testing.assert_close(compiled.values, ordinary.values, equal_nan=True, rtol=1e-4, atol=1e-5)
+    shapes = 2 if evaluation == "lazy" else 1  # the look-ahead, and the ordinary step
+    filling = family == "gemma3"  # a window that fills up makes another graph
+    assert counters["stats"]["unique_graphs"] <= shapes + filling
+    counters.clear()
+    generate(model, compile_config, **steer)
+    assert counters["stats"]["unique_graphs"] == 0
