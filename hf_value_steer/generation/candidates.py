@@ -23,8 +23,8 @@ def natural_sample(scores: Tensor, do_sample: bool) -> tuple[Tensor, Tensor]:
         return tokens, scores.gather(1, tokens[:, None]).squeeze(1) > -torch.inf
     probabilities = scores.softmax(dim=-1)
     possible = ~probabilities[:, 0].isnan()
-    drawable = torch.where(possible[:, None], probabilities, torch.ones_like(probabilities))
-    return torch.multinomial(drawable, num_samples=1).squeeze(1), possible
+    probabilities.masked_fill_(~possible[:, None], 1.0)
+    return torch.multinomial(probabilities, num_samples=1).squeeze(1), possible
 
 
 def random_key(device: torch.device, seed: int | None) -> bytes:

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from hf_value_steer.backbone import intercept_feature
 from hf_value_steer.generation.cache import LiveCache, cache_name
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
-from hf_value_steer.generation.kernels import Kernel, Whole, compilable_kernel
+from hf_value_steer.generation.kernels import Kernel, Look, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick
 
 
@@ -109,16 +109,20 @@ class Engine:
             chosen.append(choose(feature))
             return pick(feature, chosen[-1])
 
-        lookahead = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
-        inputs = self.kernel.inputs(self.model, self.model_kwargs, lookahead, input_ids, candidates)
-        with self.kernel.attention(self.model, lookahead):
+        look = self._look(input_ids, candidates, rows)
+        inputs = self.kernel.inputs(look)
+        with self.kernel.attention(look):
             outputs, feature = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
         state = self._state(outputs, feature[:, 0], candidates.device)
         if state.hidden_states is not None:
             state.hidden_states = tuple(self.kernel.pick_hidden(layer, chosen[0]) for layer in state.hidden_states)
         if state.attentions is not None:
             state.attentions = tuple(self.kernel.pick_attention(layer, chosen[0]) for layer in state.attentions)
-        return state, lookahead
+        return state, look.cache
+
+    def _look(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> Look:
+        cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
+        return Look(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
 
     def _look_ahead_compiled(
         self,
@@ -133,18 +137,16 @@ class Engine:
         looked_at = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
         padded = candidates.new_zeros(len(input_ids), most or candidates.shape[1])
         padded[looked_at, : candidates.shape[1]] = candidates
-        lookahead = LookaheadCache(self.live, padded.shape[1], self.kernel.layer, rows)
-        inputs = self.kernel.inputs(self.model, self.model_kwargs, lookahead, input_ids, padded)
-        outputs, features = compiled.look_ahead(inputs)
-        lookahead.keep_rows(looked_at)
+        look = self._look(input_ids, padded, rows)
+        outputs, features = compiled.look_ahead(self.kernel.inputs(look))
+        look.cache.keep_rows(looked_at)
         features = features[looked_at, : candidates.shape[1]]
         columns = choose(features)
-        for name in ("hidden_states", "attentions"):
+        for name, pick_one in (("hidden_states", self.kernel.pick_hidden), ("attentions", self.kernel.pick_attention)):
             if outputs.get(name) is not None:
-                pick_state = self.kernel.pick_hidden if name == "hidden_states" else self.kernel.pick_attention
-                outputs[name] = tuple(pick_state(layer[looked_at], columns) for layer in outputs[name])
+                outputs[name] = tuple(pick_one(layer[looked_at], columns) for layer in outputs[name])
         outputs.logits = pick(outputs.logits[looked_at], columns)
-        return self._state(outputs, pick(features, columns)[:, 0], candidates.device), lookahead
+        return self._state(outputs, pick(features, columns)[:, 0], candidates.device), look.cache
 
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""

@@ -1,7 +1,7 @@
 """How K candidates go through the backbone in one forward."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -64,30 +64,36 @@ def compilable_kernel(kernel: "Kernel", model: PreTrainedModel, live: LiveCache)
     return Whole() if maskable and static else kernel
 
 
+@dataclass(frozen=True)
+class Look:
+    """One look-ahead.
+
+    Args:
+        model: the backbone.
+        model_kwargs: as `generate` keeps them for the token after `input_ids`.
+        cache: the cache of the forward.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
+        candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
+        rows (`torch.LongTensor`, *optional*): which rows of the batch these are, all if `None`.
+    """
+
+    model: PreTrainedModel
+    model_kwargs: dict[str, Any]
+    cache: LookaheadCache
+    input_ids: Tensor
+    candidates: Tensor
+    rows: Tensor | None
+
+
 class Kernel(Protocol):
-    """Candidates `(rows, K)` in, one forward, and how to read what comes out."""
+    """How a look-ahead becomes one forward, and how to read what comes out."""
 
     layer: type[LookaheadLayer]
 
-    def inputs(
-        self,
-        model: PreTrainedModel,
-        model_kwargs: dict[str, Any],
-        lookahead: LookaheadCache,
-        input_ids: Tensor,
-        candidates: Tensor,
-    ) -> dict[str, Any]:
-        """Arguments of the forward.
+    def inputs(self, look: Look) -> dict[str, Any]:
+        """Arguments of the forward."""
 
-        Args:
-            model: the backbone.
-            model_kwargs: as `generate` keeps them for the token after `input_ids`.
-            lookahead: the cache of the forward.
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
-            candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
-        """
-
-    def attention(self, model: PreTrainedModel, lookahead: LookaheadCache) -> Any:
+    def attention(self, look: Look) -> AbstractContextManager[None]:
         """A context in which the model attends as this kernel needs."""
 
     def pick_hidden(self, states: Tensor, columns: Tensor) -> Tensor:
@@ -102,33 +108,25 @@ class Masked:
 
     layer: type[LookaheadLayer] = LookaheadLayer
 
-    def inputs(
-        self,
-        model: PreTrainedModel,
-        model_kwargs: dict[str, Any],
-        lookahead: LookaheadCache,
-        input_ids: Tensor,
-        candidates: Tensor,
-    ) -> dict[str, Any]:
-        rows, shape = lookahead.rows, (candidates.shape[0], candidates.shape[1])
-        inputs = dict(model_kwargs, input_ids=candidates)
-        inputs[cache_name(model_kwargs)] = lookahead
+    def inputs(self, look: Look) -> dict[str, Any]:
+        rows, shape = look.rows, (look.candidates.shape[0], look.candidates.shape[1])
+        inputs = dict(look.model_kwargs, input_ids=look.candidates)
+        inputs[cache_name(look.model_kwargs)] = look.cache
         inputs.pop("inputs_embeds", None)
         padding_mask = inputs.get("attention_mask")
         if padding_mask is None:
-            padding_mask = torch.ones(len(candidates), input_ids.shape[1], device=candidates.device)
+            padding_mask = torch.ones(shape[0], look.input_ids.shape[1], device=look.candidates.device)
         else:
             padding_mask = select_rows(padding_mask[:, :-1], rows)
-        inputs["attention_mask"] = candidate_masks(model, lookahead, padding_mask, shape)
+        inputs["attention_mask"] = candidate_masks(look.model, look.cache, padding_mask, shape)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = select_rows(inputs["position_ids"][:, -1:], rows).expand(shape).contiguous()
         if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = candidates.shape[1]
+            inputs["logits_to_keep"] = shape[1]
         return inputs
 
-    @contextmanager
-    def attention(self, model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator[None]:  # noqa: ARG002
-        yield
+    def attention(self, _look: Look) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def pick_hidden(self, states: Tensor, columns: Tensor) -> Tensor:
         return pick(states, columns)
@@ -141,22 +139,12 @@ class Masked:
 
 
 class Whole(Masked):
-    """`Masked` over the whole buffers of static layers: every forward has the same shapes and can be compiled."""
+    """`Masked` in all rows, over the whole buffers of static layers: one shape, which can be compiled."""
 
     layer = WholeLayer
 
-    def inputs(
-        self,
-        model: PreTrainedModel,
-        model_kwargs: dict[str, Any],
-        lookahead: LookaheadCache,
-        input_ids: Tensor,
-        candidates: Tensor,
-    ) -> dict[str, Any]:
-        rows, lookahead.rows = lookahead.rows, None
-        inputs = super().inputs(model, model_kwargs, lookahead, input_ids, candidates)
-        lookahead.rows = rows
-        return inputs
+    def inputs(self, look: Look) -> dict[str, Any]:
+        return super().inputs(replace(look, rows=None))
 
 
 class Expanded:
@@ -164,31 +152,22 @@ class Expanded:
 
     layer: type[LookaheadLayer] = ExpandedLayer
 
-    def inputs(
-        self,
-        model: PreTrainedModel,
-        model_kwargs: dict[str, Any],
-        lookahead: LookaheadCache,
-        input_ids: Tensor,
-        candidates: Tensor,
-    ) -> dict[str, Any]:
-        count = candidates.shape[1]
+    def inputs(self, look: Look) -> dict[str, Any]:
+        batch, count = len(look.input_ids), look.candidates.shape[1]
 
         def expand(states: Tensor) -> Tensor:
-            return select_rows(states, lookahead.rows).repeat_interleave(count, dim=0)
+            return select_rows(states, look.rows).repeat_interleave(count, dim=0)
 
-        batch = len(input_ids)
         kwargs = {
             name: expand(value) if isinstance(value, Tensor) and len(value) == batch else value
-            for name, value in model_kwargs.items()
+            for name, value in look.model_kwargs.items()
         }
-        kwargs[cache_name(model_kwargs)] = lookahead
-        tokens = torch.cat([expand(input_ids), candidates.reshape(-1, 1)], dim=1)
-        return model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **kwargs)  # type: ignore[no-any-return]
+        kwargs[cache_name(look.model_kwargs)] = look.cache
+        tokens = torch.cat([expand(look.input_ids), look.candidates.reshape(-1, 1)], dim=1)
+        return look.model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **kwargs)  # type: ignore[no-any-return]
 
-    @contextmanager
-    def attention(self, model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator[None]:  # noqa: ARG002
-        yield
+    def attention(self, _look: Look) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def pick_hidden(self, states: Tensor, columns: Tensor) -> Tensor:
         return pick_row(states, columns)
@@ -202,22 +181,11 @@ class SharedPrefix(Expanded):
 
     layer = SharedPrefixLayer
 
-    def inputs(
-        self,
-        model: PreTrainedModel,
-        model_kwargs: dict[str, Any],
-        lookahead: LookaheadCache,
-        input_ids: Tensor,
-        candidates: Tensor,
-    ) -> dict[str, Any]:
-        mask = model_kwargs.get("attention_mask")
-        if mask is None:
-            lookahead.padding = [0] * len(candidates)
-        else:
-            lookahead.padding = select_rows((mask == 0).sum(dim=-1), lookahead.rows).tolist()
-        return super().inputs(model, model_kwargs, lookahead, input_ids, candidates)
+    def inputs(self, look: Look) -> dict[str, Any]:
+        mask = look.model_kwargs.get("attention_mask")
+        padding = look.candidates.new_zeros(len(look.input_ids)) if mask is None else (mask == 0).sum(dim=-1)
+        look.cache.padding = select_rows(padding, look.rows).tolist()
+        return super().inputs(look)
 
-    @contextmanager
-    def attention(self, model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator[None]:
-        with shared_prefix(model, lookahead):
-            yield
+    def attention(self, look: Look) -> AbstractContextManager[None]:
+        return shared_prefix(look.model, look.cache)
