@@ -1,0 +1,29 @@
+"""Value-filtered decoding as one writes it by hand: repeat the cache K times, forward K rows, keep one of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, head: Any, input_ids: Tensor, cache: Cache, new_tokens: int, count: int
+) -> Tensor:
+    """Sample `new_tokens` tokens after `input_ids` `(1, length)`, all but the last of which `cache` holds.
+
+    Takes the first of `count` candidates whose value lies below the head's threshold, else the one with the lowest.
+    """
+    logits = model(input_ids[:, -1:], past_key_values=cache).logits[:, -1]
+    for _ in range(new_tokens):
+        candidates = torch.multinomial(logits.float().softmax(-1), count, replacement=True)[0]
+        cache.batch_repeat_interleave(count)
+        output = model(candidates[:, None], past_key_values=cache, output_hidden_states=True)
+        values = head(output.hidden_states[-1][:, -1]).values
+        acceptable = values < head.config.threshold
+        chosen = torch.where(acceptable.any(), acceptable.int().argmax(), values.argmin()).view(1)
+        cache.batch_select_indices(chosen)
+        logits = output.logits[chosen, -1]
+        input_ids = torch.cat([input_ids, candidates[chosen][None]], dim=1)
+    return input_ids
