@@ -50,7 +50,8 @@ def efficacy(document: dict[str, Any]) -> str:
 
 def overhead(documents: list[dict[str, Any]]) -> str:
     dtypes = [document["dtype"] for document in documents]
-    lines = [row("time, relative to plain `generate` unless said otherwise", *dtypes), row(*["---"] * 3)]
+    lines = [row("time, relative to plain `generate` unless said otherwise", *dtypes)]
+    lines.append(row(*["---"] * (1 + len(documents))))
     for cases in zip(*(document["cases"] for document in documents), strict=True):
         lines.append(row(cases[0]["name"], *(f"{case['ratio_median']:.2f}" for case in cases)))
     memory = [f"{document['memory']['ratio']:.2f}" for document in documents]
@@ -84,7 +85,8 @@ def main() -> None:
     steering = efficacy(load("efficacy-toxicity"))
     replace(ROOT / "README.md", "efficacy", steering)
     replace(ROOT / "model_cards" / "smollm2-135m-toxicity" / "README.md", "efficacy", steering)
-    replace(ROOT / "README.md", "overhead", overhead([load("overhead-float32"), load("overhead-bfloat16")]))
+    measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
+    replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
 
 
 if __name__ == "__main__":

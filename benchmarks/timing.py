@@ -54,7 +54,7 @@ class Case:
     name: str
     batch: int = 1
     prompt: int = 64
-    new_tokens: int = 32
+    new_tokens: int = 64
     evaluation: str = "lazy"
     rate: float = 0.0
     count: int = 8

@@ -58,8 +58,8 @@ def _refuse_cache(cache: Any, max_length: int) -> None:
     if type(cache) not in (DynamicCache, StaticCache, BlockCache) or cache.offloading:
         kind = "offloaded " if getattr(cache, "offloading", False) else ""
         raise ValueError(
-            f"The cache of this call, an {kind}{type(cache).__name__}, cannot look ahead; use a DynamicCache (the "
-            "default), a StaticCache or a BlockCache."
+            f"Cache {kind}{type(cache).__name__!r} cannot look ahead; use a DynamicCache (the default), a StaticCache "
+            "or a BlockCache."
         )
     for layer in cache.layers:
         if type(layer) not in SUPPORTED_LAYERS:

@@ -208,7 +208,7 @@ REFUSED = [
     ({"num_beams": 3, "do_sample": True}, "beam_sample"),
     ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
     ({"use_cache": False}, "`use_cache=False` cannot be steered"),
-    ({"cache_implementation": "offloaded"}, "an offloaded DynamicCache, cannot look ahead"),
+    ({"cache_implementation": "offloaded"}, "Cache offloaded 'DynamicCache' cannot look ahead"),
     ({"token_type_ids": torch.zeros(1, 11, dtype=torch.long)}, "token_type_ids"),
     ({"stop_strings": ["x"]}, "`stop_strings` need the tokenizer"),
     ({"synced_gpus": True}, "`synced_gpus` does not reach"),
