@@ -53,14 +53,17 @@ def overhead(documents: list[dict[str, Any]]) -> str:
     lines = [row("time, relative to plain `generate` unless said otherwise", *dtypes)]
     lines.append(row(*["---"] * (1 + len(documents))))
     for cases in zip(*(document["cases"] for document in documents), strict=True):
-        lines.append(row(cases[0]["name"], *(f"{case['ratio_median']:.2f}" for case in cases)))
+        cells = (
+            f"{case['ratio_median']:.2f} [{min(case['ratios']):.2f}, {max(case['ratios']):.2f}]" for case in cases
+        )
+        lines.append(row(cases[0]["name"], *cells))
     memory = [f"{document['memory']['ratio']:.2f}" for document in documents]
     lines.append(row(f"peak memory, eager K=8, {documents[0]['memory']['prompt']:,}-token prompt", *memory))
     first = documents[0]
     machine, versions, pairs = first["machine"], first["versions"], len(first["cases"][0]["ratios"])
     lines.append("")
     lines.append(
-        f"SmolLM2-135M, prompts of 64 tokens where the row says nothing, medians of {pairs} pairs, "
+        f"SmolLM2-135M, prompts of 64 tokens where the row says nothing, medians [range] of {pairs} pairs, "
         f"{machine['threads']} threads, "
         f"{machine['device']}, torch {versions['torch']}, transformers {versions['transformers']}. "
         f"`{first['command']}`, {first['date']}."
