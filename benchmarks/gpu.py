@@ -61,8 +61,6 @@ class Clock(StoppingCriteria):
 def step_seconds(model: PreTrainedModel, inputs: dict[str, Any], cache: str, new_tokens: int, **extra: Any) -> float:
     clock = Clock()
     choice = {"past_key_values": BlockCache(model.config)} if cache == "block" else {"cache_implementation": cache}
-    if cache == "dynamic":
-        choice = {}
     model.generate(
         **inputs, **choice, **extra, do_sample=True, top_k=0, max_new_tokens=new_tokens, eos_token_id=None,
         stopping_criteria=[clock],

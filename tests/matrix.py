@@ -19,12 +19,12 @@ import transformers
 from transformers import set_seed
 
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer.generation.kernels import KERNELS
 from tests.families import accepting_head, prompts, random_head
 from tests.oracle import Oracle
 from tests.tiny_models import CACHE_DISAGREES, MODEL_TYPES, UNBUILDABLE, build_tiny
 
 
-KERNELS = ("shared_prefix", "masked", "expanded")
 CACHES = ("dynamic", "block", "static")
 NEW_TOKENS = 14
 SAMPLING = {"do_sample": True, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": NEW_TOKENS}
@@ -98,10 +98,8 @@ def check(model, inputs, cache, kernel, evaluation, expected):
     for row, wanted in enumerate(values):
         if not torch.allclose(out.values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
             return "oracle: other values"
-    same, base = (
-        steered(model, inputs, cache, accepting_head(model), 0.9, **options),
-        plain(model, inputs, cache, output_logits=True),
-    )
+    same = steered(model, inputs, cache, accepting_head(model), 0.9, **options)
+    base = plain(model, inputs, cache, output_logits=True)
     if not torch.equal(same.sequences, base.sequences):
         return "identity: other tokens than plain generate"
     if not torch.allclose(torch.stack(same.logits), torch.stack(base.logits), rtol=1e-3, atol=1e-3):

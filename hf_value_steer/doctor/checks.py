@@ -15,7 +15,7 @@ from hf_value_steer.backbone import output_embedding
 from hf_value_steer.configuration import ValueFilterConfig
 from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
 from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh
-from hf_value_steer.generation.kernels import choose_kernel
+from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import acceptable
@@ -23,7 +23,6 @@ from hf_value_steer.policy import acceptable
 
 Status = Literal["ok", "FAIL", "n.a.", "info"]
 EVALUATIONS: tuple[Literal["lazy", "eager"], ...] = ("lazy", "eager")
-KERNELS = ("shared_prefix", "masked", "expanded")  # fastest first
 POSITIONS, PAIRS, TIMED_TOKENS = 16, 3, 32
 
 

@@ -37,7 +37,6 @@ SUPPORTED_LAYERS = (
     LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionAndStaticSlidingWindowAttentionLayer,
     LinearAttentionLayer,
-    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -70,9 +69,10 @@ def cache_name(model_kwargs: dict[str, Any]) -> str:
 
 def make_room(cache: Cache, config: PreTrainedConfig) -> None:
     """Give an empty static cache one more slot: the last token is forwarded, too, before it is committed."""
-    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
-    if lengths and not any(layer.is_initialized for layer in cache.layers if isinstance(layer, StaticLayer)):
-        cache.layers = StaticCache(config.get_text_config(decoder=True), max_cache_len=max(lengths) + 1).layers
+    static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
+    if static and not any(layer.is_initialized for layer in static):
+        length = max(layer.max_cache_len for layer in static) + 1
+        cache.layers = StaticCache(config.get_text_config(decoder=True), max_cache_len=length).layers
 
 
 class LiveCache:
@@ -122,13 +122,12 @@ class LiveCache:
 
     def remove_last(self) -> None:
         """Undo the last step, and give the layers back their ordinary behaviour."""
-        for layer, before in zip(self.cache.layers, self.before, strict=True):
+        for index, layer in enumerate(self.cache.layers):
             if isinstance(layer, CacheLayerMixin):
                 _remove_last_slot(layer)
-            for name, state in recurrent_states(layer).items():
-                _trailing(state, before[name]).copy_(before[name])
+            self.overwrite_states(index, slice(None), self.before[index])
+        self.settle()
         for layer in self._sliding():
-            layer.crop(0)
             layer.record_past = False
         self.length -= 1
 
@@ -139,10 +138,11 @@ class LiveCache:
         layer.keys[rows, :, slot] = keys[:, :, 0]
         layer.values[rows, :, slot] = values[:, :, 0]
 
-    def overwrite_states(self, index: int, rows: Tensor, states: States) -> None:
+    def overwrite_states(self, index: int, rows: Tensor | slice, states: States) -> None:
         """Put other recurrent states `(rows, ...)` into some rows of layer `index`."""
         for name, state in recurrent_states(self.cache.layers[index]).items():
-            _trailing(state, states[name])[rows] = states[name]
+            # A recording convolution holds more than it needs: its end is the state.
+            state[..., -states[name].shape[-1] :][rows] = states[name]
 
     def _sliding(self) -> Iterator[DynamicSlidingWindowLayer]:
         return (layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
@@ -162,8 +162,3 @@ def _remove_last_slot(layer: CacheLayerMixin) -> None:
         layer.cumulative_length.sub_(1)
         if isinstance(layer, StaticSlidingWindowLayer):
             layer.cumulative_length_int -= 1
-
-
-def _trailing(state: Tensor, like: Tensor) -> Tensor:
-    """The end of `state` that has the last dimension of `like`: a recording convolution holds more than it needs."""
-    return state[..., -like.shape[-1] :]

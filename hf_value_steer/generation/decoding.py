@@ -79,7 +79,8 @@ class _Loop:
     ):
         self.config = config
         methods = parse_value_steer(value_steer)
-        kernel = getattr(methods.get("filter"), "lookahead", "auto")
+        filtering = methods.get(ValueFilterConfig.method)
+        kernel = filtering.lookahead if isinstance(filtering, ValueFilterConfig) else "auto"
         make_room(model_kwargs[cache_name(model_kwargs)], model.config)
         mask = model_kwargs.get("attention_mask")
         self.engine = Engine(model, model_kwargs, choose_kernel(kernel, model, mask, bool(config.output_attentions)))

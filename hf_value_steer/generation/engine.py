@@ -13,7 +13,7 @@ from hf_value_steer.backbone import intercept_feature
 from hf_value_steer.generation.cache import LiveCache, cache_name
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
 from hf_value_steer.generation.kernels import Kernel, Look, Whole, compilable_kernel
-from hf_value_steer.generation.lookahead import LookaheadCache, pick
+from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
 
 
 @dataclass
@@ -113,12 +113,8 @@ class Engine:
         inputs = self.kernel.inputs(look)
         with self.kernel.attention(look):
             outputs, feature = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
-        state = self._state(outputs, feature[:, 0], candidates.device)
-        if state.hidden_states is not None:
-            state.hidden_states = tuple(self.kernel.pick_hidden(layer, chosen[0]) for layer in state.hidden_states)
-        if state.attentions is not None:
-            state.attentions = tuple(self.kernel.pick_attention(layer, chosen[0]) for layer in state.attentions)
-        return state, look.cache
+        self._pick(outputs, chosen[0])
+        return self._state(outputs, feature[:, 0], candidates.device), look.cache
 
     def _look(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> Look:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
@@ -142,11 +138,15 @@ class Engine:
         look.cache.keep_rows(looked_at)
         features = features[looked_at, : candidates.shape[1]]
         columns = choose(features)
-        for name, pick_one in (("hidden_states", self.kernel.pick_hidden), ("attentions", self.kernel.pick_attention)):
-            if outputs.get(name) is not None:
-                outputs[name] = tuple(pick_one(layer[looked_at], columns) for layer in outputs[name])
+        self._pick(outputs, columns, rows)
         outputs.logits = pick(outputs.logits[looked_at], columns)
         return self._state(outputs, pick(features, columns)[:, 0], candidates.device), look.cache
+
+    def _pick(self, outputs: ModelOutput, columns: Tensor, rows: Tensor | None = None) -> None:
+        """Keep the hidden states and attentions of the chosen candidates, of the looked-at `rows` of the forward."""
+        for name, pick_one in (("hidden_states", self.kernel.pick_hidden), ("attentions", self.kernel.pick_attention)):
+            if outputs.get(name) is not None:
+                outputs[name] = tuple(pick_one(select_rows(layer, rows), columns) for layer in outputs[name])
 
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""

@@ -24,6 +24,9 @@ from hf_value_steer.generation.lookahead import (
 from hf_value_steer.generation.shared_prefix import SharedPrefixLayer, shared_prefix
 
 
+KERNELS = ("shared_prefix", "masked", "expanded")  # fastest first
+
+
 def choose_kernel(
     name: str, model: PreTrainedModel, attention_mask: Tensor | None = None, output_attentions: bool = False
 ) -> "Kernel":
@@ -43,7 +46,7 @@ def choose_kernel(
     padded_left = attention_mask is None or not bool((attention_mask.diff(dim=-1) < 0).any())
     if config.model_type in SHARED_PREFIX and padded_left and not output_attentions:
         usable["shared_prefix"] = SharedPrefix()
-    if config.model_type in MASKED and config._attn_implementation in MASKABLE_ATTENTION:
+    if _maskable(model):
         usable["masked"] = Masked()
     usable["expanded"] = Expanded()
     if name == "auto":
@@ -58,10 +61,13 @@ def choose_kernel(
 
 def compilable_kernel(kernel: "Kernel", model: PreTrainedModel, live: LiveCache) -> "Kernel":
     """A kernel whose forwards all have one shape, where the model and its cache allow it, else `kernel`."""
-    config = model.config.get_text_config(decoder=True)
-    maskable = config.model_type in MASKED and config._attn_implementation in MASKABLE_ATTENTION
     static = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in live.cache.layers)
-    return Whole() if maskable and static else kernel
+    return Whole() if static and _maskable(model) else kernel
+
+
+def _maskable(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    return config.model_type in MASKED and config._attn_implementation in MASKABLE_ATTENTION
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,7 @@ class SharedPrefix(Expanded):
     def inputs(self, look: Look) -> dict[str, Any]:
         mask = look.model_kwargs.get("attention_mask")
         padding = look.candidates.new_zeros(len(look.input_ids)) if mask is None else (mask == 0).sum(dim=-1)
+        look.cache.row_numbers = list(range(len(padding))) if look.rows is None else look.rows.tolist()
         look.cache.padding = select_rows(padding, look.rows).tolist()
         return super().inputs(look)
 

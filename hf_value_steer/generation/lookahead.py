@@ -101,8 +101,9 @@ class RecurrentLayer(LinearAttentionLayer):  # type: ignore[misc]
     def __init__(self, live: LinearAttentionLayer, states: States, index: Tensor):
         super().__init__(number_of_states=live.number_of_states)
         self.dtype, self.device = live.dtype, live.device
-        for name in ("is_conv_states_initialized", "is_recurrent_states_initialized", "conv_kernel_size"):
-            setattr(self, name, copy.copy(getattr(live, name)))
+        self.is_conv_states_initialized = copy.copy(live.is_conv_states_initialized)
+        self.is_recurrent_states_initialized = copy.copy(live.is_recurrent_states_initialized)
+        self.conv_kernel_size = copy.copy(live.conv_kernel_size)
         self.has_previous_state = copy.copy(live.has_previous_state)
         for (kind, i), state in states.items():
             getattr(self, kind)[i] = state[index.to(state.device)]
@@ -120,9 +121,6 @@ class HybridLayer(RecurrentLayer, CacheLayerMixin):  # type: ignore[misc]
         self.attention, self.is_sliding = attention, attention.is_sliding
         self.is_initialized = True
 
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
-
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return self.attention.update(key_states, value_states)
 
@@ -131,9 +129,6 @@ class HybridLayer(RecurrentLayer, CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         return self.attention.get_seq_length()
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class LookaheadCache(Cache):  # type: ignore[misc]
@@ -147,14 +142,15 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             holds and the candidates must not see. Without it: all rows, and no natural sample.
 
     Attributes:
-        padding (`list` of `int`): number of padded positions to the left of each looked-at row's text, for kernels
-            that need it.
+        row_numbers, padding (`list` of `int`): each looked-at row, and the number of padded positions to the left of
+            its text, for kernels that need them.
     """
 
     def __init__(
         self, live: LiveCache, count: int, kind: type[LookaheadLayer] = LookaheadLayer, rows: Tensor | None = None
     ):
         self.live, self.count, self.kind, self.rows = live, count, kind, rows
+        self.row_numbers: list[int] = []
         self.padding: list[int] = []
         super().__init__(layers=[self._borrow(index) for index in range(len(live.cache.layers))])
 
@@ -225,7 +221,8 @@ def select_rows(states: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None:
         return states
     if len(rows) == 1:
-        return states[int(rows) : int(rows) + 1]
+        row = int(rows)
+        return states[row : row + 1]
     return states.index_select(0, rows.to(states.device))
 
 

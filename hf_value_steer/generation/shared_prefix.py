@@ -83,8 +83,10 @@ def shared_prefix_attention(
     lookahead = _active.get()
     layer = _layer_of(lookahead, key, value)
     unknown = [name for name, extra in kwargs.items() if isinstance(extra, Tensor) and name not in HARMLESS_TENSORS]
-    unknown += [name for name in ("softcap",) if kwargs.get(name) is not None]
-    unknown += [name for name in ("sliding_window",) if (kwargs.get(name) or torch.inf) <= layer.prefix_length]
+    if kwargs.get("softcap") is not None:
+        unknown.append("softcap")
+    if (kwargs.get("sliding_window") or torch.inf) <= layer.prefix_length:
+        unknown.append("sliding_window")
     if attention_mask is not None or unknown:
         raise RuntimeError(
             f"Shared-prefix attention does not know {', '.join(unknown) or 'the mask of this model'}; pass "
@@ -123,7 +125,6 @@ def attend_prefix(
     starts = [max(padding - layer.offset, 0) for padding in lookahead.padding]
     if lookahead.rows is None and not any(starts):
         return attend(queries, layer.prefix_keys, layer.prefix_values, scale)
-    rows = range(len(starts)) if lookahead.rows is None else lookahead.rows.tolist()
     parts = [
         attend(
             queries[i : i + 1],
@@ -131,7 +132,7 @@ def attend_prefix(
             layer.prefix_values[row : row + 1, :, start:],
             scale,
         )
-        for i, (row, start) in enumerate(zip(rows, starts, strict=True))
+        for i, (row, start) in enumerate(zip(lookahead.row_numbers, starts, strict=True))
     ]
     outputs, log_denominators = zip(*parts, strict=True)
     return torch.cat(outputs), torch.cat(log_denominators)

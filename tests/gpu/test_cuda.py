@@ -5,6 +5,7 @@ import torch
 from transformers import set_seed
 
 from hf_value_steer import AbstentionConfig, BlockCache, ValueFilterConfig, enable_value_steer
+from hf_value_steer.generation.kernels import KERNELS
 from hf_value_steer.generation.shared_prefix import attend
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
@@ -38,7 +39,7 @@ def test_lazy_equals_eager(family, fallback):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "block"])
-@pytest.mark.parametrize("kernel", ["shared_prefix", "masked", "expanded"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_and_caches(kernel, cache):
     model = enable_value_steer(build("llama").cuda())
     options = {"value_head": random_head(model), "threshold": 0.4, "lookahead": kernel}

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
 from hf_value_steer.backbone import fingerprint
+from hf_value_steer.generation.kernels import KERNELS
 from tests.families import _DECODER, build, prompts, random_head
 from tests.oracle import Oracle
 
@@ -65,11 +66,11 @@ def test_torchao_weights(tmp_path):
 RANK = """
 import torch, sys
 from transformers import AutoModelForCausalLM
-from tests.integration.test_devices import ValueFilterConfig, random_head, steer
+from tests.integration.test_devices import KERNELS, ValueFilterConfig, random_head, steer
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto")
-for kernel in ("shared_prefix", "masked", "expanded"):
+for kernel in KERNELS:
     for evaluation in ("lazy", "eager"):
         config = ValueFilterConfig(
             value_head=random_head(model), threshold=0.4, lookahead=kernel, evaluation=evaluation
@@ -93,7 +94,7 @@ def test_tensor_parallel_ranks_commit_the_same_tokens(tmp_path):
     assert finished.returncode == 0, finished.stderr[-2000:]
     expected = steer(model.eval(), ValueFilterConfig(value_head=random_head(model), threshold=0.4))
     assert expected.interventions.any()
-    for kernel in ("shared_prefix", "masked", "expanded"):
+    for kernel in KERNELS:
         for evaluation in ("lazy", "eager"):
             for rank in (0, 1):
                 sequences = torch.load(tmp_path / f"{kernel}-{evaluation}-{rank}")

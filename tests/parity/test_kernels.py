@@ -5,12 +5,11 @@ import torch
 from transformers import set_seed
 
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
-from hf_value_steer.generation.kernels import Expanded, Masked, SharedPrefix, choose_kernel
+from hf_value_steer.generation.kernels import KERNELS, Expanded, Masked, SharedPrefix, choose_kernel
 from tests.families import build, prompts, random_head
 from tests.oracle import Oracle
 
 
-KERNELS = ("shared_prefix", "masked", "expanded")
 CACHES = ("dynamic", "static", "block")
 
 

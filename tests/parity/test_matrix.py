@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoConfig
 
 from hf_value_steer.generation.families import MASKED, SHARED_PREFIX, VERIFIED
-from tests.matrix import KERNELS, check, expectation, usable_prompts
+from hf_value_steer.generation.kernels import KERNELS
+from tests.matrix import check, expectation, usable_prompts
 from tests.tiny_models import MODEL_TYPES, build_tiny, tiny_config
 
 

@@ -43,6 +43,7 @@ def compare(groups, dim, prefix, padding, dtype=torch.float32, rows=None, cache=
         cache.update(keys[:, :, :1], values[:, :, :1], 0)  # the natural sample, which nobody may see
         live.advance()
     lookahead = LookaheadCache(live, count, SharedPrefixLayer, None if rows is None else chosen)
+    lookahead.row_numbers = chosen.tolist()
     lookahead.padding = [padding[row] for row in chosen]
     queries = random(len(chosen), key_heads * groups, count, dim, seed=3, dtype=dtype)
     own = [random(len(chosen), key_heads, count, dim, seed=seed, dtype=dtype) for seed in (4, 5)]
