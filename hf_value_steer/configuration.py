@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_value_steer.calibration.filtering import check_probability
 from hf_value_steer.policy import Fallback, Polarity
 
 
@@ -113,6 +114,9 @@ class SteeringConfig:
         value_head ([`ValueHead`] or `str`, *optional*): the head, or its Hub id or folder.
         threshold (`float` or sequence of `float`, *optional*): threshold in (0, 1), or one for each row of the
             returned batch. The head's own by default.
+        alpha (`float`, *optional*): instead of `threshold`: the rate, in (0, 1), that the head's calibration is to
+            promise; it says of what ([`Calibration.guarantee`]). Choose `alpha` before you look at the thresholds,
+            unless the calibration's mode is `"uniform"`.
         min_new_tokens (`int`): number of new tokens before the method starts to act.
         allow_backbone_mismatch (`bool`): use the head although its fingerprint names another backbone.
     """
@@ -121,6 +125,7 @@ class SteeringConfig:
 
     value_head: PreTrainedModel | str | None = None
     threshold: float | Sequence[float] | None = None
+    alpha: float | None = None
     min_new_tokens: int = 0
     allow_backbone_mismatch: bool = False
 
@@ -128,6 +133,10 @@ class SteeringConfig:
         if isinstance(self.threshold, list):
             object.__setattr__(self, "threshold", tuple(self.threshold))
         check_threshold(self.threshold)
+        if self.alpha is not None:
+            check_probability(self.alpha, "alpha")
+            if self.threshold is not None:
+                raise ValueError("`threshold` and `alpha` both say where to act: pass one of them.")
         self._check_integer("min_new_tokens", 0)
         if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str):
             raise TypeError(f"`value_head` has to be a ValueHead, a Hub id or a folder, got {self.value_head!r}.")

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
+from transformers.utils.hub import cached_file
 
 from hf_value_steer import hub
+from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
 from hf_value_steer.configuration import ValueHeadConfig
 from hf_value_steer.policy import Polarity
 
 
 # The feature contract of value-steer 0.2.0, as its sidecar spells it.
 _PEER_FEATURE = {"layer": "final", "norm": "post", "pooling": "none", "dtype": "fp32"}
+
+# Arguments of `from_pretrained` that say where files are.
+_LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -42,6 +47,10 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
     head = ValueHead.from_pretrained("org/head")
     values = head(hidden_states).values  # (batch, tokens, hidden_size) -> (batch, tokens)
     ```
+
+    Attributes:
+        calibration ([`~hf_value_steer.calibration.Calibration`], *optional*): what its thresholds promise; saved as
+            `calibration.json` and loaded with the head. `alpha` in a runtime configuration needs it.
     """
 
     config_class = ValueHeadConfig
@@ -56,6 +65,7 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
         if config.architecture == "mlp":
             layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), *layers]
         self.net = nn.Sequential(*layers).to(torch.float32)
+        self.calibration: Calibration | None = None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,8 +103,11 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """Load a head from a folder or the Hub: `config.json` and `model.safetensors`, never a pickle.
 
+        `calibration.json` is read where there is one.
+
         Raises:
-            ValueError: if this is no value head, or weights are missing, do not fit the config, or are not finite.
+            ValueError: if this is no value head, if weights are missing, do not fit the config, or are not finite, or
+                if `calibration.json` is corrupt.
         """
         source = str(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
@@ -109,16 +122,24 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
             if info[problem]:
                 raise ValueError(f"{source}: {problem} {sorted(map(str, info[problem]))}.")
         head.require_finite()
+        location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
+        calibrated = cached_file(source, FILE_NAME, _raise_exceptions_for_missing_entries=False, **location)
+        head.calibration = Calibration.load(Path(calibrated).parent) if calibrated else None
         return loaded if wants_info else head
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write `config.json`, `model.safetensors` and, where there is none yet, a generated `README.md`."""
+        """Write `config.json`, `model.safetensors`, and `calibration.json` if the head is calibrated.
+
+        Where there is no `README.md` yet, one is generated.
+        """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         hub.write_card(self, Path(save_directory))
+        if self.calibration is not None:
+            self.calibration.save(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload config, weights and card as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
+        """Upload what `save_pretrained` writes as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
 
         Returns:
             The URL of the commit.

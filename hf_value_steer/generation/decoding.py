@@ -121,6 +121,7 @@ class _Loop:
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         state = self.engine.prefill(input_ids, self.config)
         prompt_values = self._score(self.scorer, state, 0, unfinished)
+        self.scorer.start(prompt_values)
         if self.abstention is not None:
             self.abstention.observe(self._score(self.abstention.scorer, state, 0, unfinished), 0, unfinished)
         for step in itertools.count():

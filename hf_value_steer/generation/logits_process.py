@@ -97,10 +97,11 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
-        self.tap.read(input_ids)
+        feature = self.tap.read(input_ids)
         if self.tap.prefill:
             self.prompt_length = input_ids.shape[1]
             self.scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
+            self.scorer.start(self.scorer.values(feature))
         step = input_ids.shape[1] - self.prompt_length
         if step < self.config.min_new_tokens:
             return scores

@@ -1,5 +1,6 @@
 """A value head bound to one model and one call: where it lives, what it accepts, whether it fits."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,21 +8,38 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.backbone import feature_width, fingerprint
-from hf_value_steer.configuration import SteeringConfig
+from hf_value_steer.calibration import Calibration
+from hf_value_steer.calibration.filtering import row_thresholds
+from hf_value_steer.configuration import AbstentionConfig, SteeringConfig
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity, acceptable
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scorer:
-    """A head with one threshold a row (`(batch,)`, float32)."""
+    """A head with one threshold a row.
+
+    Args:
+        head: the head.
+        threshold (`torch.FloatTensor` of shape `(batch,)`): NaN, which accepts nothing, as long as it is not known.
+        least_growth (`float`, *optional*): from a calibration of mode `"martingale"`: growth of the log odds since the
+            prompt that is not acceptable any more.
+    """
 
     head: ValueHead
     threshold: Tensor
+    least_growth: float | None = None
 
     @property
     def polarity(self) -> Polarity:
         return self.head.config.polarity  # type: ignore[no-any-return]
+
+    def start(self, prompt_values: Tensor) -> None:
+        """Set the thresholds that follow the values of the prompts, `(batch,)`."""
+        if self.least_growth is not None:
+            require_finite(prompt_values, torch.ones_like(prompt_values, dtype=torch.bool), 0)
+            rows = row_thresholds(self.least_growth, prompt_values.numpy(force=True), self.polarity)
+            self.threshold = torch.from_numpy(rows).to(self.threshold.device)
 
     def values(self, features: Tensor) -> Tensor:
         """Values in (0, 1), or NaN, of features `(..., width)`, on the device of the thresholds.
@@ -41,14 +59,57 @@ def bind(config: SteeringConfig, head: ValueHead, batch_size: int, device: torch
     """A scorer for `batch_size` rows, thresholds on `device`.
 
     Raises:
-        ValueError: if there is no threshold, or not one a row.
+        ValueError: if there is no threshold, not one a row, or none that keeps the promise that `alpha` asks for.
     """
     threshold = head.config.threshold if config.threshold is None else config.threshold
+    least_growth = None
+    if config.alpha is not None:
+        calibration = _fitting_calibration(config, head)
+        threshold = _promised_threshold(calibration, config.alpha)
+        if calibration.mode == "martingale":
+            threshold, least_growth = math.nan, threshold
     if threshold is None:
         raise ValueError("`threshold` is missing: this value head has no default threshold, so pass one in (0, 1).")
     if isinstance(threshold, tuple) and len(threshold) != batch_size:
         raise ValueError(f"`threshold` holds {len(threshold)} numbers, but the batch has {batch_size} rows.")
-    return Scorer(head, torch.tensor(threshold, dtype=torch.float32, device=device).expand(batch_size))
+    rows = torch.tensor(threshold, dtype=torch.float32, device=device).expand(batch_size)
+    return Scorer(head, rows, least_growth)
+
+
+def _fitting_calibration(config: SteeringConfig, head: ValueHead) -> Calibration:
+    asked, calibration = f"`alpha`={config.alpha}", head.calibration
+    if calibration is None:
+        raise ValueError(f"{asked} needs a calibrated head, and this one has no calibration.json: pass `threshold`.")
+    if calibration.method != config.method:
+        raise ValueError(
+            f'{asked} in a "{config.method}" config needs a calibration of that method, but this head was calibrated '
+            f'for "{calibration.method}": pass `threshold`, or calibrate it again.'
+        )
+    if calibration.polarity != head.config.polarity or calibration.head_fingerprint not in (None, fingerprint(head)):
+        raise ValueError(
+            f"{asked}: calibration.json is about another head (polarity {calibration.polarity!r}, fingerprint "
+            f"{calibration.head_fingerprint}); calibrate this one (polarity {head.config.polarity!r}, fingerprint "
+            f"{fingerprint(head)}), or pass `threshold`."
+        )
+    if calibration.mode == "selective" and isinstance(config, AbstentionConfig):
+        if config.patience > 1 or config.min_new_tokens > 0:
+            raise ValueError(
+                f"{asked} promises accuracy for rows that stop at their first unacceptable value: leave out "
+                "`patience` and `min_new_tokens`, or pass `threshold`."
+            )
+    return calibration
+
+
+def _promised_threshold(calibration: Calibration, alpha: float) -> float:
+    threshold = calibration.threshold(alpha)
+    if math.isinf(threshold):
+        smallest = calibration.smallest_alpha()
+        possible = "none at all" if smallest is None else f"at least {smallest}"
+        raise ValueError(
+            f"`alpha`={alpha} has no finite threshold: this calibration (mode {calibration.mode!r}, "
+            f"n={calibration.n}) can promise {possible}. Raise `alpha`, calibrate on more texts, or pass `threshold`."
+        )
+    return threshold
 
 
 def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
