@@ -1,0 +1,1 @@
+"""From prompts to a value head: collect and label generations, train on them."""

@@ -1,0 +1,265 @@
+"""`collect`: continue prompts, and keep what a value head will see while text is generated."""
+
+import hashlib
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_value_steer.backbone import feature_width, fingerprint, intercept_feature
+from hf_value_steer.training.label import LabelArguments, label
+from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
+from hf_value_steer.training.references import PREFIX, resolve
+from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, claim, shard_path, write_tensors
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class CollectArguments:
+    """What to generate. Every field is recorded; a folder holds one collection for good."""
+
+    output: str = field(metadata={"help": "folder of the collection; a collection that is there is completed"})
+    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
+    backbone: str | None = field(default=None, metadata={"help": "Hub id to record, if `model` is not it"})
+    prompts: str = field(
+        metadata={"help": "a .txt file (one prompt a line), a .jsonl file, a data set, or python:module:function"}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
+    prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
+    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
+    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
+    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
+    forced_samples: int = field(
+        default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
+    )
+    force_words: str | None = field(
+        default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
+    )
+    next_tokens: int = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
+    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
+    seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        if bool(self.forced_samples) != bool(self.force_words):
+            raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `generate` that say how tokens are drawn."""
+        if not self.do_sample:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The work of one shard."""
+
+    index: int
+    prompts: Sequence[Prompt]
+    first_prompt: int
+    samples: int
+    forced: bool
+
+
+def load_backbone(model: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Backbone and tokenizer; `model` is a folder, a Hub id, or a `python:` reference to a function that gives one."""
+    name = str(resolve(model)()) if model.startswith(PREFIX) else model
+    backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
+    return backbone, AutoTokenizer.from_pretrained(name)
+
+
+def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -> Collection:
+    """Generate, keep every token's feature at decode time, and label.
+
+    Goes on where it was stopped: a shard is there completely or not at all, and its random numbers depend on the seed
+    and its index alone, so an interrupted collection becomes the same, byte by byte. Under `accelerate launch` the
+    processes share the shards.
+
+    Args:
+        arguments: what to generate.
+        labels (*optional*): which judges read the generations, see [`~hf_value_steer.training.label`].
+
+    Returns:
+        The collection, complete.
+
+    Raises:
+        ValueError: for anything that cannot be done, and if the folder holds another collection.
+    """
+    state, folder = PartialState(), Path(arguments.output)
+    prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
+    model, tokenizer = load_backbone(arguments.model, arguments.dtype, state.device)
+    formatter = Formatter(tokenizer, arguments.chat)
+    batches = list(_batches(arguments, prompts))
+    with state.main_process_first():
+        manifest = _manifest(arguments, model, formatter, len(batches))
+        claim(folder / "collection.json", {**manifest, "prompts_sha256": prompts_digest(prompts)})
+        write_prompts(prompts, folder / "prompts.jsonl")
+    missing = [batch for batch in batches if not _is_complete(shard_path(folder, batch.index))]
+    writer = _Writer(arguments, model, formatter)
+    mine = missing[state.process_index :: state.num_processes]
+    for batch in tqdm(mine, desc="collect", unit="shard", disable=not state.is_main_process):
+        write_tensors(shard_path(folder, batch.index), writer.tensors(batch))
+    state.wait_for_everyone()
+    collection = Collection(folder)
+    if labels is not None:
+        label(collection, tokenizer, labels)
+    return collection
+
+
+def _batches(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Iterator[Batch]:
+    index = 0
+    for samples, forced in ((arguments.samples, False), (arguments.forced_samples, True)):
+        for first in range(0, len(prompts) if samples else 0, arguments.batch_size):
+            yield Batch(index, prompts[first : first + arguments.batch_size], first, samples, forced)
+            index += 1
+
+
+def _manifest(
+    arguments: CollectArguments, model: PreTrainedModel, formatter: Formatter, shards: int
+) -> dict[str, Any]:
+    recorded = {name: choice for name, choice in asdict(arguments).items() if name != "output"}
+    return {
+        "format": FORMAT,
+        "arguments": recorded,
+        "sampling": arguments.sampling(),
+        "shards": shards,
+        "backbone": arguments.backbone or arguments.model,
+        "backbone_fingerprint": fingerprint(model),
+        "hidden_size": feature_width(model),
+        "feature_dtype": str(model.dtype).removeprefix("torch."),
+        "chat_template": formatter.name,
+        "kernel": f"decode, {model.config._attn_implementation}",
+        "backend": f"transformers {version('transformers')}, torch {version('torch')}",
+    }
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a shard is there; a damaged one is made anew."""
+    if not path.exists():
+        return False
+    try:
+        TensorFile(path).verify()
+    except ValueError as error:
+        logger.warning("%s", error)
+        return False
+    return True
+
+
+class _Writer:
+    def __init__(self, arguments: CollectArguments, model: PreTrainedModel, formatter: Formatter):
+        self.arguments, self.model, self.formatter = arguments, model, formatter
+        self.words = _forced_words(arguments.force_words, formatter.tokenizer) if arguments.force_words else []
+
+    @torch.no_grad()
+    def tensors(self, batch: Batch) -> dict[str, Tensor]:
+        """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
+        torch.manual_seed(_seed(self.arguments.seed, batch.index))
+        inputs = self.formatter(batch.prompts, self.model.device)
+        length, rows = inputs["input_ids"].shape[1], len(batch.prompts) * batch.samples
+        watch = _Watch(self.words if batch.forced else [], self.arguments, rows, length)
+        features: list[Tensor] = []
+        with intercept_feature(self.model, lambda feature: features.append(feature[:, -1].cpu())):
+            # A token's feature appears when the next token is about to be chosen: one more is drawn than is kept.
+            sequences = self.model.generate(
+                **inputs,
+                **self.arguments.sampling(),
+                num_return_sequences=batch.samples,
+                max_new_tokens=self.arguments.max_new_tokens + 1,
+                logits_processor=[watch],
+            )
+        tokens = sequences[:, length:-1].cpu()
+        keep = until_end(tokens, self.model.generation_config.eos_token_id)
+        counts = keep.sum(dim=1)
+        columns = {"features": torch.stack(features[1:], dim=1), "tokens": tokens.int(), **watch.columns()}
+        owner = torch.arange(batch.first_prompt, batch.first_prompt + len(batch.prompts))
+        return {
+            **{name: column[keep] for name, column in columns.items()},
+            "prompt_features": features[0],
+            "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            "prompts": owner.repeat_interleave(batch.samples),
+            "natural": torch.full((rows,), not batch.forced),
+        }
+
+
+def _seed(seed: int, index: int) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}-{index}".encode(), digest_size=6).digest(), "little")
+
+
+def until_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
+    """Mask `(rows, steps)` of each row's new tokens up to and including its first end of sequence."""
+    if eos_token_id is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    ended = torch.isin(tokens, torch.tensor(eos_token_id)).long()
+    return ended.cumsum(1) == ended
+
+
+def _forced_words(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    words = resolve(source)() if source.startswith(PREFIX) else [prompt.text for prompt in load_prompts(source)]
+    return [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+
+
+class _Watch(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the most likely next tokens of every step, and forces two words into every row if there are any.
+
+    A word begins at a random step of each half of the generation. It is drawn the more often the more likely the model
+    finds its first piece there, by the root of that probability.
+    """
+
+    def __init__(self, words: list[list[int]], arguments: CollectArguments, rows: int, prompt_length: int):
+        self.words, self.keep, self.prompt_length = words, arguments.next_tokens, prompt_length
+        self.pending: list[list[int]] = [[] for _ in range(rows)]
+        half, draw = arguments.max_new_tokens // 2, random.Random(torch.initial_seed())
+        self.starts = [{draw.randrange(half), half + draw.randrange(half)} for _ in range(rows)] if words else []
+        self.first = torch.tensor([word[0] for word in words])
+        self.likely: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.keep:
+            probabilities, tokens = scores.softmax(-1).topk(self.keep)
+            self.likely.append((probabilities.half().cpu(), tokens.int().cpu()))
+        step = input_ids.shape[1] - self.prompt_length
+        for row, starts in enumerate(self.starts):
+            if step in starts:
+                choice = torch.multinomial((scores[row, self.first.to(scores.device)] / 2).softmax(-1), 1)
+                self.pending[row] = list(self.words[int(choice)])
+        if not any(self.pending):
+            return scores
+        scores = scores.clone()
+        for row, pieces in enumerate(self.pending):
+            if pieces:
+                scores[row] = -torch.inf
+                scores[row, pieces.pop(0)] = 0.0
+        return scores
+
+    def columns(self) -> dict[str, Tensor]:
+        """What came next after each kept token, `(rows, steps, next_tokens)`."""
+        if not self.keep:
+            return {}
+        probabilities, tokens = (torch.stack(steps, dim=1) for steps in zip(*self.likely[1:], strict=True))
+        return {"next_probabilities": probabilities, "next_tokens": tokens}

@@ -1,0 +1,179 @@
+"""Labels: what judges say of collected generations, of whole ones and of every prefix."""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from hf_value_steer.training.judges import Judge, agreement, load_judge
+from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.training.shards import Collection, TensorFile, claim, write_json, write_tensors
+
+
+@dataclass(kw_only=True)
+class LabelArguments:
+    """Who reads the generations, and how much of them."""
+
+    judges: list[str] = field(metadata={"help": "lexicon:, classifier:, reward:, llm:, math: or python: judges"})
+    prefixes: bool = field(default=False, metadata={"help": "let judges score every prefix, not whole texts only"})
+    prefix_words: int | None = field(
+        default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default"}
+    )
+
+
+def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments: LabelArguments) -> dict[str, Any]:
+    """Let judges score a collection. Labels that are there already are kept.
+
+    Of each generation the score of the whole response; with `prefixes` also of the response up to each token, and, if
+    the collection kept the most likely next tokens, up to each of those.
+
+    Returns:
+        What each judge said on average, how many of its answers could not be read or texts had to be cut, and how far
+        judges agree, see [`~hf_value_steer.training.judges.agreement`]. The same is in `labels/report.json`.
+
+    Raises:
+        ValueError: if a judge is missing or answers out of range. What was labelled stays.
+    """
+    state = PartialState()
+    pieces = None
+    for spec in arguments.judges:
+        judge, folder = load_judge(spec), labels_folder(collection, spec)
+        how = {"prefixes": arguments.prefixes, "prefix_words": arguments.prefix_words, "digest": judge.digest}
+        claim(folder / "labels.json", {"judge": spec, **how})
+        missing = [i for i in range(len(collection.shards)) if not _file(folder, i).exists()]
+        if arguments.prefixes and missing and pieces is None:
+            pieces = vocabulary_pieces(tokenizer)
+        reader = _Reader(collection, tokenizer, judge, arguments, pieces)
+        mine = missing[state.process_index :: state.num_processes]
+        for index in tqdm(mine, desc=f"label {spec}", unit="shard", disable=not state.is_main_process):
+            write_tensors(_file(folder, index), reader.tensors(index))
+    state.wait_for_everyone()
+    labels = {spec: Labels(collection, spec) for spec in arguments.judges}
+    scores = {spec: each.responses().numpy() for spec, each in labels.items()}
+    report = {
+        "judges": {spec: {"mean": float(scores[spec].mean()), **labels[spec].troubles()} for spec in labels},
+        "agreement": agreement(scores),
+    }
+    write_json(collection.folder / "labels" / "report.json", report)
+    return report
+
+
+class Labels:
+    """What one judge said of a collection.
+
+    Raises:
+        ValueError: if the judge did not read all of it.
+    """
+
+    def __init__(self, collection: Collection, judge: str):
+        folder = labels_folder(collection, judge)
+        paths = [_file(folder, index) for index in range(len(collection.shards))]
+        if missing := sum(not path.exists() for path in paths):
+            raise ValueError(f"{judge} has not labelled {missing} of {len(paths)} shards: run `collect` with it.")
+        self.collection, self.files = collection, [TensorFile(path) for path in paths]
+
+    def responses(self) -> Tensor:
+        """Scores of whole responses, `(rows,)`."""
+        return torch.cat([file.read("responses") for file in self.files])
+
+    def troubles(self) -> dict[str, int]:
+        """How many answers could not be read, and how many texts were cut."""
+        unparseable, truncated = torch.stack([file.read("troubles") for file in self.files]).sum(dim=0).tolist()
+        return {"unparseable": unparseable, "truncated": truncated}
+
+    @property
+    def kinds(self) -> set[str]:
+        """`"responses"`, and with prefixes `"prefixes"` and perhaps `"next"`."""
+        return set(self.files[0].header)
+
+    def read(self, name: str, row: int) -> Tensor:
+        """Scores of a row's tokens: `"prefixes"` `(tokens,)`, `"next"` `(tokens, next_tokens)`."""
+        return self.collection.read_from(self.files, name, row)
+
+
+def labels_folder(collection: Collection, judge: str) -> Path:
+    """Where a judge's labels lie; the name says which it is, the digest tells similar ones apart."""
+    slug = re.sub(r"[^a-zA-Z0-9]+", "-", judge).strip("-")[-40:]
+    return collection.folder / "labels" / f"{slug}-{hashlib.sha256(judge.encode()).hexdigest()[:8]}"
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.safetensors"
+
+
+def vocabulary_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text that each token of the vocabulary adds to a text: decoded after a word, where no space is dropped."""
+    tokens = range(len(tokenizer))
+    word = next(token for token in tokens if tokenizer.decode([token], skip_special_tokens=True).strip().isalpha())
+    alone = len(tokenizer.decode([word]))
+    return [text[alone:] for text in tokenizer.batch_decode([[word, t] for t in tokens], skip_special_tokens=True)]
+
+
+@dataclass
+class _Reader:
+    """One judge reading shards."""
+
+    collection: Collection
+    tokenizer: PreTrainedTokenizerBase
+    judge: Judge
+    arguments: LabelArguments
+    pieces: list[str] | None
+
+    def tensors(self, index: int) -> dict[str, Tensor]:
+        """The labels of one shard."""
+        shard = self.collection.shards[index]
+        tokens, offsets = shard.read("tokens"), shard.read("offsets").tolist()
+        prompts = [self.collection.prompts[prompt] for prompt in shard.read("prompts").tolist()]
+        rows = [tokens[start:stop].tolist() for start, stop in itertools.pairwise(offsets)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        before = self._troubles()
+        labels = {"responses": torch.from_numpy(self.judge(prompts, texts))}
+        if self.pieces is not None:
+            following = shard.read("next_tokens").tolist() if "next_tokens" in shard.header else None
+            labels |= self._prefixes(prompts, rows, offsets, following)
+        return {**labels, "troubles": self._troubles() - before}
+
+    def _troubles(self) -> Tensor:
+        return torch.tensor([self.judge.unparseable, self.judge.truncated])
+
+    def _prefixes(
+        self, prompts: Sequence[Prompt], rows: list[list[int]], offsets: list[int], following: list[list[int]] | None
+    ) -> dict[str, Tensor]:
+        assert self.pieces is not None
+        owners, texts, next_texts = [], [], []
+        for prompt, row, start in zip(prompts, rows, offsets, strict=False):
+            text = ""
+            for step, token in enumerate(row):
+                text += self.pieces[token]
+                owners.append(prompt)
+                texts.append(self._cut(text))
+                for after in following[start + step] if following else ():
+                    next_texts.append(self._cut(text + self.pieces[after]))
+        labels = {"prefixes": self._score(owners, texts)}
+        if following:
+            width = len(following[0])
+            repeated = [owner for owner in owners for _ in range(width)]
+            labels["next"] = self._score(repeated, next_texts).view(-1, width)
+        return labels
+
+    def _cut(self, text: str) -> str:
+        words = self.arguments.prefix_words
+        return text if words is None else " ".join(text.split()[-words:])
+
+    def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
+        """Scores, each distinct question asked once."""
+        keys = [(id(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        chosen = list(first.values())
+        scores = self.judge([prompts[i] for i in chosen], [texts[i] for i in chosen])
+        known = dict(zip(first, scores.tolist(), strict=True))
+        return torch.tensor([known[key] for key in keys], dtype=torch.float32)

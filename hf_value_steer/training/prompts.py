@@ -1,0 +1,143 @@
+"""Prompts: where they come from, how the model reads them, and which split they belong to."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from hf_value_steer.training.references import PREFIX, resolve
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Args:
+        text (`str`): what the user wrote; for plain continuations the text itself.
+        columns (`dict`): the other columns of its record, for instance the right answer.
+        messages (sequence of `dict`, *optional*): the conversation that `text` ends, if there is more of it.
+    """
+
+    text: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: Sequence[Mapping[str, str]] | None = None
+
+
+def load_prompts(source: str, column: str = "prompt", split: str = "train", limit: int | None = None) -> list[Prompt]:
+    """Read prompts.
+
+    Args:
+        source (`str`): a `.txt` file (one prompt a line), a `.jsonl` file, `python:module:function` (which returns
+            texts or records), or a Hub id or folder for `datasets.load_dataset`.
+        column (`str`): the column of a record that holds the prompt: a text, or a list of chat messages that ends
+            with the user's.
+        split (`str`): split of a data set.
+        limit (`int`, *optional*): take the first so many.
+
+    Raises:
+        ValueError: if there is no prompt, or a record does not hold `column`.
+    """
+    prompts = [_prompt(record, column, source) for record in _records(source, split)][:limit]
+    if not prompts:
+        raise ValueError(f"`prompts`: {source} holds no prompt.")
+    return prompts
+
+
+def _records(source: str, split: str) -> Iterable[Any]:
+    if source.startswith(PREFIX):
+        return resolve(source)()  # type: ignore[no-any-return]
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
+        return _dataset(source, split)
+    if not path.is_file():
+        raise ValueError(f"`prompts`: there is no file {source}.")
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
+
+
+def _dataset(source: str, split: str) -> Iterable[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"`prompts`: {source} is read with the `datasets` package, which is not installed: "
+            'pip install "hf-value-steer[train]".'
+        ) from error
+    return load_dataset(source, split=split)  # type: ignore[no-any-return]
+
+
+def _prompt(record: Any, column: str, source: str) -> Prompt:
+    if isinstance(record, str):
+        return Prompt(record.strip())
+    if column not in record:
+        raise ValueError(f"`prompts`: a record of {source} has no column {column!r}, only {sorted(record)}.")
+    columns = {name: entry for name, entry in record.items() if name != column}
+    if isinstance(record[column], str):
+        return Prompt(record[column].strip(), columns)
+    return Prompt(record[column][-1]["content"], columns, record[column])
+
+
+def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
+    """Write `prompts` as JSON lines, which [`load_prompts`] reads."""
+    path.write_bytes(_as_json_lines(prompts))
+
+
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the prompts with all their columns."""
+    return hashlib.sha256(_as_json_lines(prompts)).hexdigest()
+
+
+def _as_json_lines(prompts: Sequence[Prompt]) -> bytes:
+    records = ({"prompt": prompt.messages or prompt.text, **prompt.columns} for prompt in prompts)
+    return "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records).encode()
+
+
+class Formatter:
+    """From prompts to a left-padded batch.
+
+    Args:
+        tokenizer: of the backbone.
+        chat (`bool`): put prompts into the tokenizer's chat template; otherwise they are plain text to continue.
+        system_prompt (`str`, *optional*): a system message before them.
+
+    Raises:
+        ValueError: if there is no chat template, or a system prompt without one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: bool, system_prompt: str | None = None):
+        if chat and tokenizer.chat_template is None:
+            raise ValueError("`chat`: this tokenizer has no chat template; collect plain continuations instead.")
+        if system_prompt and not chat:
+            raise ValueError("`system_prompt` needs `chat`: plain continuations have no system message.")
+        self.tokenizer, self.chat, self.system_prompt = tokenizer, chat, system_prompt
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @property
+    def name(self) -> str:
+        """`"none"`, or a digest of the chat template: what `ValueHeadConfig.chat_template` records."""
+        template = str(self.tokenizer.chat_template)
+        return "sha256:" + hashlib.sha256(template.encode()).hexdigest()[:16] if self.chat else "none"
+
+    def __call__(self, prompts: Sequence[Prompt], device: torch.device | str = "cpu") -> BatchEncoding:
+        """`input_ids` and `attention_mask`, `(prompts, length)` each."""
+        texts = [self._chat(prompt) if self.chat else prompt.text for prompt in prompts]
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": not self.chat}
+        return self.tokenizer(texts, **options).to(device)
+
+    def _chat(self, prompt: Prompt) -> str:
+        messages = list(prompt.messages or [{"role": "user", "content": prompt.text}])
+        if self.system_prompt:
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def share(text: str) -> float:
+    """Where a prompt falls in [0, 1), by its text alone: the same prompt is in the same split for good."""
+    return int(hashlib.sha256(text.strip().encode()).hexdigest()[-12:], 16) / 16**12

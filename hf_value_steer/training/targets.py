@@ -1,0 +1,87 @@
+"""From judges' scores to what the head should say of each token."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_value_steer.training.label import Labels
+from hf_value_steer.training.shards import Collection
+
+
+Target = Literal["response", "prefix", "hazard"]
+_NEEDS = {"response": "responses", "prefix": "prefixes", "hazard": "prefixes"}
+
+
+class Targets:
+    """Targets of a collection's tokens, all in [0, 1].
+
+    Args:
+        collection: the generations.
+        judge (`str`): whose labels.
+        kind (`str`): `"response"`, the score of the whole response, for the prompt's last token and all that follow
+            (arXiv 2605.14746, 2604.18419); `"prefix"`, the score of the text up to the token; `"hazard"`, how far the
+            score rises at the token, or is bound to rise after it, see [`hazard`].
+
+    Raises:
+        ValueError: if the judge's labels do not reach so far.
+    """
+
+    def __init__(self, collection: Collection, judge: str, kind: Target):
+        self.collection, self.kind, self.labels = collection, kind, Labels(collection, judge)
+        self.responses = self.labels.responses()
+        self.known: dict[int, Tensor] = {}
+        if _NEEDS[kind] not in self.labels.kinds:
+            raise ValueError(f'target="{kind}" needs scores of prefixes: label again with `prefixes`.')
+
+    def row(self, row: int) -> tuple[Tensor, Tensor]:
+        """Features `(tokens, width)` and their targets `(tokens,)`."""
+        features = self.collection.read("features", row)
+        if self.kind == "response":
+            features = torch.cat([self.collection.prompt_feature(row)[None], features])
+            return features, self.responses[row].expand(len(features))
+        if row not in self.known:
+            self.known[row] = self._of_tokens(row)
+        return features, self.known[row]
+
+    def _of_tokens(self, row: int) -> Tensor:
+        prefixes = self.labels.read("prefixes", row)
+        if self.kind == "prefix":
+            return prefixes
+        if "next" not in self.labels.kinds:
+            return hazard(prefixes)
+        following = (self.collection.read(name, row) for name in ("tokens", "next_tokens", "next_probabilities"))
+        return expected_hazard(prefixes, self.labels.read("next", row), *following)
+
+
+def hazard(prefixes: Tensor, horizon: int = 2) -> Tensor:
+    """How far the judge's score rises at a token or within the next `horizon` tokens, `(tokens,)`."""
+    rises = prefixes.diff(prepend=prefixes.new_zeros(1)).clamp(min=0)
+    later = [torch.nn.functional.pad(rises[ahead:], (0, min(ahead, len(rises)))) for ahead in range(horizon + 1)]
+    return torch.stack(later).amax(dim=0)
+
+
+def expected_hazard(
+    prefixes: Tensor, following: Tensor, tokens: Tensor, next_tokens: Tensor, next_probabilities: Tensor
+) -> Tensor:
+    """How far the score rises at a token, or is bound to rise after it, `(tokens,)`.
+
+    Backwards from the end: the larger of the rise at the token, and the square of the hazard that the model's own next
+    tokens carry on average. Squared, because a risk that another draw may avoid is no reason to act yet. A filter has
+    to act before a token after which there is no other.
+
+    Args:
+        prefixes (`torch.FloatTensor` of shape `(tokens,)`): score of the text up to each token.
+        following (`torch.FloatTensor` of shape `(tokens, next_tokens)`): score with a likely next token, too.
+        tokens (`torch.IntTensor` of shape `(tokens,)`).
+        next_tokens, next_probabilities (of shape `(tokens, next_tokens)`): the likely next tokens.
+    """
+    hazards = prefixes.diff(prepend=prefixes.new_zeros(1)).clamp(min=0)
+    rises = (following - prefixes[:, None]).clamp(min=0)
+    probabilities = next_probabilities.float()
+    for step in reversed(range(len(tokens))):
+        if step + 1 < len(tokens):  # what the drawn token leads to is known better than its own rise
+            rises[step, next_tokens[step] == tokens[step + 1]] = hazards[step + 1]
+        risk = (probabilities[step] * rises[step]).sum()
+        hazards[step] = torch.maximum(hazards[step], risk.square())
+    return hazards

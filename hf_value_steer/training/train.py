@@ -1,0 +1,256 @@
+"""`train`: from a labelled collection to a saved head."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_value_steer.configuration import ValueHeadConfig
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.policy import Polarity
+from hf_value_steer.training.losses import Loss
+from hf_value_steer.training.prompts import share
+from hf_value_steer.training.shards import Collection, write_json
+from hf_value_steer.training.targets import Target, Targets
+from hf_value_steer.training.trainer import HeadInTraining, TokenRows, ValueHeadTrainer, statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a head is fitted."""
+
+    target: Target
+    loss: Loss
+    positive_weight: float
+    coherence_weight: float
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    patience: int
+
+
+# What works out of the box. "value-steer" is that of the package of arXiv 2605.14746.
+RECIPES = {
+    "value-steer": Recipe(
+        target="response",
+        loss="focal",
+        positive_weight=0.7 / 0.3,
+        coherence_weight=0.1,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        epochs=10,
+        patience=3,
+    ),
+    "hazard": Recipe(
+        target="hazard",
+        loss="bce",
+        positive_weight=1.0,
+        coherence_weight=0.0,
+        learning_rate=3e-4,
+        weight_decay=0.05,
+        epochs=8,
+        patience=2,
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class TrainArguments:
+    """What to train. `None` stands for what the recipe says."""
+
+    collection: str = field(metadata={"help": "folder of a labelled collection"})
+    output: str = field(metadata={"help": "folder of the head"})
+    judge: str = field(metadata={"help": "the judge whose labels are learned"})
+    attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
+    polarity: Polarity = field(default="undesirable", metadata={"help": "what a high label means"})
+    architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "of the head"})
+    recipe: Literal["value-steer", "hazard"] = field(default="value-steer", metadata={"help": "preset of the rest"})
+    target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
+    loss: Loss | None = field(default=None, metadata={"help": "token loss"})
+    positive_weight: float | None = field(default=None, metadata={"help": "weight of the positive class"})
+    coherence_weight: float | None = field(default=None, metadata={"help": "weight of the TD-coherence term"})
+    learning_rate: float | None = field(default=None, metadata={"help": "of AdamW"})
+    weight_decay: float | None = field(default=None, metadata={"help": "of AdamW"})
+    epochs: int | None = field(default=None, metadata={"help": "at most"})
+    patience: int | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
+    batch_rows: int = field(default=32, metadata={"help": "generations in one step"})
+    validation: float = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
+    calibration: float = field(default=0.15, metadata={"help": "share of the prompts that only `calibrate` sees"})
+    held_out: float = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
+    rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
+    seed: int = field(default=0, metadata={"help": "of weights and order"})
+    trainer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further TrainingArguments as name=value, for instance report_to=wandb"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.recipe not in RECIPES:
+            raise ValueError(f"`recipe` has to be one of {', '.join(RECIPES)}; got {self.recipe!r}.")
+        shares = (self.validation, self.calibration, self.held_out)
+        if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
+            raise ValueError(
+                "`validation`, `calibration` and `held_out` have to be shares that leave prompts to train on; "
+                f"got {shares}."
+            )
+
+    def preset(self) -> Recipe:
+        """The recipe, with what was chosen otherwise."""
+        chosen = {each.name: getattr(self, each.name) for each in fields(Recipe)}
+        return replace(RECIPES[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
+
+
+def split_rows(collection: Collection, arguments: TrainArguments) -> dict[str, list[int]]:
+    """Rows of the splits `"held_out"`, `"calibration"`, `"validation"` and `"train"`; a prompt is in one of them.
+
+    Where a prompt belongs follows from its text. Generations with forced words are in `"train"` only.
+    """
+    shares = torch.tensor([share(prompt.text) for prompt in collection.prompts], dtype=torch.float64)
+    shares = ((shares - arguments.rotation) % 1.0)[collection.rows.prompt]
+    chosen, lower = {}, 0.0
+    for name in ("held_out", "calibration", "validation"):
+        upper = lower + getattr(arguments, name)
+        chosen[name] = (shares >= lower) & (shares < upper) & collection.rows.natural
+        lower = upper
+    chosen["train"] = shares >= lower
+    return {name: mask.nonzero().flatten().tolist() for name, mask in chosen.items()}
+
+
+def train(arguments: TrainArguments) -> ValueHead:
+    """Train a head and save it with a record of its training. A head that is there already is loaded.
+
+    A training that was stopped goes on from its last epoch and ends with the same head.
+
+    Raises:
+        ValueError: if labels are missing, all of one class, or the folder holds another head.
+    """
+    output, collection = Path(arguments.output), Collection(arguments.collection)
+    recorded = {**asdict(arguments), "collection_sha256": collection.digest()}
+    record = output / "training.json"
+    if record.exists():
+        if json.loads(record.read_text(encoding="utf-8"))["arguments"] != recorded:
+            raise ValueError(f"{output} holds a head that was trained otherwise: choose another folder.")
+        return ValueHead.from_pretrained(output)  # type: ignore[no-any-return]
+    rows = split_rows(collection, arguments)
+    head, history = fit(collection, arguments, rows["train"], rows["validation"], output / "checkpoints")
+    head.config.training = {
+        "recipe": arguments.recipe,
+        **asdict(arguments.preset()),
+        "seed": arguments.seed,
+        "judge": arguments.judge,
+        "metrics": history[-1],
+    }
+    head.save_pretrained(output)
+    splits = {name: len(members) for name, members in rows.items()}
+    write_json(record, {"arguments": recorded, "history": history, "splits": splits})
+    shutil.rmtree(output / "checkpoints")
+    return head
+
+
+def fit(
+    collection: Collection,
+    arguments: TrainArguments,
+    train_rows: Sequence[int],
+    validation_rows: Sequence[int],
+    work: Path,
+) -> tuple[ValueHead, list[dict[str, float]]]:
+    """Fit a head on some rows and stop on others.
+
+    Args:
+        collection: labelled generations.
+        arguments: how to train; `output` is not written.
+        train_rows, validation_rows: indices of rows.
+        work: folder for checkpoints; training goes on from the last one in it.
+
+    Returns:
+        The head of the best epoch, and the metrics of every epoch, those of the best one last.
+    """
+    recipe = arguments.preset()
+    targets = Targets(collection, arguments.judge, recipe.target)
+    _refuse_one_class(targets, train_rows, arguments)
+    training, validation = TokenRows(targets, train_rows), TokenRows(targets, validation_rows)
+    set_seed(arguments.seed)
+    model = HeadInTraining(
+        _new_head(collection, arguments),
+        *statistics(training),
+        recipe.loss,
+        recipe.positive_weight,
+        recipe.coherence_weight,
+    )
+    trainer = ValueHeadTrainer(
+        model=model,
+        args=_training_arguments(arguments, work),
+        train_dataset=training,
+        eval_dataset=validation,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=recipe.patience)],
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    kept = ("epoch", "eval_loss", "eval_auroc", "eval_calibration_error")
+    history = [{name.removeprefix("eval_"): entry[name] for name in kept} for entry in evaluations]
+    history.append(min(history, key=lambda entry: entry["loss"]))
+    return model.folded(), history
+
+
+def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
+    manifest = collection.manifest
+    return ValueHead(
+        ValueHeadConfig(
+            hidden_size=manifest["hidden_size"],
+            architecture=arguments.architecture,
+            polarity=arguments.polarity,
+            attribute=arguments.attribute,
+            backbone=manifest["backbone"],
+            backbone_fingerprint=manifest["backbone_fingerprint"],
+            feature_dtype=manifest["feature_dtype"],
+            chat_template=manifest["chat_template"],
+        )
+    )
+
+
+def _refuse_one_class(targets: Targets, rows: Sequence[int], arguments: TrainArguments) -> None:
+    if not rows:
+        raise ValueError("There is no generation to train on: collect more prompts, or make the other splits smaller.")
+    scores = targets.responses[list(rows)]
+    positive = int((scores > 0.5).sum())
+    if positive in (0, len(rows)):
+        raise ValueError(
+            f"{arguments.judge} scores {positive} of the {len(rows)} responses of the training split above 0.5: there "
+            "is nothing to learn. Choose prompts that bring out both kinds, or another judge."
+        )
+
+
+def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArguments:
+    recipe = arguments.preset()
+    defaults = {
+        "output_dir": str(work),
+        "num_train_epochs": recipe.epochs,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": arguments.batch_rows,
+        "per_device_eval_batch_size": arguments.batch_rows,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "greater_is_better": False,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": arguments.seed,
+    }
+    further = (entry.partition("=") for entry in arguments.trainer)
+    return TrainingArguments(**defaults | {name: yaml.safe_load(choice) for name, _, choice in further})

@@ -1,0 +1,149 @@
+"""Training a value head on collected features with `transformers.Trainer`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Trainer
+
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.losses import Loss, coherence, token_loss
+from hf_value_steer.training.targets import Targets
+
+
+STATISTICS_TOKENS = 100_000  # enough to know mean and scale of every feature
+
+
+class TokenRows(Dataset[dict[str, Tensor]]):
+    """Features and targets of some rows of a collection, one item a row, read when asked for."""
+
+    def __init__(self, targets: Targets, rows: Sequence[int]):
+        self.targets, self.rows = targets, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        features, labels = self.targets.row(self.rows[index])
+        return {"features": features, "labels": labels}
+
+
+def join_rows(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tokens of some rows: `features` `(tokens, width)`, `labels` and `follows` `(tokens,)`.
+
+    `follows` tells whether a token follows the one before it in its row.
+    """
+    follows = torch.cat([torch.arange(len(item["labels"])) > 0 for item in items])
+    joined = {name: torch.cat([item[name] for item in items]) for name in ("features", "labels")}
+    return {**joined, "follows": follows}
+
+
+class HeadInTraining(nn.Module):
+    """A head behind standardised features, and its loss.
+
+    Args:
+        head: what is trained.
+        mean, scale (`torch.FloatTensor` of shape `(width,)`): of the features.
+        loss (`str`), positive_weight (`float`): see [`~hf_value_steer.training.losses.token_loss`].
+        coherence_weight (`float`): weight of [`~hf_value_steer.training.losses.coherence`].
+    """
+
+    def __init__(
+        self,
+        head: ValueHead,
+        mean: Tensor,
+        scale: Tensor,
+        loss: Loss,
+        positive_weight: float,
+        coherence_weight: float,
+    ):
+        super().__init__()
+        self.mean: Tensor
+        self.scale: Tensor
+        self.head, self.loss = head, loss
+        self.positive_weight, self.coherence_weight = positive_weight, coherence_weight
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def forward(self, features: Tensor, labels: Tensor, follows: Tensor) -> dict[str, Tensor]:
+        """Loss `()` and logits `(tokens,)`."""
+        logits = self.head((features.float() - self.mean) / self.scale).logits
+        loss = token_loss(logits, labels, self.loss, self.positive_weight).mean()
+        if self.coherence_weight:
+            loss = loss + self.coherence_weight * coherence(logits, follows)
+        return {"loss": loss, "logits": logits}
+
+    def folded(self) -> ValueHead:
+        """The head for features as they are: mean and scale folded into its first layer."""
+        first: Any = self.head.net[0]
+        with torch.no_grad():
+            first.weight /= self.scale
+            first.bias -= first.weight @ self.mean
+        return self.head.cpu().eval()  # type: ignore[no-any-return]
+
+
+def statistics(dataset: TokenRows) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the features, `(width,)` each, of the first rows."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for index in range(len(dataset)):
+        features = dataset[index]["features"].double()
+        count, total = count + len(features), total + features.sum(0)
+        squares = squares + features.square().sum(0)
+        if count >= STATISTICS_TOKENS:
+            break
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp(min=1e-12)
+    return mean.float(), variance.sqrt().float()
+
+
+class ValueHeadTrainer(Trainer):  # type: ignore[misc]
+    """[`~transformers.Trainer`] of a [`HeadInTraining`] over [`TokenRows`]; batches are rows, losses are per token."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, data_collator=join_rows, compute_metrics=token_metrics, **kwargs)
+        # Trainer would divide the loss by the number of rows that it counts in the batch.
+        self.model_accepts_loss_kwargs = False
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far values can be read as probabilities, bin by bin."""
+
+    lower: list[float]
+    count: list[int]
+    mean_value: list[float]
+    rate: list[float]
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, in [0, 1]."""
+        gaps = zip(self.count, self.mean_value, self.rate, strict=True)
+        return sum(count * abs(value - rate) for count, value, rate in gaps) / max(sum(self.count), 1)
+
+
+def reliability(values: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
+    """Bin values `(tokens,)` and compare their mean with that of the labels `(tokens,)`; empty bins are left out."""
+    index = (values * bins).long().clamp(0, bins - 1)
+    count = torch.bincount(index, minlength=bins)
+    full = count > 0
+    sums = (torch.bincount(index, weights=each.double(), minlength=bins) for each in (values, labels))
+    mean_value, rate = (each[full] / count[full] for each in sums)
+    lower = torch.arange(bins)[full] / bins
+    return Reliability(lower.tolist(), count[full].tolist(), mean_value.tolist(), rate.tolist())
+
+
+def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """AUROC of tokens whose label is above one half, and the expected calibration error.
+
+    The AUROC is NaN when all labels are on one side.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    logits, labels = (torch.as_tensor(each) for each in (prediction.predictions, prediction.label_ids))
+    positive = labels > 0.5
+    one_class = bool(positive.all()) or not bool(positive.any())
+    auroc = float("nan") if one_class else float(roc_auc_score(positive, logits))
+    return {"auroc": auroc, "calibration_error": reliability(logits.sigmoid(), labels).error}

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer.training.losses import coherence, token_loss
+from hf_value_steer.training.targets import expected_hazard, hazard
+from hf_value_steer.training.train import TrainArguments
+from hf_value_steer.training.trainer import HeadInTraining, join_rows, reliability
+
+
+def test_hazard_is_the_rise_at_the_token_or_soon_after_it():
+    prefixes = torch.tensor([0.1, 0.1, 0.6, 0.5, 0.5, 0.5])
+    assert hazard(prefixes, horizon=1).tolist() == pytest.approx([0.1, 0.5, 0.5, 0.0, 0.0, 0.0])
+    assert hazard(prefixes[:1]).tolist() == pytest.approx([0.1])
+
+
+def test_expected_hazard_by_hand():
+    # Token 1 raises the score by 0.8. After token 0 the model says 7 with 0.9 (it did: token 1), and 8 with 0.1.
+    prefixes, tokens = torch.tensor([0.1, 0.9]), torch.tensor([5, 7])
+    following = torch.tensor([[0.9, 0.3], [0.9, 0.9]])
+    next_tokens, probabilities = torch.tensor([[7, 8], [1, 2]]), torch.tensor([[0.9, 0.1], [0.5, 0.5]])
+    labels = expected_hazard(prefixes, following, tokens, next_tokens, probabilities)
+    assert labels.tolist() == pytest.approx([(0.9 * 0.8 + 0.1 * 0.2) ** 2, 0.8])
+
+
+def test_expected_hazard_uses_what_the_drawn_token_led_to():
+    # The drawn token 7 does not raise the score itself, but is bound to be followed by one that does.
+    prefixes, tokens = torch.tensor([0.0, 0.0]), torch.tensor([5, 7])
+    following = torch.tensor([[0.0], [1.0]])
+    labels = expected_hazard(prefixes, following, tokens, torch.tensor([[7], [9]]), torch.tensor([[0.5], [1.0]]))
+    assert labels.tolist() == pytest.approx([0.25, 1.0])
+
+
+def test_losses_by_hand():
+    logits, targets = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0])
+    value = torch.tensor(2.0).sigmoid()
+    plain = token_loss(logits, targets, "bce")
+    assert plain.tolist() == pytest.approx([0.6931472, float(-torch.log(1 - value))])
+    focal = token_loss(logits, targets, "focal", positive_weight=3.0)
+    assert focal.tolist() == pytest.approx([3 * 0.6931472 * 0.5, float(-torch.log(1 - value) * value)])
+
+
+def test_coherence_stays_within_rows():
+    logits = torch.tensor([0.0, 1.0, 5.0, 7.0])
+    follows = torch.tensor([False, True, False, True])
+    assert coherence(logits, follows).item() == pytest.approx((1 + 4) / 2)
+    assert coherence(logits[:1], follows[:1]).item() == 0
+
+
+def test_rows_are_joined_with_their_borders():
+    items = [{"features": torch.full((n, 2), n), "labels": torch.full((n,), n)} for n in (2, 1, 3)]
+    joined = join_rows(items)
+    assert joined["labels"].tolist() == [2, 2, 1, 3, 3, 3]
+    assert joined["follows"].tolist() == [False, True, False, False, True, True]
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "linear"])
+def test_a_folded_head_reads_features_as_they_are(architecture):
+    torch.manual_seed(0)
+    features, mean, scale = torch.randn(7, 6) * 3 + 5, torch.randn(6), torch.rand(6) + 0.5
+    head = ValueHead(ValueHeadConfig(hidden_size=6, architecture=architecture))
+    model = HeadInTraining(head, mean, scale, "bce", 1.0, 0.0)
+    expected = model(features, torch.ones(7), torch.ones(7, dtype=torch.bool))["logits"]
+    assert torch.allclose(model.folded()(features).logits, expected, atol=1e-5)
+
+
+def test_reliability_by_hand():
+    bins = reliability(torch.tensor([0.05, 0.05, 0.95, 1.0]), torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert bins.count == [2, 2] and bins.rate == [0.5, 1.0] and bins.lower == pytest.approx([0.0, 0.9])
+    assert bins.error == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
+
+
+def test_a_recipe_is_a_preset():
+    arguments = TrainArguments(collection="c", output="o", judge="j", recipe="hazard", epochs=3)
+    assert arguments.preset().epochs == 3 and arguments.preset().target == "hazard"
+    with pytest.raises(ValueError, match="`recipe` has to be one of value-steer, hazard"):
+        TrainArguments(collection="c", output="o", judge="j", recipe="best")
+    with pytest.raises(ValueError, match="leave prompts to train on"):
+        TrainArguments(collection="c", output="o", judge="j", validation=0.5, calibration=0.5)
