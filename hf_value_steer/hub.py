@@ -1,47 +1,32 @@
-"""What goes to the Hub beside weights: model cards, and the `custom_generate` repository."""
+"""The way to the Hub: heads with all that belongs to them, and the `custom_generate` repository."""
 
+import hashlib
+import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+
+from hf_value_steer.cards import (
+    LIBRARY_NAME,
+    NO_LIMITS,
+    head_card,
+    is_generated,
+    lacks_limits,
+    renew_card,
+    write_card,
+)
 
 
-if TYPE_CHECKING:
-    from hf_value_steer.modeling import ValueHead
-
-
-LIBRARY_NAME = "hf-value-steer"
-
-_HEAD_CARD = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-A value head for `{{ backbone }}`: a {{ architecture }} of {{ parameters }} parameters that reads the feature of each
-token (final layer, after the final norm, {{ hidden_size }} wide) and answers with a value in (0, 1).
-A high value is **{{ polarity }}**. {{ threshold }}
-
-```python
-from transformers import AutoModelForCausalLM
-from hf_value_steer import ValueFilterConfig, enable_value_steer
-
-model = enable_value_steer(AutoModelForCausalLM.from_pretrained("{{ backbone }}"))
-cfg = ValueFilterConfig(value_head="org/this-head")
-out = model.generate(**inputs, value_steer=cfg, do_sample=True)
-```
-
-Backbone fingerprint: `{{ fingerprint }}`. Prompt format: `{{ chat_template }}`. Features: `{{ feature_dtype }}`.
-
-## Limits
-
-This card was generated from the head's config. What the head was measured to do, and where it fails, is for its author
-to add here. A value head says nothing about text of another backbone, another prompt format or another sampler.
-"""
+__all__ = ["PushedHead", "UploadError", "export_custom_generate", "head_card", "push", "push_head", "write_card"]
 
 _GENERATE = '''"""Value steering as a `custom_generate` recipe; see the README beside it."""
 
@@ -82,40 +67,6 @@ out = model.generate(
 """
 
 
-def head_card(head: "ValueHead") -> ModelCard:
-    """A model card for a value head, generated from its config."""
-    config = head.config
-    data = ModelCardData(
-        library_name=LIBRARY_NAME,
-        base_model=config.backbone,
-        base_model_relation="adapter" if config.backbone else None,
-        tags=["value-head", "value-steering", *([config.attribute] if config.attribute else [])],
-    )
-    threshold = f"Default threshold: {config.threshold:.4g}." if config.threshold else "It has no default threshold."
-    card: ModelCard = ModelCard.from_template(
-        data,
-        template_str=_HEAD_CARD,
-        title=f"Value head: {config.attribute or 'unnamed attribute'}",
-        backbone=config.backbone or "an unnamed backbone",
-        architecture={"mlp": "three-layer MLP", "linear": "linear map"}[config.architecture],
-        parameters=f"{sum(parameter.numel() for parameter in head.parameters()):,}",
-        hidden_size=config.hidden_size,
-        polarity=config.polarity,
-        threshold=threshold,
-        fingerprint=config.backbone_fingerprint or "not recorded",
-        chat_template=config.chat_template or "not recorded",
-        feature_dtype=config.feature_dtype or "not recorded",
-    )
-    return card
-
-
-def write_card(head: "ValueHead", folder: Path) -> None:
-    """Write the generated card as `README.md`, unless the folder has one, which its author may have edited."""
-    path = folder / "README.md"
-    if not path.exists():
-        head_card(head).save(path)
-
-
 def push(
     save: Callable[[Path], None],
     repo_id: str,
@@ -125,6 +76,7 @@ def push(
     revision: str | None = None,
     commit_message: str = "Upload with hf-value-steer",
     create_pr: bool = False,
+    replace_generated: bool = False,
 ) -> str:
     """Upload what `save` writes into a folder as one commit; a README that is there already is kept.
 
@@ -134,6 +86,7 @@ def push(
         save: writes the files.
         repo_id: repository, made if it is not there.
         private, token, revision, commit_message, create_pr: as in [`~huggingface_hub.HfApi.create_commit`].
+        replace_generated (`bool`): put the README of `save` in the place of one that was generated.
 
     Returns:
         The URL of the commit.
@@ -142,6 +95,10 @@ def push(
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
     with TemporaryDirectory() as folder:
+        if kept and replace_generated:
+            there = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=Path(folder) / "there")
+            kept = None if is_generated(Path(there).read_text(encoding="utf-8")) else kept
+            shutil.rmtree(Path(folder) / "there")
         save(Path(folder))
         commit = api.upload_folder(
             repo_id=repo_id,
@@ -152,6 +109,126 @@ def push(
             ignore_patterns=kept,
         )
     return str(commit.commit_url)
+
+
+class UploadError(RuntimeError):
+    """An upload did not complete."""
+
+
+@dataclass(frozen=True)
+class PushedHead:
+    """What [`push_head`] uploads.
+
+    Args:
+        repo_id (`str`): where to.
+        files (`dict`): size in bytes and SHA-256 of each file.
+        card (`str`): the text of `README.md`.
+        url (`str`, *optional*): the commit; `None` after a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, tuple[int, str]]
+    card: str
+    url: str | None = None
+
+    def __str__(self) -> str:
+        lines = [f"{name:<20}{size:>14,} bytes  sha256 {digest}" for name, (size, digest) in self.files.items()]
+        head = f"{self.repo_id}: {self.url or 'dry run, nothing was uploaded'}"
+        return "\n".join([head, *lines, "", "README.md:", "", self.card])
+
+
+def push_head(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    limits: str | None = None,
+    accept_limits: bool = False,
+    evaluation: str | os.PathLike[str] | None = None,
+    datasets: Sequence[str] | None = None,
+    license: str | None = None,
+    dry_run: bool = False,
+    **options: Any,
+) -> PushedHead:
+    """Upload a head with its calibration, its evaluation and its card as one commit. The folder is never changed.
+
+    The card is generated anew, with the limits, license and data sets of the folder's `README.md` where they are not
+    given. A `README.md` that was not generated is uploaded as it is.
+
+    Args:
+        folder: holds `config.json`, `model.safetensors` and, if there are, `README.md` and `calibration.json`.
+        repo_id (`str`): repository, made if it is not there. A card on the Hub that was not generated is kept.
+        limits (`str`, *optional*): where the head fails, in Markdown.
+        accept_limits (`bool`): publish without a word of a person on limits, and let the card say so.
+        evaluation (folder, *optional*): holds `evaluation.json` and, if it is to be uploaded, `report.html`.
+        datasets, license: as in [`head_card`].
+        dry_run (`bool`): upload nothing, ask the Hub for nothing.
+        options: `private`, `token`, `revision`, `commit_message`, `create_pr`, as in [`push`].
+
+    Raises:
+        ValueError: if a file is missing or corrupt, if the evaluation is of another head, or if nobody has written
+            or accepted the limits.
+        UploadError: if the upload did not complete. Repeat it: a commit is there as a whole or not at all.
+    """
+    from hf_value_steer.modeling import ValueHead  # which imports this module
+
+    root = Path(folder)
+    files = _files(root, None if evaluation is None else Path(evaluation))
+    document = _read_evaluation(files["evaluation.json"]) if evaluation is not None else None
+    head, readme = ValueHead.from_pretrained(root), root / "README.md"
+    old = readme.read_text(encoding="utf-8") if readme.exists() else None
+    renew = partial(renew_card, head, old, document, datasets=datasets, license=license, repo_id=repo_id)
+    card = renew(limits=limits or None)
+    if lacks_limits(card):
+        if not accept_limits:
+            raise ValueError(
+                f"Nobody has written the limits of this head: pass `limits`, or write them into {readme} under "
+                '"## Limits", or pass `accept_limits=True` to publish without.'
+            )
+        card = renew(limits=NO_LIMITS) if is_generated(card) else card
+    facts = {name: _fact(path.read_bytes()) for name, path in files.items()} | {"README.md": _fact(card.encode())}
+    planned = PushedHead(repo_id, dict(sorted(facts.items())), card)
+    if dry_run:
+        return planned
+
+    def save(target: Path) -> None:
+        (target / "README.md").write_bytes(card.encode())
+        for name, path in files.items():
+            shutil.copyfile(path, target / name)
+
+    try:
+        url = push(save, repo_id, replace_generated=True, **options)
+    except (HFValidationError, TypeError):  # wrong arguments
+        raise
+    except Exception as error:
+        raise UploadError(
+            f"The upload to {repo_id} did not complete: {error}\n{root} is as it was. If the token was refused, log "
+            "in with `hf auth login` or pass `token`. Then push again: a commit is there as a whole or not at all."
+        ) from error
+    return replace(planned, url=url)
+
+
+def _files(root: Path, evaluation: Path | None) -> dict[str, Path]:
+    """What is uploaded beside the card."""
+    files = {name: root / name for name in ("config.json", "model.safetensors")}
+    for path in files.values():
+        if not path.is_file():
+            raise ValueError(f"`folder` has to hold a saved value head, but {path} is not there.")
+    optional = [root / "calibration.json"]
+    if evaluation is not None:
+        files["evaluation.json"] = evaluation / "evaluation.json"
+        optional.append(evaluation / "report.html")
+    return files | {path.name: path for path in optional if path.exists()}
+
+
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"`evaluation` has to be a folder with an evaluation.json, but {path}: {error}") from error
+
+
+def _fact(content: bytes) -> tuple[int, str]:
+    return len(content), hashlib.sha256(content).hexdigest()
 
 
 def export_custom_generate(folder: str | os.PathLike[str]) -> Path:

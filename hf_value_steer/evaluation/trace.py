@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -75,6 +75,39 @@ def trace_tokens(
     return traces
 
 
+def mask_trace(trace: PromptTrace, mask: Callable[[str], str]) -> PromptTrace:
+    """The same prompt with words hidden: prompt and texts as a whole, candidates in their place and by themselves.
+
+    Args:
+        trace: what to mask.
+        mask (`Callable`): hides words in a text without changing its length.
+
+    Raises:
+        ValueError: if `mask` changes the length of a text.
+    """
+
+    def cut(before: str, text: str) -> str:
+        masked = mask(before + text)
+        if len(masked) != len(before) + len(text):
+            raise ValueError("`mask` has to keep the length of a text, so that it can be cut where tokens end.")
+        return masked[len(before) :]
+
+    def side(tokens: Sequence[TokenTrace]) -> list[TokenTrace]:
+        before, hidden = trace.prompt, []
+        masked = cut(before, "".join(token.text for token in tokens))
+        for token in tokens:
+            mine, masked = masked[: len(token.text)], masked[len(token.text) :]
+            chips = []
+            for text, value in token.candidates:
+                committed = (text, value) == (token.text, token.value)
+                chips.append((cut("", mine if committed else cut(before, text)), value))
+            hidden.append(replace(token, text=mine, candidates=tuple(chips)))
+            before += token.text
+        return hidden
+
+    return PromptTrace(cut("", trace.prompt), side(trace.base), side(trace.steered))
+
+
 def render_page(
     prompts: Sequence[PromptTrace],
     *,
@@ -101,32 +134,48 @@ def render_page(
     Raises:
         ValueError: if `mask` changes the length of a text.
     """
-    page = _Page(threshold, polarity, mask, reveal)
-    touched = sum(any(token.intervened for token in trace.steered) for trace in prompts)
-    return Template(files(__package__).joinpath("trace.html").read_text(encoding="utf-8")).substitute(
+    cards, masked = TraceCards(threshold, polarity), [mask_trace(trace, mask) for trace in prompts]
+    pairs = zip(prompts if reveal else masked, masked, strict=True)
+    return Template(packaged("trace.html")).substitute(
+        style=packaged("page.css"),
         title=escape(title),
-        run=_facts(run),
-        figures=_facts(figures),
-        legend=page.legend(),
-        touched=f"{touched} of {len(prompts)}",
+        run=facts(run),
+        figures=facts(figures),
+        legend=cards.legend(),
+        touched=f"{sum(map(is_touched, prompts))} of {len(prompts)}",
         reveal="" if reveal else "disabled",
-        cards="\n".join(page.card(number, trace) for number, trace in enumerate(prompts, start=1)),
+        cards="\n".join(cards.card(number, trace, hidden) for number, (trace, hidden) in enumerate(pairs, start=1)),
     )
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in facts.items())
+def packaged(name: str) -> str:
+    """A file that lies beside this one: a template or a style sheet."""
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
-def _visible(text: str) -> str:
-    return (text.replace("\n", "↵") if text.strip(" ") else "␣" * len(text)) or "▯"
+def facts(pairs: Mapping[str, str]) -> str:
+    """Names and texts, as the inside of a `<dl>`."""
+    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in pairs.items())
 
 
-class _Page:
-    """Colours are six levels of undesirability, four times the odds apart; from level 3 on it is not acceptable."""
+def is_touched(trace: PromptTrace) -> bool:
+    """Whether steering replaced a token."""
+    return any(token.intervened for token in trace.steered)
 
-    def __init__(self, threshold: float, polarity: Polarity, mask: Callable[[str], str], reveal: bool):
-        self.polarity, self.mask, self.reveal = polarity, mask, reveal
+
+class TraceCards:
+    """Cards of coloured tokens, for a page that holds `page.css`.
+
+    Colours are six levels of undesirability, four times the odds apart; from level 3 on it is not acceptable.
+
+    Args:
+        threshold (`float`): colours are relative to it.
+        polarity (`str`): meaning of a high value.
+        heading (`int`): level of the headings of cards.
+    """
+
+    def __init__(self, threshold: float, polarity: Polarity, heading: int = 2):
+        self.polarity, self.heading = polarity, heading
         limit = self._turned(threshold)
         self.bounds = [limit * factor / (1 + limit * (factor - 1)) for factor in (1 / 16, 1 / 4, 1, 4, 16)]
 
@@ -137,37 +186,46 @@ class _Page:
         return bisect_right(self.bounds, self._turned(value))
 
     def legend(self) -> str:
+        """The six colours, and the values between them."""
         labels = [*(f"{self._turned(bound):.2g}" for bound in self.bounds), ""]
         return "".join(f'<span><i class="v{level}"></i><b>{label}</b></span>' for level, label in enumerate(labels))
 
-    def card(self, number: int, trace: PromptTrace) -> str:
-        touched = " touched" if any(token.intervened for token in trace.steered) else ""
+    def card(self, number: int, trace: PromptTrace, masked: PromptTrace, figure: str = "") -> str:
+        """One prompt and its two continuations.
+
+        Args:
+            number (`int`): number of the card on its page.
+            trace: what the switch "show masked words" shows; `masked` itself if the page has no such text.
+            masked: what is shown, token for token the same as `trace`.
+            figure (`str`): HTML to put between the prompt and the texts.
+        """
+        touched, level = " touched" if is_touched(trace) else "", self.heading
         return (
-            f'<article class="card{touched}" aria-labelledby="p{number}"><h2 id="p{number}"><small>{number}</small>'
-            f"{self._shown(trace.prompt, self._cut('', trace.prompt))}</h2>"
-            f"{self._column('base', f'b{number}', trace.prompt, trace.base)}"
-            f"{self._column('steered', f's{number}', trace.prompt, trace.steered)}</article>"
+            f'<article class="card{touched}" aria-labelledby="p{number}">'
+            f'<h{level} class="prompt" id="p{number}"><small>{number}</small>{_shown(trace.prompt, masked.prompt)}'
+            f"</h{level}>{figure}{self._column('base', f'b{number}', trace.base, masked.base)}"
+            f"{self._column('steered', f's{number}', trace.steered, masked.steered)}</article>"
         )
 
-    def _column(self, label: str, name: str, before: str, tokens: Sequence[TokenTrace]) -> str:
-        masked, spans = self._cut(before, "".join(token.text for token in tokens)), []
-        for step, token in enumerate(tokens):
-            mine, masked = masked[: len(token.text)], masked[len(token.text) :]
-            spans.append(self._token(f"{name}-{step}", before, token, mine))
-            before += token.text
+    def _column(self, label: str, name: str, tokens: Sequence[TokenTrace], masked: Sequence[TokenTrace]) -> str:
+        pairs = enumerate(zip(tokens, masked, strict=True))
+        spans = "".join(self._token(f"{name}-{step}", token, hidden) for step, (token, hidden) in pairs)
         worst = max((token.value for token in tokens), key=self._turned, default=float("nan"))
-        replaced = sum(token.intervened for token in tokens)
-        facts = f"worst value {worst:.3f}" + (f" · {replaced} replaced" if replaced else "")
-        return f'<section><h3>{label} <small>{facts}</small></h3><div class="text">{"".join(spans)}</div></section>'
+        replaced, level = sum(token.intervened for token in tokens), self.heading + 1
+        about = f"worst value {worst:.3f}" + (f" · {replaced} replaced" if replaced else "")
+        return (
+            f'<section><h{level} class="side {label}">{label} <small>{about}</small></h{level}>'
+            f'<div class="text">{spans}</div></section>'
+        )
 
-    def _token(self, name: str, before: str, token: TokenTrace, masked: str) -> str:
+    def _token(self, name: str, token: TokenTrace, masked: TokenTrace) -> str:
         kind = f"t v{self._level(token.value)}{' swap' if token.intervened else ''}"
         lead = 0 if token.text.isspace() else len(token.text) - len(token.text.lstrip(" "))
-        text, shown = (each[lead:].replace("\n", "↵\n") for each in (token.text, masked))
+        text, shown = (each.text[lead:].replace("\n", "↵\n") for each in (token, masked))
         return (
-            f'{escape(masked[:lead])}<span class="{kind}" tabindex="0" aria-describedby="{name}">'
-            f'{self._shown(text, shown)}<span class="tip" role="tooltip" id="{name}"><b>{token.value:.4f}</b>'
-            f" {self._verdict(token)}<br>{self._candidates(before, token, masked)}</span></span>"
+            f'{escape(masked.text[:lead])}<span class="{kind}" tabindex="0" aria-describedby="{name}">'
+            f'{_shown(text, shown)}<span class="tip" role="tooltip" id="{name}"><b>{token.value:.4f}</b>'
+            f" {self._verdict(token)}<br>{self._candidates(token, masked)}</span></span>"
         )
 
     def _verdict(self, token: TokenTrace) -> str:
@@ -176,25 +234,27 @@ class _Page:
             return "accepted instead of the first draw" if token.intervened else "accepted"
         return f"not acceptable, but the best of {count}" if count > 1 else "not acceptable"
 
-    def _candidates(self, before: str, token: TokenTrace, masked: str) -> str:
-        """Chips of all candidates, where there was more than one: masked as part of the text and by themselves."""
-        chips = ""
-        for text, value in token.candidates if len(token.candidates) > 1 else ():
-            committed, level = (text, value) == (token.text, token.value), self._level(value)
-            state = "yes" if committed else "no" if level >= 3 else "spare"
-            hidden = self._cut("", masked if committed else self._cut(before, text))
-            shown = self._shown(_visible(text), _visible(hidden))
+    def _candidates(self, token: TokenTrace, masked: TokenTrace) -> str:
+        """Chips of all candidates, where there was more than one."""
+        if len(token.candidates) < 2:
+            return ""
+        # A candidate that is masked by itself may differ from the token in its text: then its value tells.
+        alike = [(value == token.value, text == token.text) for text, value in token.candidates]
+        committed, chips = alike.index(max(alike)), ""
+        pairs = zip(token.candidates, masked.candidates, strict=True)
+        for index, ((text, value), (hidden, _)) in enumerate(pairs):
+            level = self._level(value)
+            state = "yes" if index == committed else "no" if level >= 3 else "spare"
+            shown = _shown(_visible(text), _visible(hidden))
             chips += f'<span class="chip {state}"><span class="v{level}">{shown}</span> {value:.3f}</span>'
         return chips
 
-    def _shown(self, text: str, masked: str) -> str:
-        if text == masked or not self.reveal:
-            return escape(masked)
-        return f'<span class="masked">{escape(masked)}</span><span class="open">{escape(text)}</span>'
 
-    def _cut(self, before: str, text: str) -> str:
-        """`text`, masked as the continuation of `before`."""
-        masked = self.mask(before + text)
-        if len(masked) != len(before) + len(text):
-            raise ValueError("`mask` has to keep the length of a text, so that it can be cut where tokens end.")
-        return masked[len(before) :]
+def _visible(text: str) -> str:
+    return (text.replace("\n", "↵") if text.strip(" ") else "␣" * len(text)) or "▯"
+
+
+def _shown(text: str, masked: str) -> str:
+    if text == masked:
+        return escape(masked)
+    return f'<span class="masked">{escape(masked)}</span><span class="open">{escape(text)}</span>'

@@ -1,0 +1,61 @@
+"""What `evaluate` is told."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+BASELINES = ("best_of_n", "args", "bad_words", "system_prompt")
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments:
+    """What to evaluate, on what, and by whom."""
+
+    output: str = field(metadata={"help": "folder of the results"})
+    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
+    value_head: str = field(metadata={"help": "folder or Hub id of the head"})
+    prompts: str = field(metadata={"help": "prompts that training and calibration never saw, as for `collect`"})
+    judges: list[str] = field(metadata={"help": "judges that gave no label"})
+    label_judge: str | None = field(default=None, metadata={"help": "the judge that gave the labels, for comparison"})
+    prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
+    prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
+    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
+    max_new_tokens: int = field(default=128, metadata={"help": "length of a generation"})
+    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
+    method: Literal["filter", "abstain"] = field(default="filter", metadata={"help": "what the head is for"})
+    num_candidates: list[int] = field(default_factory=lambda: [8], metadata={"help": "grid of K"})
+    thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
+    placebo: bool = field(default=True, metadata={"help": "a head with shuffled weights beside it"})
+    baselines: list[str] = field(
+        default_factory=list, metadata={"help": f"other methods under the same loop: {', '.join(BASELINES)}"}
+    )
+    bad_words: str | None = field(default=None, metadata={"help": "a .txt file or python: reference, for bad_words"})
+    system_prompt: str | None = field(default=None, metadata={"help": "for the baseline system_prompt"})
+    mask: str | None = field(
+        default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
+    )
+    best_of: int = field(default=4, metadata={"help": "N, for best_of_n"})
+    batch_size: int = field(default=8, metadata={"help": "prompts in one call of generate"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
+    seed: int = field(default=0, metadata={"help": "of all generation"})
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `generate` that say how tokens are drawn."""
+        if not self.do_sample:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.baselines) - set(BASELINES)):
+            raise ValueError(f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
+        needs = {"bad_words": self.bad_words, "system_prompt": self.system_prompt}
+        for name, need in needs.items():
+            if name in self.baselines and not need:
+                raise ValueError(f"The baseline {name!r} needs `{name}`.")
+        if not self.judges:
+            raise ValueError("`judges` is empty: name at least one judge that gave no label.")

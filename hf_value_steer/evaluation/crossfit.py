@@ -1,0 +1,44 @@
+"""Cross-fitting: evaluate on all prompts of a collection, each steered by a head that never saw it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.evaluation.evaluate import Evaluation
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
+from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.train import TrainArguments, split_rows, train
+
+
+def evaluate_crossfitted(
+    arguments: EvaluateArguments, training: TrainArguments, calibration: CalibrateArguments, folds: int
+) -> dict[str, Any]:
+    """Train one head for each fold of the collection's prompts, without them, and steer them with it.
+
+    For collections that are too small to set prompts aside: what is reported is how heads of this kind do on prompts
+    that they never saw; the head that `training` names may have been trained on all of them.
+
+    Args:
+        arguments: as for [`~hf_value_steer.evaluation.evaluate.evaluate`]; its `prompts` are not read.
+        training, calibration: how the heads are made; the folds' heads lie below `arguments.output`.
+        folds: at least 2.
+
+    Returns:
+        The content of `evaluation.json`.
+    """
+    if folds < 2:
+        raise ValueError(f"`folds` has to be at least 2, got {folds}.")
+    collection, evaluation, parts = Collection(training.collection), Evaluation(arguments), []
+    for fold in range(folds):
+        folder = Path(arguments.output) / f"fold-{fold}"
+        own = replace(training, output=str(folder / "head"), held_out=1 / folds, rotation=fold / folds)
+        train(own)
+        calibrate(replace(calibration, value_head=own.output))
+        rows = torch.tensor(split_rows(collection, own)["held_out"])
+        prompts = [collection.prompts[index] for index in sorted(set(collection.rows.prompt[rows].tolist()))]
+        parts.append(evaluation.part(ValueHead.from_pretrained(own.output), prompts, folder / "runs"))
+    return evaluation.report(ValueHead.from_pretrained(arguments.value_head), parts)

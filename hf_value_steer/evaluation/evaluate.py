@@ -1,0 +1,169 @@
+"""`evaluate`: base against steered, on the same prompts and seeds, by judges of any kind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_value_steer.backbone import fingerprint
+from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.evaluation.document import FORMAT, main_run
+from hf_value_steer.evaluation.examples import examples, masking
+from hf_value_steer.evaluation.markdown import results_markdown
+from hf_value_steer.evaluation.measures import Measures
+from hf_value_steer.evaluation.outcome import coverage, value_reliability
+from hf_value_steer.evaluation.report import render_report
+from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
+from hf_value_steer.evaluation.settings import filter_runs
+from hf_value_steer.generation.scorer import check_fit
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.collect import load_backbone
+from hf_value_steer.training.judges import load_judge
+from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest
+from hf_value_steer.training.shards import claim, write_atomically, write_json
+
+
+@dataclass
+class Part:
+    """A head, the prompts that it was tried on, and what was generated."""
+
+    head: ValueHead
+    runner: Runner
+    watched: Texts
+    runs: list[tuple[Setting, Texts]]
+
+
+def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
+    """Generate under every setting, judge, and write `evaluation.json`, `evaluation.md` and `report.html`.
+
+    Runs that are there already are read, so an evaluation that was stopped goes on.
+
+    Returns:
+        The content of `evaluation.json`.
+
+    Raises:
+        ValueError: for anything that cannot be done.
+        RuntimeError: if values were watched and the text changed: then steering is not exact on this model.
+    """
+    evaluation = Evaluation(arguments)
+    prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
+    head = ValueHead.from_pretrained(arguments.value_head)
+    return evaluation.report(head, [evaluation.part(head, prompts, Path(arguments.output) / "runs")])
+
+
+class Evaluation:
+    """A backbone and how heads are tried on it."""
+
+    def __init__(self, arguments: EvaluateArguments):
+        self.arguments = arguments
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
+        self.formatter = Formatter(tokenizer, arguments.chat)
+        self.judge_names = [*arguments.judges, *([arguments.label_judge] if arguments.label_judge else [])]
+        self.judges = {name: load_judge(name) for name in self.judge_names}
+
+    def part(self, head: ValueHead, prompts: Sequence[Prompt], folder: Path) -> Part:
+        """Generate for some prompts under every setting; `folder` keeps the runs."""
+        arguments = self.arguments
+        check_fit(head, self.model)
+        claim(folder / "runs.json", _conditions(arguments, head, self.model, prompts))
+        runner = Runner(
+            self.model,
+            self.formatter,
+            prompts,
+            arguments.sampling(),
+            samples=arguments.samples,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            folder=folder,
+        )
+        base, watched = runner.run(Setting("base", "base")), runner.run(watch(head))
+        if base.ids != watched.ids:
+            raise RuntimeError("Watching values changed the text: steering is not exact. Run `hf-value-steer doctor`.")
+        runs = [(Setting("base", "base"), base)]
+        if arguments.method == "filter":
+            runs += filter_runs(runner, head, arguments)
+        return Part(head, runner, watched, runs)
+
+    def report(self, head: ValueHead, parts: Sequence[Part]) -> dict[str, Any]:
+        """Measure the runs of all parts together, and write the results.
+
+        Args:
+            head: what the report is about. The parts' heads are the same one, or others of its kind that were trained
+                without the prompts of their part.
+            parts: one, or one for each fold.
+        """
+        arguments, first = self.arguments, parts[0]
+        prompts = [prompt for part in parts for prompt in part.runner.prompts]
+        owners = [prompt for prompt in prompts for _ in range(arguments.samples)]
+        runs = [_pooled(runs) for runs in zip(*(part.runs for part in parts), strict=True)]
+        watched = Texts.joined([part.watched for part in parts])
+        safe_judge = arguments.label_judge or self.judge_names[0]
+        measures = Measures(self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1])
+        mask = masking(arguments.mask, self.judges)
+        document = {
+            "format": FORMAT,
+            **self._description(head, len(prompts), len(owners)),
+            "prompts_source": arguments.prompts,
+            "value_head": fingerprint(head),
+            "folds": len(parts),
+            "judges": [{"name": name, "gave_labels": name == arguments.label_judge} for name in self.judge_names],
+            "runs": [measures.run(setting, texts) for setting, texts in runs],
+            "reliability": value_reliability(head, watched, measures.base),
+            "coverage": coverage(head, watched, measures) if arguments.method == "abstain" else None,
+            "calibration": head.calibration.to_dict(scores=False) if head.calibration else None,
+            "examples": [],
+        }
+        main = main_run(document)
+        for setting, _ in first.runs:
+            if main is not None and setting.name == main["name"]:
+                document["examples"] = examples(first.runner, setting, mask)
+        folder = Path(arguments.output)
+        write_json(folder / "evaluation.json", document)
+        write_atomically(folder / "evaluation.md", results_markdown(document).encode())
+        write_atomically(folder / "report.html", render_report(document).encode())
+        return document
+
+    def _description(self, head: ValueHead, prompts: int, generations: int) -> dict[str, Any]:
+        fields = ("attribute", "polarity", "threshold", "backbone", "backbone_fingerprint")
+        return {
+            "head": {name: getattr(head.config, name) for name in fields},
+            "sampling": self.arguments.sampling(),
+            "new_tokens": self.arguments.max_new_tokens,
+            "seed": self.arguments.seed,
+            "prompts": prompts,
+            "generations": generations,
+            "environment": {
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                **{package: version(package) for package in ("hf-value-steer", "torch", "transformers")},
+            },
+        }
+
+
+def _pooled(runs: Sequence[tuple[Setting, Texts]]) -> tuple[Setting, Texts]:
+    """One run out of those of all folds, whose thresholds may differ."""
+    settings, texts = [setting for setting, _ in runs], [texts for _, texts in runs]
+    same = len({setting.threshold for setting in settings}) == 1
+    setting = settings[0] if same else replace(settings[0], threshold=None)
+    return setting, Texts.joined(texts)
+
+
+def _conditions(
+    arguments: EvaluateArguments, head: ValueHead, model: PreTrainedModel, prompts: Sequence[Prompt]
+) -> dict[str, Any]:
+    """What has to be the same for runs that are there already to be used again."""
+    return {
+        "prompts": prompts_digest(prompts),
+        "value_head": fingerprint(head),
+        "backbone": fingerprint(model),
+        **{name: getattr(arguments, name) for name in ("chat", "samples", "max_new_tokens", "batch_size", "seed")},
+        "sampling": arguments.sampling(),
+        "thresholds": arguments.thresholds or head.config.threshold,
+        "baselines": [arguments.bad_words, arguments.system_prompt, arguments.best_of],
+    }

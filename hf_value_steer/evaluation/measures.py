@@ -1,0 +1,110 @@
+"""From the texts of a run to numbers: of each row, and of the run against the base run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hf_value_steer.evaluation.metrics import Array, Bootstrap, compare_perplexity, compare_rates, distinct, interval
+from hf_value_steer.evaluation.runs import Setting, Texts
+from hf_value_steer.training.judges import Judge
+from hf_value_steer.training.prompts import Formatter, Prompt
+
+
+ROWS = 8  # in one forward pass
+
+
+@torch.no_grad()
+def negative_log_likelihood(
+    model: PreTrainedModel, formatter: Formatter, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]
+) -> Array:
+    """Sum of -log p of each row of token ids after its prompt, under the model as it is, `(rows,)`."""
+    totals = []
+    for first in range(0, len(ids), ROWS):
+        rows = [torch.tensor(row) for row in ids[first : first + ROWS]]
+        inputs = formatter(prompts[first : first + ROWS], model.device)
+        new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
+        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(new.device)
+        mask = torch.cat([inputs["attention_mask"], real], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        tokens = torch.cat([inputs["input_ids"], new], dim=1)
+        logits = model(
+            tokens, attention_mask=mask, position_ids=positions, logits_to_keep=new.shape[1] + 1, use_cache=False
+        ).logits[:, :-1]
+        chosen = logits.float().log_softmax(dim=-1).gather(2, new[:, :, None]).squeeze(2)
+        totals += (-chosen * real).sum(dim=1).tolist()
+    return np.array(totals)
+
+
+class Measures:
+    """Measures runs against the base run.
+
+    Args:
+        model, formatter: the backbone.
+        prompts: of each row.
+        judges (`dict`): by name.
+        safe_judge (`str`): the judge by which a text of the base run is called safe.
+        polarity: of the head; with `"undesirable"` a verdict above one half is unsafe.
+        base: texts of the base run.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        formatter: Formatter,
+        prompts: Sequence[Prompt],
+        judges: Mapping[str, Judge],
+        safe_judge: str,
+        base: Texts,
+    ):
+        self.model, self.formatter, self.prompts, self.judges = model, formatter, prompts, judges
+        self.safe_judge = safe_judge
+        identities = {prompt.text: index for index, prompt in enumerate(prompts)}
+        self.bootstrap = Bootstrap(np.array([identities[prompt.text] for prompt in prompts]))
+        self.base_texts, self.base = base, self.rows(base)
+
+    def rows(self, texts: Texts) -> dict[str, Any]:
+        """Numbers of each row, `(rows,)` each."""
+        decoded = self.formatter.tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
+        return {
+            "verdicts": {n: (judge(self.prompts, decoded) > 0.5).astype(float) for n, judge in self.judges.items()},
+            "nll": negative_log_likelihood(self.model, self.formatter, self.prompts, texts.ids),
+            "tokens": np.array([len(row) for row in texts.ids], dtype=float),
+            "interventions": np.array(texts.interventions, dtype=float),
+        }
+
+    def run(self, setting: Setting, texts: Texts) -> dict[str, Any]:
+        """One entry of `runs` in evaluation.json."""
+        is_base = texts is self.base_texts
+        rows = self.base if is_base else self.rows(texts)
+        verdicts = {
+            name: compare_rates(self.base["verdicts"][name], rows["verdicts"][name], self.bootstrap)
+            for name in self.judges
+        }
+        same = [one == other for one, other in zip(texts.ids, self.base_texts.ids, strict=True)]
+        return {
+            "name": setting.name,
+            "method": setting.method,
+            "num_candidates": setting.num_candidates,
+            "threshold": setting.threshold,
+            "judges": verdicts,
+            **compare_perplexity(self.base, rows, self.bootstrap),
+            "distinct_1": distinct(texts.ids, 1),
+            "distinct_2": distinct(texts.ids, 2),
+            "identical_to_base": round(sum(same) / len(same), 4),
+            **(self._interventions(rows) if setting.value_steer else {}),
+            "tokens": int(rows["tokens"].sum()),
+            "tokens_per_second": round(rows["tokens"].sum() / texts.seconds, 1),
+        }
+
+    def _interventions(self, rows: dict[str, Any]) -> dict[str, Any]:
+        """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""
+        safe = 1 - self.base["verdicts"][self.safe_judge]
+        touched = (rows["interventions"] > 0) * safe
+        return {
+            "intervention_rate": round(float(rows["interventions"].sum() / rows["tokens"].sum()), 4),
+            "intervened_on_safe": round(float(touched.sum() / safe.sum()), 4) if safe.any() else None,
+            "intervened_on_safe_interval": interval(self.bootstrap.ratio(touched, safe)),
+        }

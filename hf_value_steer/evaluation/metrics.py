@@ -1,0 +1,78 @@
+"""What is measured of generated texts, and how sure one can be: intervals are bootstraps over prompts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+Array = npt.NDArray[Any]
+DRAWS = 2000
+
+
+class Bootstrap:
+    """Resamples of the prompts; all rows of a prompt stay together.
+
+    Args:
+        prompts (`np.ndarray` of shape `(rows,)`): prompt of each row.
+    """
+
+    def __init__(self, prompts: Array, seed: int = 0):
+        random = np.random.default_rng(seed)
+        unique, self.owner = np.unique(prompts, return_inverse=True)
+        count = len(unique)
+        drawn = random.integers(0, count, (DRAWS, count))
+        # How often each prompt was drawn, (draws, prompts): sums over rows become products with this matrix.
+        self.weights = np.stack([np.bincount(row, minlength=count) for row in drawn])
+
+    def sums(self, numbers: Array) -> Array:
+        """Sum of `(rows,)` over each resample, `(draws,)`."""
+        by_prompt = np.bincount(self.owner, weights=numbers, minlength=self.weights.shape[1])
+        return self.weights @ by_prompt
+
+    def ratio(self, numerator: Array, denominator: Array) -> Array:
+        """Ratio of two sums over each resample, `(draws,)`; NaN where the second is 0."""
+        below = self.sums(denominator)
+        quotient: Array = np.divide(self.sums(numerator), below, out=np.full(DRAWS, np.nan), where=below != 0)
+        return quotient
+
+    def mean(self, numbers: Array) -> Array:
+        """Mean of `(rows,)` over each resample, `(draws,)`."""
+        return self.ratio(numbers, np.ones_like(numbers, dtype=float))
+
+
+def interval(draws: Array) -> list[float] | None:
+    """The central 95 % of resamples; `None` if some could not be computed."""
+    if np.isnan(draws).all():
+        return None
+    return [round(float(bound), 4) for bound in np.nanquantile(draws, [0.025, 0.975])]
+
+
+def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Rate of a judge's verdicts, and how far it fell against the base run, both `(rows,)` of 0 and 1."""
+    rate, before = steered.mean(), base.mean()
+    return {
+        "rate": round(float(rate), 4),
+        "rate_interval": interval(bootstrap.mean(steered)),
+        "difference_interval": interval(bootstrap.mean(steered - base)),
+        "relative_reduction": round(float(1 - rate / before), 4) if before else None,
+        "relative_reduction_interval": interval(1 - bootstrap.ratio(steered, base)),
+    }
+
+
+def compare_perplexity(base: dict[str, Array], steered: dict[str, Array], bootstrap: Bootstrap) -> dict[str, Any]:
+    """Perplexity, and its ratio to the base run's; `nll` and `tokens` are sums and counts of each row."""
+    perplexity, before = (np.exp(run["nll"].sum() / run["tokens"].sum()) for run in (steered, base))
+    ratios = np.exp(bootstrap.ratio(steered["nll"], steered["tokens"]) - bootstrap.ratio(base["nll"], base["tokens"]))
+    return {
+        "perplexity": round(float(perplexity), 2),
+        "perplexity_ratio": round(float(perplexity / before), 4),
+        "perplexity_ratio_interval": interval(ratios),
+    }
+
+
+def distinct(rows: Sequence[Sequence[int]], n: int) -> float | None:
+    """Share of distinct n-grams among all n-grams of all rows of token ids (arXiv 1510.03055)."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return round(len(set(grams)) / len(grams), 4) if grams else None

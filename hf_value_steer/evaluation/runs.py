@@ -1,0 +1,198 @@
+"""Generating under one setting: base, filter, placebo, baselines, by the same loop on the same prompts and seeds."""
+
+import copy
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_value_steer.configuration import ValueFilterConfig
+from hf_value_steer.generation.decoding import value_steer_generate
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.policy import undesirability
+from hf_value_steer.training.collect import until_end
+from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.shards import write_json
+
+
+@dataclass
+class Texts:
+    """What one run generated; one entry a row, the rows of a prompt together.
+
+    Args:
+        ids: token ids of each row, up to and including its end.
+        interventions: tokens that are not the natural sample.
+        values: value of each token, where they were watched.
+        prompt_values: value of each prompt, where it was watched.
+        seconds: time of generation.
+    """
+
+    ids: list[list[int]] = field(default_factory=list)
+    interventions: list[int] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)
+    prompt_values: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def joined(cls, parts: Sequence["Texts"]) -> "Texts":
+        """The rows of all parts."""
+        lists = ("ids", "interventions", "values", "prompt_values")
+        rows = {name: [row for part in parts for row in getattr(part, name)] for name in lists}
+        return cls(**rows, seconds=sum(part.seconds for part in parts))
+
+
+@dataclass
+class Setting:
+    """One run: its name, which method it is, and what `generate` is given for it."""
+
+    name: str
+    method: str
+    value_steer: ValueFilterConfig | None = None
+    num_candidates: int | None = None
+    threshold: float | None = None
+    system_prompt: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Runner:
+    """Runs settings on the same prompts, and remembers what they generated.
+
+    Args:
+        model, formatter: backbone, and how prompts become its input.
+        prompts: to continue, `samples` times each.
+        sampling (`dict`): arguments of `generate` that say how tokens are drawn.
+        folder: where each run is kept; a run that is there is not made again.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        formatter: Formatter,
+        prompts: Sequence[Prompt],
+        sampling: dict[str, Any],
+        *,
+        samples: int,
+        max_new_tokens: int,
+        batch_size: int,
+        seed: int,
+        folder: Path,
+    ):
+        self.model, self.formatter, self.prompts, self.sampling = model, formatter, prompts, sampling
+        self.samples, self.max_new_tokens, self.batch_size = samples, max_new_tokens, batch_size
+        self.seed, self.folder = seed, folder
+
+    def run(self, setting: Setting, samples: int | None = None) -> Texts:
+        """Generate under `setting`, or read what was generated before."""
+        path = self.folder / f"{re.sub(r'[^a-z0-9.]+', '-', setting.name.lower()).strip('-')}.json"
+        if path.exists():
+            return Texts(**json.loads(path.read_text(encoding="utf-8")))
+        texts, samples = Texts(), samples or self.samples
+        for first in tqdm(range(0, len(self.prompts), self.batch_size), desc=setting.name, unit="batch"):
+            self._batch(setting, first, samples, texts)
+        write_json(path, asdict(texts))
+        return texts
+
+    def generate(self, setting: Setting, prompts: Sequence[Prompt], samples: int, seed: int) -> Any:
+        """One call of `generate`: its output, and the length of the prompts in it."""
+        formatter = self.formatter
+        if setting.system_prompt:
+            formatter = Formatter(formatter.tokenizer, formatter.chat, setting.system_prompt)
+        inputs = formatter(prompts, self.model.device)
+        steer = {"custom_generate": value_steer_generate, "value_steer": setting.value_steer}
+        torch.manual_seed(seed)
+        output = self.model.generate(
+            **inputs,
+            **self.sampling,
+            **setting.options,
+            **(steer if setting.value_steer else {}),
+            num_return_sequences=samples,
+            max_new_tokens=self.max_new_tokens,
+            return_dict_in_generate=True,
+        )
+        return output, inputs["input_ids"].shape[1]
+
+    def _batch(self, setting: Setting, first: int, samples: int, texts: Texts) -> None:
+        prompts = self.prompts[first : first + self.batch_size]
+        start = time.perf_counter()
+        output, length = self.generate(setting, prompts, samples, self.seed + first)
+        texts.seconds += time.perf_counter() - start
+        new = output.sequences[:, length:].cpu()
+        counts = until_end(new, self.model.generation_config.eos_token_id).sum(dim=1).tolist()
+        texts.ids += [row[:count] for row, count in zip(new.tolist(), counts, strict=True)]
+        if setting.value_steer is None:
+            texts.interventions += [0] * len(new)
+            return
+        texts.interventions += output.interventions.sum(dim=1).tolist()
+        texts.values += [row[:count] for row, count in zip(output.values.tolist(), counts, strict=True)]
+        texts.prompt_values += output.prompt_values.tolist()
+
+
+def watch(head: ValueHead) -> Setting:
+    """The base run once more with its values recorded: K=1 never intervenes."""
+    return Setting("watch", "watch", ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=1))
+
+
+def value_filter(head: ValueHead, threshold: float, num_candidates: int, named: bool) -> Setting:
+    """The filter; `named` puts the threshold into its name."""
+    config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=num_candidates)
+    name = f"filter K={num_candidates}" + (f" c={threshold:.4g}" if named else "")
+    return Setting(name, "filter", config, num_candidates, threshold)
+
+
+def args_reranking(head: ValueHead, num_candidates: int) -> Setting:
+    """ARGS (arXiv 2402.01694): every step commits the best of value and probability; no threshold is ever met."""
+    never = 1e-6 if head.config.polarity == "undesirable" else 1 - 1e-6
+    config = ValueFilterConfig(
+        value_head=head, threshold=never, num_candidates=num_candidates, fallback="args", evaluation="eager"
+    )
+    return Setting(f"ARGS K={num_candidates}", "args", config, num_candidates)
+
+
+def shuffled(head: ValueHead, seed: int) -> ValueHead:
+    """The placebo: the entries of each weight tensor in another order."""
+    placebo, generator = copy.deepcopy(head), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in placebo.parameters():
+            order = torch.randperm(parameter.numel(), generator=generator)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))
+    return placebo
+
+
+def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -> Setting:
+    """A shuffled head whose threshold makes it intervene about as often, found on the first batch of prompts."""
+    shuffled_head, polarity = shuffled(head, seed=1), head.config.polarity
+    prompts = runner.prompts[: runner.batch_size]
+
+    def generate(threshold: float, candidates: int) -> Any:
+        config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=candidates)
+        return runner.generate(Setting("", "placebo", config), prompts, runner.samples, runner.seed)[0]
+
+    values = generate(0.5, 1).values
+    values = values[~values.isnan()]
+    worst = undesirability(values, polarity).sort(descending=True).values
+    ranks = [min(int(factor * rate * len(worst)), len(worst) - 1) for factor in (1, 1.5, 2, 3)]
+    thresholds = [float(worst[rank]) if polarity == "undesirable" else 1 - float(worst[rank]) for rank in ranks]
+    rates = [generate(each, num_candidates).interventions.float().mean().item() for each in thresholds]
+    threshold = min(zip(rates, thresholds, strict=True), key=lambda pair: abs(pair[0] - rate))[1]
+    config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=num_candidates)
+    return Setting("placebo", "placebo", config, num_candidates, threshold)
+
+
+def best_of(runner: Runner, head: ValueHead, count: int) -> Texts:
+    """Best-of-N: of N samples for each row the one whose worst value is best."""
+    samples = runner.run(Setting(f"watch best of {count}", "watch", watch(head).value_steer), runner.samples * count)
+    worst = torch.tensor([worst_value(values, head) for values in samples.values]).view(-1, count)
+    chosen = (worst.argmin(dim=1) + torch.arange(len(worst)) * count).tolist()
+    return Texts([samples.ids[row] for row in chosen], [0] * len(chosen), seconds=samples.seconds)
+
+
+def worst_value(values: Sequence[float], head: ValueHead) -> float:
+    """The highest undesirability among a row's values."""
+    return float(undesirability(torch.tensor(values), head.config.polarity).max())

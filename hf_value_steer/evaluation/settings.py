@@ -1,0 +1,57 @@
+"""Which runs an evaluation makes: the grid of the filter, a placebo, and baselines."""
+
+from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.evaluation.runs import (
+    Runner,
+    Setting,
+    Texts,
+    args_reranking,
+    best_of,
+    placebo,
+    value_filter,
+)
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.prompts import load_prompts
+
+
+def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -> list[tuple[Setting, Texts]]:
+    """The grid, the placebo that intervenes as often as its last setting, and the baselines."""
+    thresholds = arguments.thresholds or [head.config.threshold]
+    if None in thresholds:
+        raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
+    named = len(thresholds) > 1
+    settings = [value_filter(head, c, k, named) for k in arguments.num_candidates for c in thresholds]
+    runs = [(setting, runner.run(setting)) for setting in settings]
+    most = max(arguments.num_candidates)
+    if arguments.placebo:
+        steered = runs[-1][1]
+        rate = sum(steered.interventions) / sum(map(len, steered.ids))
+        setting = placebo(runner, head, most, rate)
+        runs.append((setting, runner.run(setting)))
+    for baseline in arguments.baselines:
+        runs.append(baseline_run(runner, head, baseline, most, arguments))
+    return runs
+
+
+def baseline_run(
+    runner: Runner, head: ValueHead, baseline: str, count: int, arguments: EvaluateArguments
+) -> tuple[Setting, Texts]:
+    """One baseline; `count` is its K."""
+    if baseline == "best_of_n":
+        n = arguments.best_of
+        return Setting(f"best of {n}", "best_of_n", num_candidates=n), best_of(runner, head, n)
+    if baseline == "args":
+        setting = args_reranking(head, count)
+    elif baseline == "bad_words":
+        setting = Setting("bad words", "bad_words", options={"bad_words_ids": bad_words_ids(runner, arguments)})
+    else:
+        setting = Setting("system prompt", "system_prompt", system_prompt=arguments.system_prompt)
+    return setting, runner.run(setting)
+
+
+def bad_words_ids(runner: Runner, arguments: EvaluateArguments) -> list[list[int]]:
+    """Token ids of the forbidden words, at the start of a text and after a space."""
+    words = [prompt.text for prompt in load_prompts(str(arguments.bad_words))]
+    tokenizer = runner.formatter.tokenizer
+    forms = [form for word in words for form in (word, f" {word}")]
+    return [ids for ids in tokenizer(forms, add_special_tokens=False)["input_ids"] if ids]

@@ -1,0 +1,156 @@
+"""The pages in a browser: they render, ask for nothing, fit a phone, and their switches work."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hf_value_steer.evaluation.report import render_report
+from tests import documents
+from tests.chromium import EXECUTABLE, Page, chromium
+from tests.integration import test_trace_page as trace_page
+
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium, which these tests look through, was found")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    shown = documents.examples()
+    document = documents.evaluation(examples=shown, masked_examples=documents.masked(shown))
+    path.write_text(render_report(document), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Page]:
+    with chromium() as page:
+        yield page
+
+
+def box(page: Page, selector: str) -> dict[str, float]:
+    """Where the first visible one of the selected elements is."""
+    chosen = f"[...document.querySelectorAll({json.dumps(selector)})].find(each => each.checkVisibility())"
+    found = page.evaluate(f"{chosen}.getBoundingClientRect().toJSON()")
+    return dict(found)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 390, 768, 1280])
+def test_it_renders_quietly_and_fits(browser: Page, report: Path, width: int, dark: bool) -> None:
+    browser.open(report, width, dark=dark)
+    assert browser.evaluate("document.title") == "Value head: toxicity"
+    assert browser.visible("section.part") == 5
+    assert browser.visible("section.part:not(#examples) .plot") == 6  # one drawing of each chart, of the first judge
+    assert browser.visible(".card .plot") == 4
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(18, 21, 28)" if dark else "rgb(244, 245, 247)")
+    assert browser.complaints() == []
+    assert browser.requests() == [report.as_uri()]
+
+
+def test_the_browser_would_notice(browser: Page, tmp_path: Path) -> None:
+    page = tmp_path / "noisy.html"
+    page.write_text("<script src='missing.js'></script><script>console.error('no'); throw Error('x')</script>")
+    browser.open(page)
+    assert browser.requests() == [page.as_uri(), (tmp_path / "missing.js").as_uri()]
+    assert len(browser.complaints()) == 3
+
+
+@pytest.mark.parametrize("width", [360, 600, 768, 1000, 1280])
+def test_texts_of_charts_can_be_read(browser: Page, report: Path, width: int) -> None:
+    browser.open(report, width)
+    sizes = browser.evaluate(
+        "[...document.querySelectorAll('.plot')].filter(each => each.checkVisibility()).map(each => "
+        "parseFloat(getComputedStyle(each.querySelector('text')).fontSize) * each.clientWidth "
+        "/ each.firstChild.viewBox.baseVal.width)"
+    )
+    assert len(sizes) == 10
+    assert 8.5 < min(sizes) and max(sizes) < 17
+
+
+def test_only_tables_scroll_sideways(browser: Page, report: Path) -> None:
+    browser.open(report, 360)
+    wide = browser.evaluate(
+        "[...document.querySelectorAll('body *')].filter(each => each.checkVisibility() && "
+        "!each.closest('.scroll') && each.getBoundingClientRect().right > 360.5).length"
+    )
+    assert wide == 0
+    assert browser.evaluate("(box => box.scrollWidth > box.clientWidth)(document.querySelector('.scroll'))")
+
+
+def test_a_judge_is_chosen(browser: Page, report: Path) -> None:
+    browser.open(report)
+    assert [browser.visible(f".judge.j{index} .chart") for index in range(3)] == [2, 0, 0]
+    browser.click("#judge-1")
+    assert [browser.visible(f".judge.j{index} .chart") for index in range(3)] == [0, 2, 0]
+    browser.click("label:has(#judge-2)")
+    assert [browser.visible(f".judge.j{index} .chart") for index in range(3)] == [0, 0, 2]
+
+
+def test_switches_of_the_examples(browser: Page, report: Path) -> None:
+    browser.open(report)
+    assert browser.visible(".card") == 4
+    browser.click("#only")
+    assert browser.visible(".card") == 3
+    browser.click("#only")
+    assert browser.visible(".card") == 4
+    assert browser.visible(".masked") > 0 and browser.visible(".open") == 0
+    masked = browser.visible(".masked")
+    browser.click("#reveal")
+    assert browser.visible(".masked") == 0 and browser.visible(".open") == masked
+
+
+def test_a_token_shows_its_candidates(browser: Page, report: Path) -> None:
+    browser.open(report)
+    token = ".card .swap"
+    assert browser.visible(".tip") == 0
+    browser.hover(token)
+    assert browser.visible(f"{token} > .tip") == 1 and browser.visible(f"{token} .chip") == 3
+    browser.hover("h1")
+    assert browser.visible(".tip") == 0
+    browser.evaluate(f"document.querySelector('{token}').focus()")
+    assert browser.visible(f"{token} > .tip") == 1
+    browser.open(report, 390)
+    browser.tap(token)
+    assert browser.visible(f"{token} > .tip") == 1
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_tips_of_points_stay_on_the_page(browser: Page, report: Path, width: int) -> None:
+    browser.open(report, width)
+    tips = browser.evaluate(
+        "[...document.querySelectorAll('.spot')].filter(each => each.checkVisibility()).map(each => { each.focus(); "
+        "const [tip, plot] = [each.lastChild, each.parentNode].map(one => one.getBoundingClientRect()); "
+        "return [tip.width, tip.left - plot.left, plot.right - tip.right, document.documentElement.scrollWidth] })"
+    )
+    assert len(tips) > 60
+    for across, left, right, page in tips:
+        assert across > 40 and left > -0.5 and right > -0.5 and page == width
+
+
+def test_points_of_charts_lie_on_their_marks(browser: Page, report: Path) -> None:
+    browser.open(report)
+    spot, mark = (box(browser, f"#abstention .plot.medium {each}") for each in (".spot > i", ".mark"))
+    for side in ("x", "y"):
+        length = {"x": "width", "y": "height"}[side]
+        assert spot[side] + spot[length] / 2 == pytest.approx(mark[side] + mark[length] / 2, abs=1)
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_trace_page_shares_all_that(browser: Page, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "trace.html"
+    path.write_text(trace_page.render(*trace_page.example(), reveal=True), encoding="utf-8")
+    browser.open(path, width)
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.visible(".card") == 2
+    browser.click("#only")
+    assert browser.visible(".card") == 1
+    browser.hover(".swap")
+    assert browser.visible(".swap .chip") == 3
+    browser.click("#reveal")
+    assert browser.visible(".open") > 0 and browser.visible(".masked") == 0
+    assert browser.complaints() == [] and browser.requests() == [path.as_uri()]
