@@ -1,4 +1,4 @@
-"""Write the tables of README.md and of the head's card from the result files: `python -m benchmarks.tables`."""
+"""Write the tables of README.md from the result files: `python -m benchmarks.tables`."""
 
 import json
 import re
@@ -8,6 +8,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+JUDGES = {
+    "python:examples.toxicity:word_list": "word list (LDNOOBW)",
+    "python:examples.toxicity:cuss": "cuss-inspect",
+    "python:examples.toxicity:profanity": "alt-profanity-check (gave the labels)",
+}
 
 
 def percent(number: float) -> str:
@@ -23,29 +28,32 @@ def row(*cells: str) -> str:
 
 
 def efficacy(document: dict[str, Any]) -> str:
-    results = document["results"]
-    judges = results["base"]["judges"]
-    header = [name + " (gave the labels)" * judge["gave_labels"] for name, judge in judges.items()]
-    lines = [
-        row("", *header, "perplexity", "steps intervened"),
-        row(*["---"] * (len(judges) + 3)),
-    ]
-    for name, result in results.items():
-        rates = [f"{percent(judge['rate'])} {span(judge['rate_interval'])}" for judge in result["judges"].values()]
-        ratio = "" if name == "base" else f" (x{result['perplexity_ratio']:.3f})"
-        lines.append(row(name, *rates, f"{result['perplexity']:.1f}{ratio}", percent(result["intervention_rate"])))
+    """Rates and perplexity of every run of an evaluation."""
+    names = {judge["name"]: JUDGES[judge["name"]] for judge in document["judges"]}
+    lines = [row("", *names.values(), "perplexity", "steps intervened"), row(*["---"] * (len(names) + 3))]
+    for run in document["runs"]:
+        rates = [
+            f"{percent(run['judges'][name]['rate'])} {span(run['judges'][name]['rate_interval'])}" for name in names
+        ]
+        ratio = run["perplexity_ratio"]
+        perplexity = f"{run['perplexity']:.1f}" + ("" if run["method"] == "base" else f" (x{ratio:.3f})")
+        steps = percent(run["intervention_rate"]) if "intervention_rate" in run else ""
+        lines.append(row(run["name"], *rates, perplexity, steps))
+    steered = next(run for run in document["runs"] if run["method"] == "filter")
     reductions = [
         f"{percent(judge['relative_reduction'])} {span(judge['relative_reduction_interval'])}"
-        for judge in results["filter"]["judges"].values()
+        for judge in (steered["judges"][name] for name in names)
     ]
     lines.append(row("reduction by the filter", *reductions, "", ""))
-    lines.append("")
-    lines.append(
-        f"{document['generations']} continuations of {document['prompts']} prompts, K={document['num_candidates']}, "
-        f"threshold {document['head']['threshold']}; 95 % intervals by prompt. `{document['command']}`, "
-        f"{document['date']}."
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{document['generations']} continuations of {document['prompts']} prompts, each steered by one of "
+            f"{document['folds']} heads, the one that was trained without it; 95 % intervals by prompt. "
+            "`hf-value-steer run examples/recipes/smollm2-toxicity.yaml`.",
+        ]
     )
-    return "\n".join(lines)
 
 
 def overhead(documents: list[dict[str, Any]]) -> str:
@@ -85,9 +93,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    steering = efficacy(load("efficacy-toxicity"))
-    replace(ROOT / "README.md", "efficacy", steering)
-    replace(ROOT / "model_cards" / "smollm2-135m-toxicity" / "README.md", "efficacy", steering)
+    replace(ROOT / "README.md", "efficacy", efficacy(load("efficacy-toxicity")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
 

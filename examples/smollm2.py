@@ -38,12 +38,18 @@ def convert(target: Path) -> None:
         os.rename(scratch, target)
 
 
-def load_backbone(
-    dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in evaluation mode and its left-padding tokenizer; the first call converts (half a minute)."""
+def backbone_folder() -> Path:
+    """Where the model lies; the first call converts (half a minute)."""
     folder = cache_folder() / BACKBONE_ID.rsplit("/", 1)[1]
     if not folder.exists():
         convert(folder)
+    return folder
+
+
+def load_backbone(
+    dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in evaluation mode and its left-padding tokenizer."""
+    folder = backbone_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     return model, AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The command line: `hf-value-steer COMMAND`."""
+"""`hf-value-steer doctor`: is steering exact on this model and this machine?"""
 
 import argparse
 import json
@@ -18,16 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_value_steer.doctor import Check, diagnose
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
-    parser = argparse.ArgumentParser(prog="hf-value-steer", description="Value steering for language models.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_doctor(commands)
-    arguments = parser.parse_args(argv)
-    return int(arguments.run(arguments))
-
-
-def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     summary = "check that steering is exact on a model and this machine"
     parser = commands.add_parser("doctor", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a causal language model")
@@ -80,7 +71,3 @@ def _table(checks: Sequence[Check]) -> str:
         textwrap.fill(f"{name:<10}{status:<8}{detail}", width, subsequent_indent=indent, break_on_hyphens=False)
         for name, status, detail in rows
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

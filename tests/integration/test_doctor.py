@@ -198,7 +198,7 @@ def test_a_planted_fault_ends_the_command_with_an_error(capsys, monkeypatch, fol
         patch.setattr(DynamicLayer, "crop", lambda *_: None)
         status, out = run(capsys, folders / "model")
     assert status == 1 and "cache     FAIL    RuntimeError: the cache of 27 tokens holds 28: rollback fails" in out
-    monkeypatch.setattr("hf_value_steer.cli.AutoModelForCausalLM.from_pretrained", lambda *_, **__: with_tap())
+    monkeypatch.setattr("hf_value_steer.cli.doctor.AutoModelForCausalLM.from_pretrained", lambda *_, **__: with_tap())
     status, out = run(capsys, folders / "model")
     assert status == 1 and "feature   FAIL    the output embedding does not consume" in out
 

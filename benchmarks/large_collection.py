@@ -1,0 +1,125 @@
+"""Does training need memory for the data? A collection larger than memory allows, and what of it stays resident.
+
+    python -m benchmarks.large_collection --output benchmarks/results/large-collection.json
+
+Writes `--tokens` random features of width 4,096 in float16 (2 million take 16 GB), trains a linear head for one
+epoch and an MLP for some steps, each in a process of its own, and compares the tokens a second with reading the files.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.environment import describe
+from hf_value_steer.training.label import labels_folder
+from hf_value_steer.training.prompts import Prompt, write_prompts
+from hf_value_steer.training.shards import FORMAT, Collection, shard_path, write_json, write_tensors
+from hf_value_steer.training.train import TrainArguments, train
+
+
+WIDTH, ROW, ROWS = 4096, 100, 200  # width of a feature, tokens in a generation, generations in a shard
+JUDGE = "synthetic"
+
+
+def write_collection(folder: Path, tokens: int) -> None:
+    """Random features; whether a generation is labelled 1 can be read off the first of them."""
+    shards = -(-tokens // (ROW * ROWS))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_prompts([Prompt(f"prompt {index}") for index in range(shards * ROWS)], folder / "prompts.jsonl")
+    manifest = {"shards": shards, "hidden_size": WIDTH, "feature_dtype": "float16", "chat_template": "none"}
+    write_json(
+        folder / "collection.json", {"format": FORMAT, "backbone": None, "backbone_fingerprint": None, **manifest}
+    )
+    for index in range(shards):
+        random = torch.Generator().manual_seed(index)
+        features = torch.randn(ROWS, ROW, WIDTH, generator=random)
+        features[:, :, 0] += 4 * scores(index)[:, None]
+        tensors = {
+            "features": features.half().flatten(0, 1),
+            "tokens": torch.zeros(ROWS * ROW, dtype=torch.int32),
+            "prompt_features": features[:, 0].half(),
+            "offsets": torch.arange(ROWS + 1) * ROW,
+            "prompts": torch.arange(ROWS) + index * ROWS,
+            "natural": torch.ones(ROWS, dtype=torch.bool),
+        }
+        write_tensors(shard_path(folder, index), tensors)
+    labels = labels_folder(Collection(folder), JUDGE)
+    for index in range(shards):
+        write_tensors(labels / f"{index:05d}.safetensors", {"responses": scores(index)})
+
+
+def scores(shard: int) -> torch.Tensor:
+    return torch.randint(2, (ROWS,), generator=torch.Generator().manual_seed(shard)).float()
+
+
+def reading(folder: Path) -> float:
+    """Tokens a second of reading all features, generation by generation, in the order of the files."""
+    collection = Collection(folder)
+    start = time.perf_counter()
+    for row in range(len(collection.rows)):
+        collection.read("features", row)
+    return ROW * len(collection.rows) / (time.perf_counter() - start)
+
+
+def training(folder: Path, architecture: str, steps: int | None) -> dict[str, Any]:
+    """Run by a process of its own: one epoch, or some steps."""
+    torch.set_num_threads(2)
+    arguments = TrainArguments(
+        collection=str(folder), output=str(folder / architecture), judge=JUDGE, architecture=architecture,
+        epochs=1, validation=0.02, calibration=0.0, learning_rate=1e-3,
+        trainer=["disable_tqdm=true", *([f"max_steps={steps}"] if steps else [])],
+    )  # fmt: skip
+    start = time.perf_counter()
+    head = train(arguments)
+    return {
+        "architecture": architecture,
+        "steps": steps,
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_resident_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "auroc": head.config.training["metrics"]["auroc"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/large-collection"))
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--train", nargs=2, metavar=("ARCHITECTURE", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.train:
+        architecture, steps = arguments.train
+        print(json.dumps(training(arguments.folder, architecture, int(steps) or None)))
+        return
+    write_collection(arguments.folder, arguments.tokens)
+    rate = reading(arguments.folder)
+    results = []
+    for architecture, steps in (("linear", 0), ("mlp", 20)):
+        command = [sys.executable, "-m", "benchmarks.large_collection", "--folder", str(arguments.folder)]
+        process = subprocess.run([*command, "--train", architecture, str(steps)], stdout=subprocess.PIPE, check=True)
+        results.append(json.loads(process.stdout.splitlines()[-1]))
+        print(results[-1])
+    size = sum(path.stat().st_size for path in arguments.folder.glob("shards/*"))
+    document = {
+        "command": f"python -m benchmarks.large_collection --tokens {arguments.tokens}",
+        **describe(),
+        "tokens": arguments.tokens,
+        "gigabytes": round(size / 1e9, 2),
+        "tokens_per_second_reading": round(rate),
+        "tokens_per_second_linear_epoch": round(arguments.tokens / results[0]["seconds"]),
+        "training": results,
+    }
+    print(json.dumps(document, indent=2))
+    if arguments.output:
+        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

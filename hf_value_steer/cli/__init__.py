@@ -1,0 +1,22 @@
+"""The command line: `hf-value-steer COMMAND`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hf_value_steer.cli.doctor import add_doctor
+from hf_value_steer.cli.pipeline import add_pipeline
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 if something was found, 2 if it could not be done."""
+    parser = argparse.ArgumentParser(prog="hf-value-steer", description="Value steering for language models.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_doctor(commands)
+    add_pipeline(commands)
+    arguments = parser.parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""A recipe: collect, train, calibrate, evaluate and push, all from one YAML file."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from hf_value_steer.cards import renew_card
+from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
+from hf_value_steer.evaluation.evaluate import evaluate
+from hf_value_steer.hub import push_head
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
+from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.label import LabelArguments
+from hf_value_steer.training.shards import write_atomically
+from hf_value_steer.training.train import TrainArguments, train
+
+
+SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push")
+# What later steps take from `collect` unless they say otherwise.
+_SHARED = ("model", "chat", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
+T = TypeVar("T")
+
+
+def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
+    """Do what a recipe says. A run that was stopped goes on; what is done already is not done again.
+
+    ```yaml
+    output: runs/my-attribute        # collection/, head/ and evaluation/ appear in it
+    collect: {model: org/backbone, prompts: prompts.txt, samples: 4}
+    label: {judges: ["lexicon:words.txt"]}
+    train: {attribute: my-attribute}
+    calibrate: {alpha: 0.1}
+    evaluate: {prompts: unseen.txt, judges: ["classifier:org/judge"]}
+    # or, where prompts are few: {folds: 4, judges: [...]}, see [`evaluate_crossfitted`]
+    ```
+
+    Sections hold the fields of [`CollectArguments`], [`LabelArguments`], [`TrainArguments`], [`CalibrateArguments`]
+    and [`EvaluateArguments`]; folders are filled in, the first judge of `label` gives the labels, and the backbone and
+    how it samples are those of `collect` unless another section says otherwise. `calibrate`, `evaluate`, `card`
+    (`limits`, `license`, `datasets`) and `push` (arguments of [`~hf_value_steer.hub.push_head`]) may be left out.
+
+    Args:
+        recipe: file, or its content.
+
+    Returns:
+        The folder of the head.
+
+    Raises:
+        ValueError: for an unknown section or field, before anything is done.
+    """
+    content = recipe if isinstance(recipe, Mapping) else yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    steps = _Steps(content)
+    collect(steps.collect, steps.label)
+    train(steps.train)
+    if steps.calibrate is not None:
+        calibrate(steps.calibrate)
+    if steps.evaluate is not None and steps.calibrate is not None and steps.folds:
+        evaluate_crossfitted(steps.evaluate, steps.train, steps.calibrate, steps.folds)
+    elif steps.evaluate is not None:
+        evaluate(steps.evaluate)
+    head, results = Path(steps.train.output), Path(steps.evaluate.output) if steps.evaluate else None
+    _renew_card(head, results, steps.card)
+    if steps.push is not None:
+        push_head(head, **steps.push, evaluation=results)
+    return head
+
+
+def _renew_card(head: Path, results: Path | None, said: Mapping[str, Any]) -> None:
+    """The card of the finished head, with what was measured of it, and what the recipe says."""
+    card = head / "README.md"
+    document = json.loads((results / "evaluation.json").read_text(encoding="utf-8")) if results else None
+    text = renew_card(ValueHead.from_pretrained(head), card.read_text(encoding="utf-8"), document, **said)
+    write_atomically(card, text.encode())
+
+
+class _Steps:
+    """The arguments of every step, all checked before the first is done."""
+
+    def __init__(self, content: Mapping[str, Any]):
+        if unknown := sorted(set(content) - set(SECTIONS)):
+            raise ValueError(f"A recipe has no section {', '.join(unknown)}; it has {', '.join(SECTIONS)}.")
+        if missing := [name for name in ("output", "collect", "label", "train") if name not in content]:
+            raise ValueError(f"The recipe lacks {', '.join(missing)}.")
+        folder = Path(content["output"])
+        given = content["collect"]
+        shared = {name: given[name] for name in _SHARED if name in given}
+        labels = content["label"]
+        judge = (labels.get("judges") or [None])[0]
+        places = {"collection": str(folder / "collection"), "judge": judge}
+        self.collect = _arguments(CollectArguments, "collect", {"output": str(folder / "collection"), **given})
+        self.label = _arguments(LabelArguments, "label", labels)
+        head = str(folder / "head")
+        self.train = _arguments(TrainArguments, "train", {**places, "output": head, **content["train"]})
+        self.calibrate = self.evaluate = None
+        self.folds, self.push = 0, content.get("push")
+        self.card = content.get("card") or {}
+        if unknown := sorted(set(self.card) - {"limits", "license", "datasets"}):
+            raise ValueError(f"Section 'card' of the recipe has no {', '.join(unknown)}.")
+        if self.push is not None and "repo_id" not in self.push:
+            raise ValueError("Section 'push' of the recipe needs `repo_id`.")
+        if "calibrate" in content:
+            chosen = {**places, "value_head": head, **(content["calibrate"] or {})}
+            self.calibrate = _arguments(CalibrateArguments, "calibrate", chosen)
+        if "evaluate" in content:
+            own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": judge}
+            chosen = {**shared, **own, **content["evaluate"]}
+            self.folds = chosen.pop("folds", 0)
+            if self.folds and (self.calibrate is None or "prompts" in chosen):
+                raise ValueError(
+                    "`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`."
+                )
+            chosen |= {"prompts": given.get("prompts")} if self.folds else {}
+            self.evaluate = _arguments(EvaluateArguments, "evaluate", chosen)
+
+
+def _arguments(kind: type[T], section: str, given: Mapping[str, Any]) -> T:
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"Section {section!r} of the recipe: {error}.") from error
