@@ -63,7 +63,8 @@ class Evaluation:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
         self.formatter = Formatter(tokenizer, arguments.chat)
-        self.judge_names = [*arguments.judges, *([arguments.label_judge] if arguments.label_judge else [])]
+        label_judge = [arguments.label_judge] if arguments.label_judge else []
+        self.judge_names = list(dict.fromkeys([*arguments.judges, *label_judge]))
         self.judges = {name: load_judge(name) for name in self.judge_names}
 
     def part(self, head: ValueHead, prompts: Sequence[Prompt], folder: Path) -> Part:

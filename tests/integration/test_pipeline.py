@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -178,6 +179,27 @@ def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):
     before = files(finished)
     run_recipe(recipe(world, finished))
     assert files(finished) == before
+
+
+def test_cross_fitting_steers_every_prompt_with_a_head_that_never_saw_it(world, finished, tmp_path):
+    content = recipe(world, tmp_path / "run", folds=3, baselines=[], num_candidates=[4])
+    del content["evaluate"]["prompts"]
+    shutil.copytree(finished / "collection", tmp_path / "run" / "collection")
+    run_recipe(content)
+    collection, judged = Collection(tmp_path / "run" / "collection"), []
+    for fold in range(3):
+        folder = tmp_path / "run" / "evaluation" / f"fold-{fold}"
+        arguments = json.loads((folder / "head" / "training.json").read_text())["arguments"]
+        arguments.pop("collection_sha256")
+        rows = split_rows(collection, TrainArguments(**arguments))
+        owners = {name: set(collection.rows.prompt[members].tolist()) for name, members in rows.items()}
+        assert not owners["held_out"] & (owners["train"] | owners["validation"] | owners["calibration"])
+        runs = json.loads((folder / "runs" / "base.json").read_text())
+        assert len(runs["ids"]) == 2 * len(owners["held_out"])
+        judged += owners["held_out"]
+    assert sorted(judged) == list(range(len(collection.prompts)))
+    document = json.loads((tmp_path / "run" / "evaluation" / "evaluation.json").read_text())
+    assert document["folds"] == 3 and document["generations"] == 2 * len(collection.prompts)
 
 
 KILLED = """

@@ -19,7 +19,11 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
 
 
 def test_records_keep_their_columns(tmp_path):
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     records = [{"question": "1 + 1", "answer": "2"}, {"question": messages, "answer": "d"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
     first, second = load_prompts(str(tmp_path / "p.jsonl"), column="question")
@@ -30,7 +34,10 @@ def test_records_keep_their_columns(tmp_path):
 
 
 def test_functions_give_prompts():
-    assert load_prompts("python:tests.unit.test_prompts:some_prompts") == [Prompt("one"), Prompt("two", {"answer": "2"})]
+    assert load_prompts("python:tests.unit.test_prompts:some_prompts") == [
+        Prompt("one"),
+        Prompt("two", {"answer": "2"}),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +56,9 @@ def test_what_cannot_be_read(tmp_path, name, content, message):
         load_prompts(str(tmp_path / name) if "." in name else name)
 
 
-@pytest.mark.parametrize("reference", ["json:loads", "python:json", "python::x", "python:nowhere:x", "python:json:nothing"])
+@pytest.mark.parametrize(
+    "reference", ["json:loads", "python:json", "python::x", "python:nowhere:x", "python:json:nothing"]
+)
 def test_wrong_references(reference):
     with pytest.raises(ValueError, match="no reference of the form|cannot be found"):
         resolve(reference)

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+
+from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer.evaluation.measures import Measures, negative_log_likelihood
+from hf_value_steer.evaluation.metrics import Bootstrap, compare_perplexity, compare_rates, distinct, interval
+from hf_value_steer.evaluation.outcome import coverage
+from hf_value_steer.evaluation.runs import Texts, shuffled, worst_value
+from hf_value_steer.training.prompts import Formatter, Prompt
+from tests.tiny_text import save_tiny_model
+
+
+def test_bootstrap_keeps_the_rows_of_a_prompt_together():
+    prompts, numbers = np.array([3, 3, 7, 9]), np.array([1.0, 2.0, 10.0, 100.0])
+    bootstrap = Bootstrap(prompts)
+    by_prompt = {3: 3.0, 7: 10.0, 9: 100.0}
+    drawn = np.random.default_rng(0).integers(0, 3, (2000, 3))
+    expected = [sum(list(by_prompt.values())[index] for index in row) for row in drawn]
+    assert np.allclose(bootstrap.sums(numbers), expected)
+    assert np.allclose(bootstrap.mean(np.ones(4)), 1.0)
+
+
+def test_a_ratio_that_cannot_be_computed_has_no_interval():
+    bootstrap = Bootstrap(np.arange(5))
+    assert interval(bootstrap.ratio(np.ones(5), np.zeros(5))) is None
+    assert compare_rates(np.zeros(5), np.zeros(5), bootstrap)["relative_reduction"] is None
+
+
+def test_rates_are_compared_by_prompt():
+    base, steered = np.repeat([1.0, 0.0], 50), np.concatenate([np.repeat([1.0, 0.0], [10, 40]), np.zeros(50)])
+    found = compare_rates(base, steered, Bootstrap(np.arange(100)))
+    assert found["rate"] == 0.1 and found["relative_reduction"] == 0.8
+    low, high = found["difference_interval"]
+    assert low < -0.4 < high < 0
+    assert 0.6 < found["relative_reduction_interval"][0] < 0.8 < found["relative_reduction_interval"][1] < 0.95
+
+
+def test_perplexity_is_of_all_tokens_together():
+    base = {"nll": np.array([2.0, 6.0]), "tokens": np.array([2.0, 2.0])}
+    steered = {"nll": np.array([4.0, 8.0]), "tokens": np.array([4.0, 4.0])}
+    found = compare_perplexity(base, steered, Bootstrap(np.arange(2)))
+    assert found["perplexity"] == round(np.exp(1.5), 2)
+    assert found["perplexity_ratio"] == round(np.exp(1.5 - 2), 4)
+
+
+def test_distinct_by_hand():
+    assert distinct([[1, 2, 1], [1, 2]], 1) == 0.4
+    assert distinct([[1, 2, 1], [1, 2]], 2) == pytest.approx(2 / 3, abs=1e-4)
+    assert distinct([[1]], 2) is None
+
+
+def test_likelihood_in_batches_is_that_of_one_text(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_tiny_model(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    formatter = Formatter(AutoTokenizer.from_pretrained(tmp_path), chat=False)
+    prompts = [Prompt("goodak"), Prompt("goodal goodam goodan"), Prompt("goodbk goodbl")]
+    ids = [[5, 6, 7, 8], [9], [12, 13]]
+    found = negative_log_likelihood(model, formatter, prompts, ids)
+    for prompt, row, total in zip(prompts, ids, found, strict=True):
+        tokens = torch.tensor([formatter.tokenizer(prompt.text)["input_ids"] + row])
+        with torch.no_grad():
+            logits = model(tokens).logits[0].log_softmax(-1)
+        start = tokens.shape[1] - len(row)
+        expected = -sum(logits[start - 1 + step, token].item() for step, token in enumerate(row))
+        assert total == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
+def test_coverage_by_hand(polarity):
+    head = ValueHead(ValueHeadConfig(hidden_size=2, polarity=polarity))
+    good = [[0.9, 0.8, 0.1], [0.9, 0.3, 0.9], [0.5, 0.9, 0.9], [0.9, 0.9, 0.9]]  # the last value is not acted upon
+    values = good if polarity == "desirable" else [[1 - value for value in row] for row in good]
+    correct = np.array([1.0, 0.0, 0.0, 1.0])
+
+    class Known(Measures):
+        def __init__(self):
+            verdict = correct if polarity == "desirable" else 1 - correct
+            self.base = {"verdicts": {"judge": verdict}, "tokens": np.full(4, 2.0)}
+            self.bootstrap = Bootstrap(np.arange(4))
+
+    watched = Texts(values=[row[1:] for row in values], prompt_values=[row[0] for row in values])
+    curve = coverage(head, watched, Known())
+    assert curve[0]["coverage"] == 1.0 and curve[0]["accuracy"] == 0.5 and curve[0]["tokens_saved"] == 0.0
+    half = next(point for point in curve if point["coverage"] == 0.5)
+    # Rows 1 and 2 are stopped, after one token and before the first.
+    assert half["accuracy"] == 1.0 and half["tokens_saved"] == pytest.approx(3 / 8)
+    assert half["threshold"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_the_placebo_has_the_same_weights_in_another_order():
+    head = ValueHead(ValueHeadConfig(hidden_size=8))
+    other = shuffled(head, seed=1)
+    for ours, theirs in zip(head.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours.flatten().sort().values, theirs.flatten().sort().values)
+    assert not torch.equal(head.net[0].weight, other.net[0].weight)
+
+
+def test_the_worst_value_follows_the_polarity():
+    for polarity, worst in (("undesirable", 0.9), ("desirable", 0.8)):
+        head = ValueHead(ValueHeadConfig(hidden_size=2, polarity=polarity))
+        assert worst_value([0.2, 0.9], head) == pytest.approx(worst)
