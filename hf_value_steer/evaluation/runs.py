@@ -22,6 +22,9 @@ from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.shards import write_json
 
 
+PLACEBO_PROMPTS = 32  # on which a placebo's threshold is found
+
+
 @dataclass
 class Texts:
     """What one run generated; one entry a row, the rows of a prompt together.
@@ -166,13 +169,13 @@ def shuffled(head: ValueHead, seed: int) -> ValueHead:
 
 
 def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -> Setting:
-    """A shuffled head whose threshold makes it intervene about as often, found on the first batch of prompts."""
+    """A shuffled head whose threshold makes it intervene about as often, found on the first few prompts."""
     shuffled_head, polarity = shuffled(head, seed=1), head.config.polarity
-    prompts = runner.prompts[: runner.batch_size]
+    prompts = runner.prompts[:PLACEBO_PROMPTS]
 
     def generate(threshold: float, candidates: int) -> Any:
         config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=candidates)
-        return runner.generate(Setting("", "placebo", config), prompts, runner.samples, runner.seed)[0]
+        return runner.generate(Setting("", "placebo", config), prompts, 1, runner.seed)[0]
 
     values = generate(0.5, 1).values
     values = values[~values.isnan()]
