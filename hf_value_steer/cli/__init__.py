@@ -1,7 +1,6 @@
 """The command line: `hf-value-steer COMMAND`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from hf_value_steer.cli.doctor import add_doctor
@@ -16,7 +15,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_pipeline(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
