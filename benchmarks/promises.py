@@ -4,8 +4,8 @@
 
 The safe generations of a run are the population: a prompt is drawn, then one of its texts. For each mode, alpha and n,
 over 2,000 calibrations on n texts drawn from it: the rate at which the filter would intervene on the population.
-`marginal` and `martingale` promise its mean, `pac` and `uniform` how often it exceeds alpha. The peer's clamp of the rank
-into [1, n] stands beside them.
+`marginal` and `martingale` promise its mean, `pac` and `uniform` how often it exceeds alpha. The peer's clamp stands
+beside them.
 """
 
 import argparse

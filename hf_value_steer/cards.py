@@ -33,7 +33,9 @@ _HEAD_CARD = """---
 A value head for `{{ backbone }}`: a {{ architecture }} of {{ parameters }} parameters that reads the feature of each
 token (final layer, after the final norm, {{ hidden_size }} wide) and answers with a value in (0, 1).
 A high value is **{{ polarity }}**. {{ threshold }}
-
+{% if attributes %}
+{{ attributes }}
+{% endif %}
 ## How to use
 
 ```python
@@ -107,7 +109,7 @@ def head_card(
         base_model_relation="adapter" if config.backbone else None,
         datasets=list(datasets) if datasets else None,
         license=license,
-        tags=["value-head", "value-steering", *([config.attribute] if config.attribute else [])],
+        tags=["value-head", "value-steering", *_attribute_names(config)],
         model_name=title if evaluation else None,
         eval_results=(model_index(evaluation) or None) if evaluation else None,
     )
@@ -122,6 +124,7 @@ def head_card(
         hidden_size=config.hidden_size,
         polarity=config.polarity,
         threshold=threshold,
+        attributes=_attributes_markdown(config) if config.attributes else "",
         runtime=_runtime(config.polarity, evaluation),
         repo_id=repo_id,
         fingerprint=config.backbone_fingerprint or "not recorded",
@@ -210,6 +213,26 @@ def _runtime(polarity: str, evaluation: Mapping[str, Any] | None) -> str:
     main = main_run(evaluation) if evaluation else None
     abstains = polarity == "desirable" if main is None else main["method"] == "abstain"
     return "AbstentionConfig" if abstains else "ValueFilterConfig"
+
+
+def _attribute_names(config: Any) -> list[str]:
+    if config.attributes:
+        return [attribute["name"] for attribute in config.attributes]
+    return [config.attribute] if config.attribute else []
+
+
+def _attributes_markdown(config: Any) -> str:
+    """What a head of several attributes values, and how that is one value."""
+    rows = [[each["name"], each["polarity"], f"{each['threshold']:.4g}"] for each in config.attributes]
+    meaning = "The worst of several attributes gives the value: below one half, each passes its own threshold."
+    head = ["attribute", "a high value of it is", "threshold"]
+    if config.combine == "sum":
+        meaning = (
+            "The value is the weighted mean of how far several attributes are beyond their thresholds, in log odds."
+        )
+        head.append("weight")
+        rows = [[*row, f"{each['weight']:g}"] for row, each in zip(rows, config.attributes, strict=True)]
+    return f"{meaning}\n\n{table(head, rows)}"
 
 
 def _known_limits(evaluation: Mapping[str, Any] | None, calibration: Mapping[str, Any] | None) -> list[str]:

@@ -1,7 +1,10 @@
 """`ValueHead`: a small network from the feature of a token to a value in (0, 1)."""
 
+import hashlib
 import json
+import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +16,17 @@ from transformers.utils import ModelOutput
 from transformers.utils.hub import cached_file
 
 from hf_value_steer import hub
+from hf_value_steer.backbone import fingerprint
 from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
 from hf_value_steer.configuration import ValueHeadConfig
-from hf_value_steer.policy import Polarity
+from hf_value_steer.policy import Polarity, acceptable
 
 
 # The feature contract of value-steer 0.2.0, as its sidecar spells it.
 _PEER_FEATURE = {"layer": "final", "norm": "post", "pooling": "none", "dtype": "fp32"}
+
+# How far beyond a threshold, in log odds, an attribute is at least: enough for a float32 sigmoid to tell the side.
+_LEAST_MARGIN = 1e-6
 
 # Arguments of `from_pretrained` that say where files are.
 _LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -48,6 +55,9 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
     values = head(hidden_states).values  # (batch, tokens, hidden_size) -> (batch, tokens)
     ```
 
+    A head of several attributes (`attributes` in its config) answers with one value for all of them, so whatever takes
+    a head takes it, too; [`attribute_values`] tells them apart.
+
     Attributes:
         calibration ([`~hf_value_steer.calibration.Calibration`], *optional*): what its thresholds promise; saved as
             `calibration.json` and loaded with the head. `alpha` in a runtime configuration needs it.
@@ -61,7 +71,8 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: ValueHeadConfig):
         super().__init__(config)
         width = config.hidden_size
-        layers: list[nn.Module] = [nn.Linear(width, 1)]
+        outputs = 1 if config.attributes is None else len(config.attributes)
+        layers: list[nn.Module] = [nn.Linear(width, outputs)]
         if config.architecture == "mlp":
             layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), *layers]
         self.net = nn.Sequential(*layers).to(torch.float32)
@@ -84,7 +95,21 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
 
         Args:
             hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
-            labels (`torch.FloatTensor` of shape `(...)`, *optional*): targets in [0, 1].
+            labels (`torch.FloatTensor` of shape `(...)`, *optional*): targets in [0, 1]. For a head of A attributes of
+                shape `(..., A)`: whether each is there, whatever its polarity. The loss is the mean over them.
+        """
+        logits = self.attribute_logits(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float())
+        logits = logits.squeeze(-1) if self.config.attributes is None else self._combined(logits)
+        return ValueHeadOutput(loss=loss, logits=logits, values=_values(logits))
+
+    def attribute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits of each attribute, `(..., A)`; A is 1 where the config names no `attributes`.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
         """
         if hidden_states.shape[-1] != self.config.hidden_size:
             raise ValueError(
@@ -92,12 +117,27 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
                 f"{self.config.hidden_size} (backbone {self.config.backbone!r}); load the head of your backbone."
             )
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = self.net(hidden_states.float()).squeeze(-1)
-        values = logits.sigmoid().masked_fill(~logits.isfinite(), torch.nan)
-        loss = None
-        if labels is not None:
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
-        return ValueHeadOutput(loss=loss, logits=logits, values=values)
+            return self.net(hidden_states.float())  # type: ignore[no-any-return]
+
+    def attribute_values(self, hidden_states: Tensor) -> Tensor:
+        """How much each attribute is there, `(..., A)` in (0, 1), NaN where a logit is not finite.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+        """
+        return _values(self.attribute_logits(hidden_states))
+
+    def _combined(self, logits: Tensor) -> Tensor:
+        """The logits `(...)` that stand for those of all attributes, `(..., A)`; NaN where one is not finite."""
+        attributes, values = self.config.attributes, logits.sigmoid()
+        margins = [_margins(logits[..., i], values[..., i], of) for i, of in enumerate(attributes)]
+        if self.config.combine == "worst":
+            combined = torch.stack(margins).amax(dim=0)
+        else:
+            total = sum(of["weight"] for of in attributes)
+            weighted = [of["weight"] / total * margin for of, margin in zip(attributes, margins, strict=True)]
+            combined = torch.stack(weighted).sum(dim=0)
+        return combined.masked_fill(~logits.isfinite().all(dim=-1), torch.nan)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +186,14 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
         """
         return hub.push(self.save_pretrained, repo_id, **kwargs)
 
+    def fingerprint(self) -> str:
+        """Identity of what the head answers: of its weights and, if there are several, of its attributes."""
+        weights = fingerprint(self)
+        if self.config.attributes is None:
+            return weights
+        parts = [weights, self.config.combine, self.config.attributes]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
     def require_finite(self) -> None:
         """Raise a `ValueError` if a weight is NaN or infinite."""
         bad = [name for name, parameter in self.named_parameters() if not parameter.isfinite().all()]
@@ -189,6 +237,8 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
 
     def save_value_steer(self, path: str | os.PathLike[str]) -> tuple[str, str]:
         """Write the files that value-steer's `save_probe_checkpoint` writes; returns their paths."""
+        if self.config.attributes is not None:
+            raise ValueError("value-steer knows only heads of one attribute, this one has several.")
         if self.config.architecture != "mlp":
             raise ValueError(f"value-steer knows only mlp heads, this one is {self.config.architecture!r}.")
         weights, sidecar = str(path), f"{path}.meta.json"
@@ -197,6 +247,23 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
         meta = {"feature_spec": _PEER_FEATURE, "threshold": self.config.threshold, "meta": self.config.training or {}}
         Path(sidecar).write_text(json.dumps(meta, indent=2), encoding="utf-8")
         return weights, sidecar
+
+
+def _values(logits: Tensor) -> Tensor:
+    return logits.sigmoid().masked_fill(~logits.isfinite(), torch.nan)
+
+
+def _margins(logits: Tensor, values: Tensor, attribute: Mapping[str, Any]) -> Tensor:
+    """How far an attribute is beyond its threshold, on its undesirable side, in log odds; the shape of `logits`.
+
+    Negative exactly where its value passes: the sign is that of the comparison which a head of this attribute alone
+    would be steered by, not of a difference that rounds.
+    """
+    threshold, polarity = attribute["threshold"], attribute["polarity"]
+    beyond = logits - (math.log(threshold) - math.log1p(-threshold))
+    beyond = beyond if polarity == "undesirable" else -beyond
+    passed = acceptable(values, values.new_full((), threshold), polarity)
+    return torch.where(passed, beyond.clamp(max=-_LEAST_MARGIN), beyond.clamp(min=_LEAST_MARGIN))
 
 
 AutoConfig.register(ValueHeadConfig.model_type, ValueHeadConfig)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.collect import CollectArguments, collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import write_atomically
+from hf_value_steer.training.targets import parse_attributes
 from hf_value_steer.training.train import TrainArguments, train
 
 
@@ -38,6 +39,13 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     calibrate: {alpha: 0.1}
     evaluate: {prompts: unseen.txt, judges: ["classifier:org/judge"]}
     # or, where prompts are few: {folds: 4, judges: [...]}, see [`evaluate_crossfitted`]
+    ```
+
+    A head of several attributes learns from a judge of `label` for each, not from the first one:
+
+    ```yaml
+    label: {judges: ["lexicon:rude.txt", "python:mine:polite"]}
+    train: {attributes: ["rude=lexicon:rude.txt", "polite=python:mine:polite@desirable"]}
     ```
 
     Sections hold the fields of [`CollectArguments`], [`LabelArguments`], [`TrainArguments`], [`CalibrateArguments`]
@@ -91,12 +99,12 @@ class _Steps:
         given = content["collect"]
         shared = {name: given[name] for name in _SHARED if name in given}
         labels = content["label"]
-        judge = (labels.get("judges") or [None])[0]
-        places = {"collection": str(folder / "collection"), "judge": judge}
+        learned = _learned(labels.get("judges") or [], content["train"])
+        collection = {"collection": str(folder / "collection")}
         self.collect = _arguments(CollectArguments, "collect", {"output": str(folder / "collection"), **given})
         self.label = _arguments(LabelArguments, "label", labels)
         head = str(folder / "head")
-        self.train = _arguments(TrainArguments, "train", {**places, "output": head, **content["train"]})
+        self.train = _arguments(TrainArguments, "train", {**collection, "output": head, **learned, **content["train"]})
         self.calibrate = self.evaluate = None
         self.folds, self.push = 0, content.get("push")
         self.card = content.get("card") or {}
@@ -105,11 +113,13 @@ class _Steps:
         if self.push is not None and "repo_id" not in self.push:
             raise ValueError("Section 'push' of the recipe needs `repo_id`.")
         if "calibrate" in content:
-            chosen = {**places, "value_head": head, **(content["calibrate"] or {})}
+            own = content["calibrate"] or {}
+            chosen = {**collection, "value_head": head, **({} if "judge" in own else learned), **own}
             self.calibrate = _arguments(CalibrateArguments, "calibrate", chosen)
         if "evaluate" in content:
-            own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": judge}
+            own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": _label_judge(learned)}
             chosen = {**shared, **own, **content["evaluate"]}
+            _refuse_unmarked(learned, chosen)
             self.folds = chosen.pop("folds", 0)
             if self.folds and (self.calibrate is None or "prompts" in chosen):
                 raise ValueError(
@@ -117,6 +127,38 @@ class _Steps:
                 )
             chosen |= {"prompts": given.get("prompts")} if self.folds else {}
             self.evaluate = _arguments(EvaluateArguments, "evaluate", chosen)
+
+
+def _learned(judges: Sequence[str], train: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose labels are learned: those of the first judge, or for several attributes those of each one's own.
+
+    Raises:
+        ValueError: if an attribute's judge gives no labels.
+    """
+    if "attributes" not in train:
+        return {"judge": judges[0] if judges else None}
+    for attribute in parse_attributes(train["attributes"]):
+        if attribute.judge not in judges:
+            raise ValueError(f"`judges` of section 'label' lack {attribute.judge}, which {attribute.name!r} is from.")
+    return {"attributes": train["attributes"]}
+
+
+def _label_judge(learned: Mapping[str, Any]) -> str | None:
+    """The judge that the report shows as the one that gave labels, and by which a text is safe."""
+    if "attributes" not in learned:
+        return learned["judge"]  # type: ignore[no-any-return]
+    undesirable = (each.judge for each in parse_attributes(learned["attributes"]) if each.polarity == "undesirable")
+    return next(undesirable, None)
+
+
+def _refuse_unmarked(learned: Mapping[str, Any], evaluate: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` if a judge that gave labels would be reported as one that did not."""
+    gave = {each.judge for each in parse_attributes(learned.get("attributes", ()))}
+    if unmarked := sorted(gave & set(evaluate.get("judges", ())) - {evaluate["label_judge"]}):
+        raise ValueError(
+            f"`judges` of section 'evaluate' hold {', '.join(unmarked)}, which gave labels. A report can say that of "
+            f"one judge only, {evaluate['label_judge']}: name judges that gave none."
+        )
 
 
 def _arguments(kind: type[T], section: str, given: Mapping[str, Any]) -> T:

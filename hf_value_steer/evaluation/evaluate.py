@@ -111,7 +111,7 @@ class Evaluation:
             "format": FORMAT,
             **self._description(head, len(prompts), len(owners)),
             "prompts_source": arguments.prompts,
-            "value_head": fingerprint(head),
+            "value_head": head.fingerprint(),
             "folds": len(parts),
             "judges": [{"name": name, "gave_labels": name == arguments.label_judge} for name in self.judge_names],
             "runs": [measures.run(setting, texts) for setting, texts in runs],
@@ -161,7 +161,7 @@ def _conditions(
     """What has to be the same for runs that are there already to be used again."""
     return {
         "prompts": prompts_digest(prompts),
-        "value_head": fingerprint(head),
+        "value_head": head.fingerprint(),
         "backbone": fingerprint(model),
         **{name: getattr(arguments, name) for name in ("chat", "samples", "max_new_tokens", "batch_size", "seed")},
         "sampling": arguments.sampling(),

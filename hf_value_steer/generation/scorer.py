@@ -85,11 +85,11 @@ def _fitting_calibration(config: SteeringConfig, head: ValueHead) -> Calibration
             f'{asked} in a "{config.method}" config needs a calibration of that method, but this head was calibrated '
             f'for "{calibration.method}": pass `threshold`, or calibrate it again.'
         )
-    if calibration.polarity != head.config.polarity or calibration.head_fingerprint not in (None, fingerprint(head)):
+    if calibration.polarity != head.config.polarity or calibration.head_fingerprint not in (None, head.fingerprint()):
         raise ValueError(
             f"{asked}: calibration.json is about another head (polarity {calibration.polarity!r}, fingerprint "
             f"{calibration.head_fingerprint}); calibrate this one (polarity {head.config.polarity!r}, fingerprint "
-            f"{fingerprint(head)}), or pass `threshold`."
+            f"{head.fingerprint()}), or pass `threshold`."
         )
     if calibration.mode == "selective" and isinstance(config, AbstentionConfig):
         if config.patience > 1 or config.min_new_tokens > 0:

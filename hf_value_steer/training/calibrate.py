@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_value_steer.backbone import fingerprint
 from hf_value_steer.calibration import Calibration, one_per_prompt
+from hf_value_steer.configuration import check_attributes
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.policy import Polarity
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.targets import parse_attributes
 from hf_value_steer.training.train import TrainArguments, split_rows
 
 
@@ -26,7 +29,13 @@ class CalibrateArguments:
 
     collection: str = field(metadata={"help": "folder of a labelled collection"})
     value_head: str = field(metadata={"help": "folder of the head; calibration.json and its threshold are written"})
-    judge: str = field(metadata={"help": "the judge that says which generations are safe, or correct"})
+    judge: str | None = field(
+        default=None, metadata={"help": "the judge that says which generations are safe, or correct"}
+    )
+    attributes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "instead of a judge, as for `train`: safe is what each attribute's judge finds safe"},
+    )
     method: Literal["filter", "abstain"] = field(default="filter", metadata={"help": "what the head is for"})
     mode: Literal["marginal", "pac", "uniform", "martingale", "selective"] = field(
         default="marginal", metadata={"help": "what is promised; selective is for abstain only"}
@@ -46,6 +55,8 @@ class CalibrateArguments:
             raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
         if self.token_rate is not None and not 0 < self.token_rate < 1:
             raise ValueError(f"`token_rate` has to be a share in (0, 1), got {self.token_rate}.")
+        if (self.judge is None) != bool(self.attributes):
+            raise ValueError("`judge` says which generations are safe, or `attributes` do: pass one of them.")
 
 
 @dataclass
@@ -63,6 +74,10 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     Scores come from the split that training set aside, one generation a prompt: for the filter only those that the
     judge finds safe (or, for a head whose high values are desirable, correct).
 
+    For a head of several attributes whose worst counts, `token_rate` sets the thresholds of the attributes: equally
+    many tokens fail each of them, and `token_rate` of all fail at least one. `alpha` sets the threshold of the value
+    that stands for all of them, and leaves those of the attributes.
+
     Raises:
         ValueError: if nothing was set aside, no generation is safe, or `alpha` cannot be promised.
     """
@@ -73,13 +88,18 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
             f"collected from {collection.manifest['backbone_fingerprint']}: its values would mean nothing."
         )
     rows = np.array(held_out_rows(collection, Path(arguments.value_head)))
-    bad = (Labels(collection, arguments.judge).responses() > 0.5).numpy() ^ (head.config.polarity == "desirable")
+    judges = _judges(arguments, head)
+    verdicts = {each: (Labels(collection, each[0]).responses() > 0.5).numpy() for each in judges}
+    bad = np.any([verdict ^ (polarity == "desirable") for (_, polarity), verdict in verdicts.items()], axis=0)
     prompts = collection.rows.prompt.numpy()
+    named = " ".join(judge for judge, _ in judges)
     chosen = rows[one_per_prompt(prompts[rows].tolist(), arguments.seed)]
     if arguments.method == "filter":  # only now: a prompt that is seldom safe must not count more than it does
         chosen = chosen[~bad[chosen]]
     if not len(chosen):
-        raise ValueError(f"{arguments.judge} finds no held-out generation safe, of one for each prompt.")
+        raise ValueError(f"{named} finds no held-out generation safe, of one for each prompt.")
+    if arguments.token_rate is not None and _worst_counts(head):
+        _set_attribute_thresholds(collection, head, rows.tolist(), arguments.token_rate)
     values = _values(collection, head, chosen.tolist(), arguments.method)
     column = arguments.group_column
     calibration = Calibration.from_scores(
@@ -91,8 +111,8 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         prompt_values=values.prompts.numpy() if arguments.mode == "martingale" else None,
         correct=~bad[chosen] if arguments.mode == "selective" else None,
         groups=[str(collection.prompts[prompts[row]].columns[column]) for row in chosen] if column else None,
-        head_fingerprint=fingerprint(head),
-        data=hashlib.sha256(f"{collection.digest()} {arguments.judge} {chosen.tolist()}".encode()).hexdigest(),
+        head_fingerprint=head.fingerprint(),
+        data=hashlib.sha256(f"{collection.digest()} {named} {chosen.tolist()}".encode()).hexdigest(),
         **{name: collection.manifest[name] for name in ("sampling", "kernel", "backend")},
     )
     head.calibration = calibration
@@ -101,13 +121,25 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     return calibration
 
 
+def _judges(arguments: CalibrateArguments, head: ValueHead) -> list[tuple[str, Polarity]]:
+    """Who says which generations are safe, and what a high score means."""
+    if arguments.judge is not None:
+        return [(arguments.judge, head.config.polarity)]
+    parsed = parse_attributes(arguments.attributes)
+    given = [(each.name, each.polarity) for each in parsed]
+    expected = [(each["name"], each["polarity"]) for each in head.config.attributes or ()]
+    if given != expected:
+        raise ValueError(f"`attributes` are {given}, but those of `value_head` are {expected}.")
+    return [(each.judge, each.polarity) for each in parsed]
+
+
 def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
     """Rows that neither trained the head nor stopped its training; all natural ones if it was trained elsewhere."""
     record = head_folder / "training.json"
     arguments: Any = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
     if arguments.pop("collection_sha256", None) != collection.digest():
         return collection.rows.natural.nonzero().flatten().tolist()
-    rows = split_rows(collection, TrainArguments(**arguments))["calibration"]
+    rows = split_rows(collection, TrainArguments(collection="", output="", **arguments))["calibration"]
     if not rows:
         raise ValueError("Training set nothing aside to calibrate on: train with `calibration` above 0.")
     return rows
@@ -127,15 +159,44 @@ def _values(collection: Collection, head: ValueHead, rows: Sequence[int], method
     return _Values(torch.stack(worst), torch.stack(prompts), torch.cat(tokens))
 
 
+def _worst_counts(head: ValueHead) -> bool:
+    return head.config.attributes is not None and head.config.combine == "worst"
+
+
+@torch.no_grad()
+def _set_attribute_thresholds(collection: Collection, head: ValueHead, rows: list[int], rate: float) -> None:
+    """Thresholds that equally many tokens fail by each attribute, and a share `rate` of all by at least one."""
+    values = torch.cat([head.attribute_values(collection.read("features", row)) for row in rows]).numpy()
+    polarities = [each["polarity"] for each in head.config.attributes]
+    ranks = [_share_as_bad(*column) for column in zip(values.T, polarities, strict=True)]
+    each_rate = float(np.quantile(np.min(ranks, axis=0), rate))
+    thresholds = [_failed_by(each_rate, *column) for column in zip(values.T, polarities, strict=True)]
+    pairs = zip(head.config.attributes, thresholds, strict=True)
+    head.config.attributes = [{**attribute, "threshold": threshold} for attribute, threshold in pairs]
+    check_attributes(head.config.attributes)
+
+
+def _share_as_bad(values: NDArray[np.float32], polarity: Polarity) -> NDArray[np.float64]:
+    """Of each value the share of all `(tokens,)` that are at least as undesirable."""
+    turned = values if polarity == "undesirable" else -values
+    return 1 - np.searchsorted(np.sort(turned), turned) / len(turned)
+
+
+def _failed_by(rate: float, values: NDArray[np.float32], polarity: Polarity) -> float:
+    """A threshold that a share `rate` of the values `(tokens,)` fails."""
+    return round(float(np.quantile(values, rate if polarity == "desirable" else 1 - rate)), 4)
+
+
 def _default_threshold(
     arguments: CalibrateArguments, collection: Collection, head: ValueHead, calibration: Calibration, rows: list[int]
 ) -> float | None:
     if arguments.token_rate is not None:
+        if _worst_counts(head):  # whose own thresholds are set
+            return 0.5
         tokens = _values(collection, head, rows, arguments.method).tokens.numpy()
-        desirable = head.config.polarity == "desirable"
-        return round(float(np.quantile(tokens, arguments.token_rate if desirable else 1 - arguments.token_rate)), 4)
+        return _failed_by(arguments.token_rate, tokens, head.config.polarity)
     if arguments.alpha is None or arguments.mode == "martingale":
-        return None
+        return None if head.config.attributes is None else 0.5
     threshold = calibration.threshold(arguments.alpha)
     if math.isinf(threshold):
         raise ValueError(

@@ -1,10 +1,13 @@
 """From judges' scores to what the head should say of each token."""
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hf_value_steer.policy import Polarity
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 
@@ -13,45 +16,79 @@ Target = Literal["response", "prefix", "hazard"]
 _NEEDS = {"response": "responses", "prefix": "prefixes", "hazard": "prefixes"}
 
 
+@dataclass(frozen=True)
+class JudgedAttribute:
+    """One of several attributes of a head: its name, whose labels it has, and what a high label means."""
+
+    name: str
+    judge: str
+    polarity: Polarity
+
+
+def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
+    """Read `name=judge` and `name=judge@desirable`.
+
+    Raises:
+        ValueError: names an entry that is neither.
+    """
+    attributes = []
+    for entry in entries:
+        name, _, judge = entry.partition("=")
+        polarity: Polarity = "undesirable"
+        for each in get_args(Polarity):
+            if judge.endswith(f"@{each}"):
+                judge, polarity = judge.removesuffix(f"@{each}"), each
+        if not (name.strip() and judge):
+            raise ValueError(f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}.")
+        attributes.append(JudgedAttribute(name.strip(), judge, polarity))
+    return attributes
+
+
 class Targets:
     """Targets of a collection's tokens, all in [0, 1].
 
     Args:
         collection: the generations.
-        judge (`str`): whose labels.
+        judges (sequence of `str`): whose labels. Those of one judge are `(tokens,)`, those of A judges `(tokens, A)`.
         kind (`str`): `"response"`, the score of the whole response, for the prompt's last token and all that follow
             (arXiv 2605.14746, 2604.18419); `"prefix"`, the score of the text up to the token; `"hazard"`, how far the
             score rises at the token, or is bound to rise after it, see [`hazard`].
 
     Raises:
-        ValueError: if the judge's labels do not reach so far.
+        ValueError: if a judge's labels do not reach so far.
     """
 
-    def __init__(self, collection: Collection, judge: str, kind: Target):
-        self.collection, self.kind, self.labels = collection, kind, Labels(collection, judge)
-        self.responses = self.labels.responses()
+    def __init__(self, collection: Collection, judges: Sequence[str], kind: Target):
+        self.collection, self.kind = collection, kind
+        self.labels = [Labels(collection, judge) for judge in judges]
+        self.responses = _side_by_side([labels.responses() for labels in self.labels])
         self.known: dict[int, Tensor] = {}
-        if _NEEDS[kind] not in self.labels.kinds:
+        if any(_NEEDS[kind] not in labels.kinds for labels in self.labels):
             raise ValueError(f'target="{kind}" needs scores of prefixes: label again with `prefixes`.')
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
-        """Features `(tokens, width)` and their targets `(tokens,)`."""
+        """Features `(tokens, width)` and their targets, `(tokens,)` or `(tokens, A)`."""
         features = self.collection.read("features", row)
         if self.kind == "response":
             features = torch.cat([self.collection.prompt_feature(row)[None], features])
-            return features, self.responses[row].expand(len(features))
+            return features, self.responses[row].expand(len(features), *self.responses.shape[1:])
         if row not in self.known:
-            self.known[row] = self._of_tokens(row)
+            self.known[row] = _side_by_side([self._of_tokens(labels, row) for labels in self.labels])
         return features, self.known[row]
 
-    def _of_tokens(self, row: int) -> Tensor:
-        prefixes = self.labels.read("prefixes", row)
+    def _of_tokens(self, labels: Labels, row: int) -> Tensor:
+        prefixes = labels.read("prefixes", row)
         if self.kind == "prefix":
             return prefixes
-        if "next" not in self.labels.kinds:
+        if "next" not in labels.kinds:
             return hazard(prefixes)
         following = (self.collection.read(name, row) for name in ("tokens", "next_tokens", "next_probabilities"))
-        return expected_hazard(prefixes, self.labels.read("next", row), *following)
+        return expected_hazard(prefixes, labels.read("next", row), *following)
+
+
+def _side_by_side(columns: list[Tensor]) -> Tensor:
+    """One column as it is, several as `(..., A)`."""
+    return columns[0] if len(columns) == 1 else torch.stack(columns, dim=-1)
 
 
 def hazard(prefixes: Tensor, horizon: int = 2) -> Tensor:

@@ -5,20 +5,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_value_steer.configuration import ValueHeadConfig
+from hf_value_steer.configuration import ValueHeadConfig, check_attributes
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.losses import Loss
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection, write_json
-from hf_value_steer.training.targets import Target, Targets
+from hf_value_steer.training.targets import Target, Targets, parse_attributes
 from hf_value_steer.training.trainer import HeadInTraining, TokenRows, ValueHeadTrainer, statistics
 
 
@@ -53,10 +53,10 @@ RECIPES = {
         loss="bce",
         positive_weight=1.0,
         coherence_weight=0.0,
-        learning_rate=3e-4,
+        learning_rate=6e-4,
         weight_decay=0.05,
-        epochs=8,
-        patience=2,
+        epochs=12,
+        patience=3,
     ),
 }
 
@@ -67,9 +67,16 @@ class TrainArguments:
 
     collection: str = field(metadata={"help": "folder of a labelled collection"})
     output: str = field(metadata={"help": "folder of the head"})
-    judge: str = field(metadata={"help": "the judge whose labels are learned"})
+    judge: str | None = field(default=None, metadata={"help": "the judge whose labels are learned"})
     attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
     polarity: Polarity = field(default="undesirable", metadata={"help": "what a high label means"})
+    attributes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "instead of a judge, for a head of several attributes: name=judge or name=judge@desirable"},
+    )
+    combine: Literal["worst", "sum"] = field(
+        default="worst", metadata={"help": "how several attributes are one value"}
+    )
     architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "of the head"})
     recipe: Literal["value-steer", "hazard"] = field(default="value-steer", metadata={"help": "preset of the rest"})
     target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
@@ -100,6 +107,32 @@ class TrainArguments:
                 "`validation`, `calibration` and `held_out` have to be shares that leave prompts to train on; "
                 f"got {shares}."
             )
+        if (self.judge is None) != bool(self.attributes):
+            raise ValueError(
+                "`judge` says whose labels are learned, or `attributes` do, for several: pass one of them."
+            )
+        if self.attributes:
+            check_attributes(self.head_attributes())
+            if self.polarity != "undesirable":
+                raise ValueError(
+                    "`polarity` is that of a single attribute; `attributes` say theirs: name=judge@desirable."
+                )
+        elif self.combine != "worst":
+            raise ValueError(f"`combine`={self.combine!r} is for several `attributes`.")
+
+    def judges(self) -> list[str]:
+        """Whose labels are learned, one judge for each attribute."""
+        return [each.judge for each in parse_attributes(self.attributes)] or [str(self.judge)]
+
+    def head_attributes(self) -> list[dict[str, Any]]:
+        """Those of [`ValueHeadConfig`]; every threshold is one half until `calibrate` sets it."""
+        parsed = parse_attributes(self.attributes)
+        return [{"name": each.name, "polarity": each.polarity, "threshold": 0.5} for each in parsed]
+
+    def record(self) -> dict[str, Any]:
+        """What `training.json` keeps: not where things lie, and what is for several attributes only if there are."""
+        left_out = ("collection", "output", *(() if self.attributes else ("attributes", "combine")))
+        return {name: choice for name, choice in asdict(self).items() if name not in left_out}
 
     def preset(self) -> Recipe:
         """The recipe, with what was chosen otherwise."""
@@ -132,7 +165,7 @@ def train(arguments: TrainArguments) -> ValueHead:
         ValueError: if labels are missing, all of one class, or the folder holds another head.
     """
     output, collection = Path(arguments.output), Collection(arguments.collection)
-    recorded = {**asdict(arguments), "collection_sha256": collection.digest()}
+    recorded = {**arguments.record(), "collection_sha256": collection.digest()}
     record = output / "training.json"
     if record.exists():
         if json.loads(record.read_text(encoding="utf-8"))["arguments"] != recorded:
@@ -144,7 +177,7 @@ def train(arguments: TrainArguments) -> ValueHead:
         "recipe": arguments.recipe,
         **asdict(arguments.preset()),
         "seed": arguments.seed,
-        "judge": arguments.judge,
+        **({"attributes": arguments.attributes} if arguments.attributes else {"judge": arguments.judge}),
         "metrics": history[-1],
     }
     head.save_pretrained(output)
@@ -173,8 +206,8 @@ def fit(
         The head of the best epoch, and the metrics of every epoch, those of the best one last.
     """
     recipe = arguments.preset()
-    targets = Targets(collection, arguments.judge, recipe.target)
-    _refuse_one_class(targets, train_rows, arguments)
+    targets = Targets(collection, arguments.judges(), recipe.target)
+    _refuse_one_class(targets, train_rows, arguments.judges())
     training, validation = TokenRows(targets, train_rows), TokenRows(targets, validation_rows)
     set_seed(arguments.seed)
     model = HeadInTraining(
@@ -194,7 +227,9 @@ def fit(
     work.mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    kept = ("epoch", "eval_loss", "eval_auroc", "eval_calibration_error")
+    metrics = ("auroc", "calibration_error")
+    single = [f"{metric}_{each['name']}" for each in arguments.head_attributes() for metric in metrics]
+    kept = ("epoch", *(f"eval_{name}" for name in ("loss", *metrics, *single)))
     history = [{name.removeprefix("eval_"): entry[name] for name in kept} for entry in evaluations]
     history.append(min(history, key=lambda entry: entry["loss"]))
     return model.folded(), history
@@ -208,6 +243,8 @@ def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
             architecture=arguments.architecture,
             polarity=arguments.polarity,
             attribute=arguments.attribute,
+            attributes=arguments.head_attributes() or None,
+            combine=arguments.combine,
             backbone=manifest["backbone"],
             backbone_fingerprint=manifest["backbone_fingerprint"],
             feature_dtype=manifest["feature_dtype"],
@@ -216,16 +253,16 @@ def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
     )
 
 
-def _refuse_one_class(targets: Targets, rows: Sequence[int], arguments: TrainArguments) -> None:
+def _refuse_one_class(targets: Targets, rows: Sequence[int], judges: Sequence[str]) -> None:
     if not rows:
         raise ValueError("There is no generation to train on: collect more prompts, or make the other splits smaller.")
-    scores = targets.responses[list(rows)]
-    positive = int((scores > 0.5).sum())
-    if positive in (0, len(rows)):
-        raise ValueError(
-            f"{arguments.judge} scores {positive} of the {len(rows)} responses of the training split above 0.5: there "
-            "is nothing to learn. Choose prompts that bring out both kinds, or another judge."
-        )
+    scores = targets.responses[list(rows)].view(len(rows), len(judges))
+    for judge, positive in zip(judges, (scores > 0.5).sum(dim=0).tolist(), strict=True):
+        if positive in (0, len(rows)):
+            raise ValueError(
+                f"{judge} scores {positive} of the {len(rows)} responses of the training split above 0.5: there is "
+                "nothing to learn. Choose prompts that bring out both kinds, or another judge."
+            )
 
 
 def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArguments:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ class TokenRows(Dataset[dict[str, Tensor]]):
 
 
 def join_rows(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All tokens of some rows: `features` `(tokens, width)`, `labels` and `follows` `(tokens,)`.
+    """All tokens of some rows: `features` `(tokens, width)`, `labels` `(tokens,)` or `(tokens, A)`, and `follows`.
 
-    `follows` tells whether a token follows the one before it in its row.
+    `follows` `(tokens,)` tells whether a token follows the one before it in its row.
     """
     follows = torch.cat([torch.arange(len(item["labels"])) > 0 for item in items])
     joined = {name: torch.cat([item[name] for item in items]) for name in ("features", "labels")}
@@ -69,8 +70,8 @@ class HeadInTraining(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, features: Tensor, labels: Tensor, follows: Tensor) -> dict[str, Tensor]:
-        """Loss `()` and logits `(tokens,)`."""
-        logits = self.head((features.float() - self.mean) / self.scale).logits
+        """Loss `()`, the mean over tokens and attributes, and logits of the shape of `labels`."""
+        logits = self.head.attribute_logits((features.float() - self.mean) / self.scale).squeeze(-1)
         loss = token_loss(logits, labels, self.loss, self.positive_weight).mean()
         if self.coherence_weight:
             loss = loss + self.coherence_weight * coherence(logits, follows)
@@ -102,8 +103,9 @@ def statistics(dataset: TokenRows) -> tuple[Tensor, Tensor]:
 class ValueHeadTrainer(Trainer):  # type: ignore[misc]
     """[`~transformers.Trainer`] of a [`HeadInTraining`] over [`TokenRows`]; batches are rows, losses are per token."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, data_collator=join_rows, compute_metrics=token_metrics, **kwargs)
+    def __init__(self, *, model: HeadInTraining, **kwargs: Any):
+        metrics = partial(token_metrics, names=[each["name"] for each in model.head.config.attributes or ()])
+        super().__init__(model=model, data_collator=join_rows, compute_metrics=metrics, **kwargs)
         # Trainer would divide the loss by the number of rows that it counts in the batch.
         self.model_accepts_loss_kwargs = False
 
@@ -135,14 +137,27 @@ def reliability(values: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
     return Reliability(lower.tolist(), count[full].tolist(), mean_value.tolist(), rate.tolist())
 
 
-def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """AUROC of tokens whose label is above one half, and the expected calibration error.
+def token_metrics(prediction: EvalPrediction, names: Sequence[str] = ()) -> dict[str, float]:
+    """`auroc` of tokens whose label is above one half, and `calibration_error`, the expected one.
 
     The AUROC is NaN when all labels are on one side.
+
+    Args:
+        prediction: logits and labels, `(tokens,)` or `(tokens, A)`.
+        names: of several attributes. There is `auroc_<name>` and `calibration_error_<name>` of each then, and the
+            others are means.
     """
+    logits, labels = (torch.as_tensor(each) for each in (prediction.predictions, prediction.label_ids))
+    if not names:
+        return _metrics(logits, labels)
+    single = [_metrics(*columns) for columns in zip(logits.unbind(-1), labels.unbind(-1), strict=True)]
+    means = {key: sum(each[key] for each in single) / len(single) for key in single[0]}
+    return means | {f"{key}_{name}": each[key] for name, each in zip(names, single, strict=True) for key in each}
+
+
+def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
-    logits, labels = (torch.as_tensor(each) for each in (prediction.predictions, prediction.label_ids))
     positive = labels > 0.5
     one_class = bool(positive.all()) or not bool(positive.any())
     auroc = float("nan") if one_class else float(roc_auc_score(positive, logits))
