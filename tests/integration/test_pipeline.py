@@ -360,6 +360,25 @@ def test_the_commands(world, tmp_path, capsys):
     assert "trained otherwise" in capsys.readouterr().err
 
 
+def test_processes_share_the_shards(world, tmp_path):
+    judge = f"lexicon:{world / 'bad.txt'}"
+    alone = collect(short(world, tmp_path / "alone"), LabelArguments(judges=[judge]))
+    shape = ["--samples", "1", "--max_new_tokens", "4", "--batch_size", "12", "--judges", judge]
+    where = [
+        "--model",
+        str(world / "model"),
+        "--prompts",
+        str(world / "prompts.txt"),
+        "--output",
+        str(tmp_path / "two"),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "hf_value_steer.cli", "collect", *shape, *where]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert files(tmp_path / "two") == files(alone.folder)
+
+
 @pytest.mark.parametrize("command", ["collect", "train", "calibrate", "evaluate", "run"])
 def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
