@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test lint format bench tables clean
+.PHONY: setup demo test lint format bench heads tables clean
 
 setup: $(STAMP)
 
@@ -34,7 +34,11 @@ bench: setup
 	$(BIN)/python -m benchmarks.overhead --dtype float32 --output benchmarks/results/overhead-float32.json
 	$(BIN)/python -m benchmarks.overhead --dtype bfloat16 --output benchmarks/results/overhead-bfloat16.json
 	$(BIN)/python -m benchmarks.scaling --output benchmarks/results/scaling-float32.json --plot docs/scaling.png
-	$(BIN)/python -m benchmarks.efficacy --output benchmarks/results/efficacy-toxicity.json
+	$(MAKE) tables
+
+heads: setup
+	$(BIN)/hf-value-steer run examples/recipes/smollm2-toxicity.yaml
+	$(BIN)/python -m benchmarks.publish runs/smollm2-toxicity smollm2-135m-toxicity
 	$(MAKE) tables
 
 tables: setup

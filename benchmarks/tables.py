@@ -93,7 +93,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    replace(ROOT / "README.md", "efficacy", efficacy(load("efficacy-toxicity")))
+    replace(ROOT / "README.md", "efficacy", efficacy(load("smollm2-135m-toxicity")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
 
