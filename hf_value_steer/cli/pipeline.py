@@ -35,6 +35,13 @@ def add_pipeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(run=_guarded(lambda arguments: print(f"head: {run_recipe(arguments.recipe)}")))
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
 _ARGUMENTS: dict[str, tuple[type[Any], ...]] = {
     "collect": (CollectArguments, LabelArguments),
     "train": (TrainArguments,),
@@ -55,7 +62,7 @@ def _add(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         parents=[HfArgumentParser(kinds, add_help=False)],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
 
     def run(namespace: argparse.Namespace) -> None:

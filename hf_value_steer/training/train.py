@@ -78,7 +78,10 @@ class TrainArguments:
         default="worst", metadata={"help": "how several attributes are one value"}
     )
     architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "of the head"})
-    recipe: Literal["value-steer", "hazard"] = field(default="value-steer", metadata={"help": "preset of the rest"})
+    recipe: Literal["value-steer", "hazard"] = field(
+        default="value-steer",
+        metadata={"help": "preset of target, loss, weights, learning rate, decay, epochs, patience"},
+    )
     target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
     loss: Loss | None = field(default=None, metadata={"help": "token loss"})
     positive_weight: float | None = field(default=None, metadata={"help": "weight of the positive class"})
