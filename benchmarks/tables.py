@@ -56,6 +56,22 @@ def efficacy(document: dict[str, Any]) -> str:
     )
 
 
+def abstention(document: dict[str, Any]) -> str:
+    """Accuracy of what is answered, by the head and by the table."""
+    points, base = document["at_coverage"], percent(document["accuracy"])
+    lines = [row("share of the problems answered", *(percent(point["coverage"]) for point in points), "all")]
+    lines.append(row(*["---"] * (len(points) + 2)))
+    for name, title in (("head", "right, chosen by the head"), ("table", "right, chosen by operator and digits")):
+        lines.append(row(title, *(percent(point[name]) for point in points), base))
+    difference = span(document["head_minus_table_at_0.2_interval"])
+    lines.append("")
+    lines.append(
+        f"{document['problems']} problems that training never saw; head minus table at 20 %: {difference} points. "
+        f"`{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
 def overhead(documents: list[dict[str, Any]]) -> str:
     dtypes = [document["dtype"] for document in documents]
     lines = [row("time, relative to plain `generate` unless said otherwise", *dtypes)]
@@ -94,6 +110,7 @@ def load(name: str) -> dict[str, Any]:
 
 def main() -> None:
     replace(ROOT / "README.md", "efficacy", efficacy(load("smollm2-135m-toxicity")))
+    replace(ROOT / "README.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
 
