@@ -170,11 +170,20 @@ def shuffled(head: ValueHead, seed: int) -> ValueHead:
 
 def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -> Setting:
     """A shuffled head whose threshold makes it intervene about as often, found on the first few prompts."""
-    shuffled_head, polarity = shuffled(head, seed=1), head.config.polarity
+    shuffled_head, path = shuffled(head, seed=1), runner.folder / "placebo-threshold.json"
+    if not path.exists():
+        write_json(path, _placebo_threshold(runner, shuffled_head, num_candidates, rate))
+    threshold = json.loads(path.read_text(encoding="utf-8"))
+    config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=num_candidates)
+    return Setting("placebo", "placebo", config, num_candidates, threshold)
+
+
+def _placebo_threshold(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -> float:
+    polarity = head.config.polarity
     prompts = runner.prompts[:PLACEBO_PROMPTS]
 
     def generate(threshold: float, candidates: int) -> Any:
-        config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=candidates)
+        config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=candidates)
         return runner.generate(Setting("", "placebo", config), prompts, 1, runner.seed)[0]
 
     values = generate(0.5, 1).values
@@ -183,9 +192,7 @@ def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -
     ranks = [min(int(factor * rate * len(worst)), len(worst) - 1) for factor in (1, 1.5, 2, 3)]
     thresholds = [float(worst[rank]) if polarity == "undesirable" else 1 - float(worst[rank]) for rank in ranks]
     rates = [generate(each, num_candidates).interventions.float().mean().item() for each in thresholds]
-    threshold = min(zip(rates, thresholds, strict=True), key=lambda pair: abs(pair[0] - rate))[1]
-    config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=num_candidates)
-    return Setting("placebo", "placebo", config, num_candidates, threshold)
+    return min(zip(rates, thresholds, strict=True), key=lambda pair: abs(pair[0] - rate))[1]
 
 
 def best_of(runner: Runner, head: ValueHead, count: int) -> Texts:
