@@ -6,6 +6,9 @@ The safe generations of a run are the population: a prompt is drawn, then one of
 over 2,000 calibrations on n texts drawn from it: the rate at which the filter would intervene on the population.
 `marginal` and `martingale` promise its mean, `pac` and `uniform` how often it exceeds alpha. The peer's clamp stands
 beside them.
+
+`fresh` is no resampling: every fold's own `calibration.json` against the safe base texts of the prompts that the fold
+never saw.
 """
 
 import argparse
@@ -16,10 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from benchmarks.environment import describe
+from examples.smollm2 import backbone_folder
+from examples.toxicity import profanity_score
 from hf_value_steer import ValueHead
+from hf_value_steer.calibration import Calibration
 from hf_value_steer.calibration.filtering import allowed_exceedances, growth, threshold_above
+from hf_value_steer.evaluation.runs import Texts
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 
@@ -52,6 +60,20 @@ def rates(scores: np.ndarray, owners: np.ndarray, size: int, allowed: int, rando
     ascending = np.argsort(scores)
     above = np.append(np.cumsum(weights[ascending][::-1])[::-1], 0.0)
     return above[np.searchsorted(scores[ascending], thresholds, side="left")]
+
+
+def fresh(run: Path) -> list[dict[str, Any]]:
+    """For each alpha, the share of fresh safe texts on which a calibrated filter would have intervened."""
+    tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
+    fired: dict[float, list[bool]] = {alpha: [] for alpha in ALPHAS}
+    for fold in sorted(run.glob("evaluation/fold-*")):
+        calibration = Calibration.load(fold / "head")
+        texts = Texts(**json.loads((fold / "runs" / "watch.json").read_text("utf-8")))
+        decoded = tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
+        worst = np.array([max(values) for values in texts.values], np.float32)[profanity_score(decoded) <= 0.5]
+        for alpha in ALPHAS:
+            fired[alpha] += (worst >= calibration.threshold(alpha)).tolist()
+    return [{"alpha": a, "texts": len(each), "rate": round(float(np.mean(each)), 4)} for a, each in fired.items()]
 
 
 def clamped(size: int, alpha: float) -> int:
@@ -91,6 +113,7 @@ def main() -> None:
         "command": "python -m benchmarks.promises",
         **describe(),
         "draws": DRAWS, "delta": DELTA, "safe_texts": len(worst), "prompts": len(np.unique(owners)), "cases": cases,
+        "fresh": fresh(arguments.run),
     }  # fmt: skip
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
