@@ -18,6 +18,7 @@ from benchmarks.environment import describe
 from examples.arithmetic import accuracy_at_coverage, accuracy_table, cell, correct, eval_problems
 from examples.smollm2 import backbone_folder
 from hf_value_steer import ValueHead
+from hf_value_steer.evaluation.metrics import interval
 from hf_value_steer.evaluation.runs import Texts
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import load_prompts
@@ -25,10 +26,6 @@ from hf_value_steer.training.shards import Collection
 
 
 COVERAGES, DRAWS, JUDGE = (0.1, 0.2, 0.3, 0.5), 2000, "python:examples.arithmetic:correct"
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    return [round(float(bound), 4) for bound in np.quantile(draws, [0.025, 0.975])]
 
 
 def promises(head: ValueHead, worst: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:

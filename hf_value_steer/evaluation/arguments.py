@@ -1,14 +1,16 @@
 """What `evaluate` is told."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
+
+from hf_value_steer.training.collect import SamplingArguments
 
 
 BASELINES = ("best_of_n", "args", "bad_words", "system_prompt")
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(SamplingArguments):
     """What to evaluate, on what, and by whom."""
 
     output: str = field(metadata={"help": "folder of the results"})
@@ -23,10 +25,6 @@ class EvaluateArguments:
     chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
     samples: int = field(default=4, metadata={"help": "generations of each prompt"})
     max_new_tokens: int = field(default=128, metadata={"help": "length of a generation"})
-    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
     method: Literal["filter", "abstain"] = field(default="filter", metadata={"help": "what the head is for"})
     num_candidates: list[int] = field(default_factory=lambda: [8], metadata={"help": "grid of K"})
     thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
@@ -43,12 +41,6 @@ class EvaluateArguments:
     batch_size: int = field(default=8, metadata={"help": "prompts in one call of generate"})
     dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
     seed: int = field(default=0, metadata={"help": "of all generation"})
-
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of `generate` that say how tokens are drawn."""
-        if not self.do_sample:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.baselines) - set(BASELINES)):

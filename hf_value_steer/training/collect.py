@@ -32,7 +32,23 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class CollectArguments:
+class SamplingArguments:
+    """How tokens are drawn, in `collect` and in `evaluate`."""
+
+    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
+
+    def sampling(self) -> dict[str, Any]:
+        """The same as arguments of `generate`."""
+        if not self.do_sample:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclass(kw_only=True)
+class CollectArguments(SamplingArguments):
     """What to generate. Every field is recorded; a folder holds one collection for good."""
 
     output: str = field(metadata={"help": "folder of the collection; a collection that is there is completed"})
@@ -47,10 +63,6 @@ class CollectArguments:
     chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
     samples: int = field(default=4, metadata={"help": "generations of each prompt"})
     max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
-    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
     forced_samples: int = field(
         default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
     )
@@ -68,12 +80,6 @@ class CollectArguments:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
         if bool(self.forced_samples) != bool(self.force_words):
             raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")
-
-    def sampling(self) -> dict[str, Any]:
-        """The arguments of `generate` that say how tokens are drawn."""
-        if not self.do_sample:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,11 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
         manifest = _manifest(arguments, model, formatter, len(batches))
         claim(folder / "collection.json", {**manifest, "prompts_sha256": prompts_digest(prompts)})
         write_prompts(prompts, folder / "prompts.jsonl")
-    missing = [batch for batch in batches if not _is_complete(shard_path(folder, batch.index))]
     writer = _Writer(arguments, model, formatter)
-    mine = missing[state.process_index :: state.num_processes]
-    for batch in tqdm(mine, desc="collect", unit="shard", disable=not state.is_main_process):
+    # Shared out first, then checked: what others write meanwhile must not change what is ours.
+    mine = batches[state.process_index :: state.num_processes]
+    missing = [batch for batch in mine if not _is_complete(shard_path(folder, batch.index))]
+    for batch in tqdm(missing, desc="collect", unit="shard", disable=not state.is_main_process):
         write_tensors(shard_path(folder, batch.index), writer.tensors(batch))
     state.wait_for_everyone()
     collection = Collection(folder)

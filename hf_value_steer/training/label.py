@@ -49,12 +49,12 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
         judge, folder = load_judge(spec), labels_folder(collection, spec)
         how = {"prefixes": arguments.prefixes, "prefix_words": arguments.prefix_words, "digest": judge.digest}
         claim(folder / "labels.json", {"judge": spec, **how})
-        missing = [i for i in range(len(collection.shards)) if not _file(folder, i).exists()]
+        mine = range(len(collection.shards))[state.process_index :: state.num_processes]
+        missing = [index for index in mine if not _file(folder, index).exists()]
         if arguments.prefixes and missing and pieces is None:
             pieces = vocabulary_pieces(tokenizer)
         reader = _Reader(collection, tokenizer, judge, arguments, pieces)
-        mine = missing[state.process_index :: state.num_processes]
-        for index in tqdm(mine, desc=f"label {spec}", unit="shard", disable=not state.is_main_process):
+        for index in tqdm(missing, desc=f"label {spec}", unit="shard", disable=not state.is_main_process):
             write_tensors(_file(folder, index), reader.tensors(index))
     state.wait_for_everyone()
     labels = {spec: Labels(collection, spec) for spec in arguments.judges}
@@ -172,8 +172,7 @@ class _Reader:
     def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Tensor:
         """Scores, each distinct question asked once."""
         keys = [(id(prompt), text) for prompt, text in zip(prompts, texts, strict=True)]
-        first = {key: index for index, key in reversed(list(enumerate(keys)))}
-        chosen = list(first.values())
-        scores = self.judge([prompts[i] for i in chosen], [texts[i] for i in chosen])
-        known = dict(zip(first, scores.tolist(), strict=True))
+        owners = dict(zip(keys, prompts, strict=True))
+        scores = self.judge(list(owners.values()), [text for _, text in owners])
+        known = dict(zip(owners, scores.tolist(), strict=True))
         return torch.tensor([known[key] for key in keys], dtype=torch.float32)

@@ -70,8 +70,10 @@ def claim(path: Path, document: dict[str, Any]) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file atomically, with a digest of its content."""
+    unknown = "0" * 64
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, metadata={"sha256": _digest(save(contiguous))}))
+    content = save(contiguous, metadata={"sha256": unknown})
+    write_atomically(path, content.replace(unknown.encode(), _digest(content).encode(), 1))
 
 
 def _digest(file: bytes) -> str:
