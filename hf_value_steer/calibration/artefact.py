@@ -200,6 +200,22 @@ class Calibration:
         first = bisect_left(steps, True, key=lambda step: math.isfinite(self.threshold(step / 10_000, group)))
         return steps[first] / 10_000 if first < len(steps) else None
 
+    def promised_threshold(self, alpha: float) -> float:
+        """[`threshold`], but never infinite.
+
+        Raises:
+            ValueError: if no finite threshold keeps the promise; says what can be promised.
+        """
+        threshold = self.threshold(alpha)
+        if math.isinf(threshold):
+            smallest = self.smallest_alpha()
+            possible = "none at all" if smallest is None else f"at least {smallest}"
+            raise ValueError(
+                f"`alpha`={alpha} has no finite threshold: this calibration (mode {self.mode!r}, n={self.n}) can "
+                f"promise {possible}. Raise `alpha`, calibrate on more texts, or pass `threshold`."
+            )
+        return threshold
+
     @property
     def curve(self) -> list[dict[str, float | None]]:
         """`alpha` and `threshold` over a grid of `alpha`; `None` where no finite threshold keeps the promise."""

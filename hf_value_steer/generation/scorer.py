@@ -65,7 +65,7 @@ def bind(config: SteeringConfig, head: ValueHead, batch_size: int, device: torch
     least_growth = None
     if config.alpha is not None:
         calibration = _fitting_calibration(config, head)
-        threshold = _promised_threshold(calibration, config.alpha)
+        threshold = calibration.promised_threshold(config.alpha)
         if calibration.mode == "martingale":
             threshold, least_growth = math.nan, threshold
     if threshold is None:
@@ -98,18 +98,6 @@ def _fitting_calibration(config: SteeringConfig, head: ValueHead) -> Calibration
                 "`patience` and `min_new_tokens`, or pass `threshold`."
             )
     return calibration
-
-
-def _promised_threshold(calibration: Calibration, alpha: float) -> float:
-    threshold = calibration.threshold(alpha)
-    if math.isinf(threshold):
-        smallest = calibration.smallest_alpha()
-        possible = "none at all" if smallest is None else f"at least {smallest}"
-        raise ValueError(
-            f"`alpha`={alpha} has no finite threshold: this calibration (mode {calibration.mode!r}, "
-            f"n={calibration.n}) can promise {possible}. Raise `alpha`, calibrate on more texts, or pass `threshold`."
-        )
-    return threshold
 
 
 def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,9 +114,10 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         data=hashlib.sha256(f"{collection.digest()} {named} {chosen.tolist()}".encode()).hexdigest(),
         **{name: collection.manifest[name] for name in ("sampling", "kernel", "backend")},
     )
-    head.calibration = calibration
     head.config.threshold = _default_threshold(arguments, collection, head, calibration, rows.tolist())
-    head.save_pretrained(arguments.value_head)
+    # Not the weights, which are as they were: a kill in the middle of writing them would lose the head.
+    calibration.save(arguments.value_head)
+    head.config.save_pretrained(arguments.value_head)
     return calibration
 
 
@@ -197,10 +197,4 @@ def _default_threshold(
         return _failed_by(arguments.token_rate, tokens, head.config.polarity)
     if arguments.alpha is None or arguments.mode == "martingale":
         return None if head.config.attributes is None else 0.5
-    threshold = calibration.threshold(arguments.alpha)
-    if math.isinf(threshold):
-        raise ValueError(
-            f"`alpha` {arguments.alpha} cannot be promised from {calibration.n} generations; the smallest that can is "
-            f"{calibration.smallest_alpha()}. Collect more prompts, or accept a larger alpha."
-        )
-    return threshold
+    return calibration.promised_threshold(arguments.alpha)
