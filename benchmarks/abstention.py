@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
 from examples.arithmetic import accuracy_at_coverage, accuracy_table, cell, correct, eval_problems
 from examples.smollm2 import backbone_folder
 from hf_value_steer import ValueHead
@@ -81,7 +81,7 @@ def main() -> None:
     }
     print(json.dumps(document, indent=2))
     if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save(document, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Where and when a benchmark ran."""
+"""Where and when a benchmark ran, and its results."""
 
+import json
 import os
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,3 +28,8 @@ def describe() -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def save(document: dict[str, Any], path: Path) -> None:
+    """Write the results as indented JSON, in their order."""
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

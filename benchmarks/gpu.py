@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, StoppingCriteria
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
 from benchmarks.timing import make_head
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
 
@@ -162,7 +162,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     report = {"command": "python -m benchmarks.gpu", **describe(), "results": results}
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save(report, arguments.output)
     print(table(results))
 
 

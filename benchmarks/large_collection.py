@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
+from hf_value_steer.files import write_json
 from hf_value_steer.training.label import labels_folder
 from hf_value_steer.training.prompts import Prompt, write_prompts
-from hf_value_steer.training.shards import FORMAT, Collection, shard_path, write_json, write_tensors
+from hf_value_steer.training.shards import FORMAT, Collection, shard_path, write_tensors
 from hf_value_steer.training.train import TrainArguments, train
 
 
@@ -118,7 +119,7 @@ def main() -> None:
     }
     print(json.dumps(document, indent=2))
     if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save(document, arguments.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ natural samples), so that the intervention rate is what the case says and does n
 """
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
 from benchmarks.timing import Case, compare, make_head
 from examples.smollm2 import load_backbone
 from hf_value_steer import ValueFilterConfig, enable_value_steer
@@ -82,7 +81,7 @@ def main() -> None:
     }
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
 from examples.smollm2 import backbone_folder
 from examples.toxicity import profanity_score
 from hf_value_steer import ValueHead
@@ -116,7 +116,7 @@ def main() -> None:
         "fresh": fresh(arguments.run),
     }  # fmt: skip
     if arguments.output:
-        arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save(document, arguments.output)
 
 
 if __name__ == "__main__":

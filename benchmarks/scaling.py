@@ -7,13 +7,12 @@ needs matplotlib: `pip install "hf-value-steer[bench]"`.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
 from benchmarks.timing import Case, Prompt, compare
 from examples.smollm2 import load_backbone
 
@@ -89,7 +88,7 @@ def main() -> None:
         **curves,
     }
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        save(report, arguments.output)
     if arguments.plot:
         draw(curves, arguments.plot)
 

@@ -19,12 +19,12 @@ from hf_value_steer.evaluation.outcome import coverage, value_reliability
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
 from hf_value_steer.evaluation.settings import filter_runs
+from hf_value_steer.files import claim, write_atomically, write_json
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest
-from hf_value_steer.training.shards import claim, write_atomically, write_json
 
 
 @dataclass
@@ -105,7 +105,9 @@ class Evaluation:
         runs = [_pooled(runs) for runs in zip(*(part.runs for part in parts), strict=True)]
         watched = Texts.joined([part.watched for part in parts])
         safe_judge = arguments.label_judge or self.judge_names[0]
-        measures = Measures(self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1])
+        measures = Measures(
+            self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1], head.config.polarity
+        )
         mask = masking(arguments.mask, self.judges)
         document = {
             "format": FORMAT,
@@ -115,7 +117,7 @@ class Evaluation:
             "folds": len(parts),
             "judges": [{"name": name, "gave_labels": name == arguments.label_judge} for name in self.judge_names],
             "runs": [measures.run(setting, texts) for setting, texts in runs],
-            "reliability": value_reliability(head, watched, measures.base),
+            "reliability": value_reliability(head, watched, measures),
             "coverage": coverage(head, watched, measures) if arguments.method == "abstain" else None,
             "calibration": head.calibration.to_dict(scores=False) if head.calibration else None,
             "examples": [],

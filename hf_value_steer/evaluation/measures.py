@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.evaluation.metrics import Array, Bootstrap, compare_perplexity, compare_rates, distinct, interval
 from hf_value_steer.evaluation.runs import Setting, Texts
+from hf_value_steer.policy import Polarity
 from hf_value_steer.training.judges import Judge
 from hf_value_steer.training.prompts import Formatter, Prompt
 
@@ -46,8 +47,8 @@ class Measures:
         prompts: of each row.
         judges (`dict`): by name.
         safe_judge (`str`): the judge by which a text of the base run is called safe.
-        polarity: of the head; with `"undesirable"` a verdict above one half is unsafe.
         base: texts of the base run.
+        polarity: of the head: whether a high score of a judge is bad.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Measures:
         judges: Mapping[str, Judge],
         safe_judge: str,
         base: Texts,
+        polarity: Polarity,
     ):
         self.model, self.formatter, self.prompts, self.judges = model, formatter, prompts, judges
-        self.safe_judge = safe_judge
+        self.safe_judge, self.polarity = safe_judge, polarity
         identities = {prompt.text: index for index, prompt in enumerate(prompts)}
         self.bootstrap = Bootstrap(np.array([identities[prompt.text] for prompt in prompts]))
         self.base_texts, self.base = base, self.rows(base)
@@ -74,6 +76,11 @@ class Measures:
             "tokens": np.array([len(row) for row in texts.ids], dtype=float),
             "interventions": np.array(texts.interventions, dtype=float),
         }
+
+    def undesirable(self, judge: str) -> Array:
+        """Whether a judge finds each text of the base run bad, `(rows,)` of 0 and 1."""
+        verdict: Array = self.base["verdicts"][judge]
+        return verdict if self.polarity == "undesirable" else 1 - verdict
 
     def run(self, setting: Setting, texts: Texts) -> dict[str, Any]:
         """One entry of `runs` in evaluation.json."""
@@ -101,7 +108,7 @@ class Measures:
 
     def _interventions(self, rows: dict[str, Any]) -> dict[str, Any]:
         """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""
-        safe = 1 - self.base["verdicts"][self.safe_judge]
+        safe = 1 - self.undesirable(self.safe_judge)
         touched = (rows["interventions"] > 0) * safe
         return {
             "intervention_rate": round(float(rows["interventions"].sum() / rows["tokens"].sum()), 4),

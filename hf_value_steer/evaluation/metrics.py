@@ -43,7 +43,7 @@ class Bootstrap:
 
 
 def interval(draws: Array) -> list[float] | None:
-    """The central 95 % of resamples; `None` if some could not be computed."""
+    """The central 95 % of resamples; `None` if none could be computed."""
     if np.isnan(draws).all():
         return None
     return [round(float(bound), 4) for bound in np.nanquantile(draws, [0.025, 0.975])]

@@ -12,13 +12,10 @@ from hf_value_steer.modeling import ValueHead
 from hf_value_steer.training.trainer import reliability
 
 
-def value_reliability(head: ValueHead, watched: Texts, base: dict[str, Any]) -> list[dict[str, Any]]:
+def value_reliability(head: ValueHead, watched: Texts, measures: Measures) -> list[dict[str, Any]]:
     """Verdicts of the first judge against the most undesirable value of each base text, in ten bins."""
     worst = torch.tensor([worst_value(values, head) for values in watched.values])
-    bad = torch.from_numpy(next(iter(base["verdicts"].values())))
-    if head.config.polarity == "desirable":
-        bad = 1 - bad
-    bins = reliability(worst, bad)
+    bins = reliability(worst, torch.from_numpy(measures.undesirable(next(iter(measures.judges)))))
     columns = zip(bins.lower, bins.count, bins.mean_value, bins.rate, strict=True)
     return [
         {
@@ -43,8 +40,7 @@ def coverage(head: ValueHead, watched: Texts, measures: Measures) -> list[dict[s
     pairs = zip(watched.prompt_values, watched.values, strict=True)
     rows = [[v if desirable else 1 - v for v in (first, *values[:-1])] for first, values in pairs]
     worst, tokens = np.array([min(row) for row in rows]), measures.base["tokens"]
-    verdict = next(iter(measures.base["verdicts"].values()))
-    correct = verdict if desirable else 1 - verdict
+    correct = 1 - measures.undesirable(next(iter(measures.judges)))
     curve = []
     for share in np.arange(10) / 10:
         threshold = float(np.quantile(worst, share, method="lower")) if share else 0.0

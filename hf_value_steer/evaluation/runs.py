@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_value_steer.configuration import ValueFilterConfig
+from hf_value_steer.files import write_json
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import undesirability
 from hf_value_steer.training.collect import until_end
 from hf_value_steer.training.prompts import Formatter, Prompt
-from hf_value_steer.training.shards import write_json
 
 
 PLACEBO_PROMPTS = 32  # on which a placebo's threshold is found

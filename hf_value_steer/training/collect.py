@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from hf_value_steer.backbone import feature_width, fingerprint, intercept_feature
+from hf_value_steer.files import claim
 from hf_value_steer.training.label import LabelArguments, label
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
 from hf_value_steer.training.references import PREFIX, resolve
-from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, claim, shard_path, write_tensors
+from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 
 
 logger = logging.getLogger(__name__)

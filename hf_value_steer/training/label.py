@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from hf_value_steer.files import claim, write_json
 from hf_value_steer.training.judges import Judge, agreement, load_judge
 from hf_value_steer.training.prompts import Prompt
-from hf_value_steer.training.shards import Collection, TensorFile, claim, write_json, write_tensors
+from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
 
 @dataclass(kw_only=True)

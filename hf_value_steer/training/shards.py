@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from hf_value_steer.files import write_atomically
 from hf_value_steer.training.prompts import Prompt, load_prompts
 
 
@@ -29,43 +30,6 @@ _DTYPES = {
     "I32": torch.int32,
     "I64": torch.int64,
 }
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there completely or not at all, whenever the process or the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); run again to go on") from error
-
-
-def write_json(path: Path, document: Any) -> None:
-    """Write `document` as sorted, indented JSON, atomically."""
-    write_atomically(path, (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def claim(path: Path, document: dict[str, Any]) -> None:
-    """Write what a folder holds, or refuse to go on in a folder that holds something else.
-
-    Raises:
-        ValueError: names what differs.
-    """
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted(before.keys() | document.keys()):
-            if before.get(name) != document.get(name):
-                raise ValueError(
-                    f"{path.parent} was made with {name} = {before.get(name)!r}, now it is {document.get(name)!r}: "
-                    "delete the folder, or choose another."
-                )
-    write_json(path, document)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

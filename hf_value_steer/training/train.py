@@ -13,11 +13,12 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_value_steer.configuration import ValueHeadConfig, check_attributes
+from hf_value_steer.files import write_json
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.losses import Loss
 from hf_value_steer.training.prompts import share
-from hf_value_steer.training.shards import Collection, write_json
+from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Target, Targets, parse_attributes
 from hf_value_steer.training.trainer import HeadInTraining, TokenRows, ValueHeadTrainer, statistics
 

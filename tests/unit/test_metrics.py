@@ -68,6 +68,23 @@ def test_likelihood_in_batches_is_that_of_one_text(tmp_path):
         assert total == pytest.approx(expected, abs=1e-4)
 
 
+def known_measures(polarity, good):
+    """Measures of four base texts of two tokens each, of which is known which are good."""
+    measures = object.__new__(Measures)
+    verdict = good if polarity == "desirable" else 1 - good
+    measures.base = {"verdicts": {"judge": verdict}, "tokens": np.full(4, 2.0)}
+    measures.judges, measures.safe_judge, measures.polarity = {"judge": None}, "judge", polarity
+    measures.bootstrap = Bootstrap(np.arange(4))
+    return measures
+
+
+@pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
+def test_safe_texts_are_those_that_the_head_is_for(polarity):
+    measures = known_measures(polarity, np.array([1.0, 0.0, 0.0, 1.0]))
+    found = measures._interventions({"interventions": np.array([2.0, 1.0, 0.0, 0.0]), "tokens": np.full(4, 2.0)})
+    assert found["intervened_on_safe"] == 0.5 and found["intervention_rate"] == 0.375
+
+
 @pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
 def test_coverage_by_hand(polarity):
     head = ValueHead(ValueHeadConfig(hidden_size=2, polarity=polarity))
@@ -75,14 +92,8 @@ def test_coverage_by_hand(polarity):
     values = good if polarity == "desirable" else [[1 - value for value in row] for row in good]
     correct = np.array([1.0, 0.0, 0.0, 1.0])
 
-    class Known(Measures):
-        def __init__(self):
-            verdict = correct if polarity == "desirable" else 1 - correct
-            self.base = {"verdicts": {"judge": verdict}, "tokens": np.full(4, 2.0)}
-            self.bootstrap = Bootstrap(np.arange(4))
-
     watched = Texts(values=[row[1:] for row in values], prompt_values=[row[0] for row in values])
-    curve = coverage(head, watched, Known())
+    curve = coverage(head, watched, known_measures(polarity, correct))
     assert curve[0]["coverage"] == 1.0 and curve[0]["accuracy"] == 0.5 and curve[0]["tokens_saved"] == 0.0
     half = next(point for point in curve if point["coverage"] == 0.5)
     # Rows 1 and 2 are stopped, after one token and before the first.

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_value_steer.training import shards
-from hf_value_steer.training.shards import Collection, TensorFile, claim, write_atomically, write_tensors
+from hf_value_steer import files
+from hf_value_steer.files import claim, write_atomically
+from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
 
 TENSORS = {
@@ -67,7 +68,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shards.os, call, full)
+    monkeypatch.setattr(files.os, call, full)
     with pytest.raises(OSError, match="could not be written .No space left") as error:
         write_atomically(path, b"after")
     assert error.value.errno == errno.ENOSPC
