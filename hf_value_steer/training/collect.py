@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_value_steer.backbone import feature_width, fingerprint, intercept_feature
 from hf_value_steer.files import claim
+from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.label import LabelArguments, label
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
 from hf_value_steer.training.references import PREFIX, resolve
@@ -182,7 +183,8 @@ def _is_complete(path: Path) -> bool:
 class _Writer:
     def __init__(self, arguments: CollectArguments, model: PreTrainedModel, formatter: Formatter):
         self.arguments, self.model, self.formatter = arguments, model, formatter
-        self.words = _forced_words(arguments.force_words, formatter.tokenizer) if arguments.force_words else []
+        source = arguments.force_words
+        self.words = ForcedWords(model, formatter.tokenizer, _words(source)) if source else None
 
     @torch.no_grad()
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
@@ -190,7 +192,7 @@ class _Writer:
         torch.manual_seed(_seed(self.arguments.seed, batch.index))
         inputs = self.formatter(batch.prompts, self.model.device)
         length, rows = inputs["input_ids"].shape[1], len(batch.prompts) * batch.samples
-        watch = _Watch(self.words if batch.forced else [], self.arguments, rows, length)
+        watch = _Watch(self.words if batch.forced else None, self.arguments, rows, length)
         features: list[Tensor] = []
         with intercept_feature(self.model, lambda feature: features.append(feature[:, -1].cpu())):
             # A token's feature appears when the next token is about to be chosen: one more is drawn than is kept.
@@ -215,6 +217,10 @@ class _Writer:
         }
 
 
+def _words(source: str) -> list[str]:
+    return resolve(source)() if source.startswith(PREFIX) else [prompt.text for prompt in load_prompts(source)]
+
+
 def _seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}-{index}".encode(), digest_size=6).digest(), "little")
 
@@ -227,24 +233,17 @@ def until_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
     return ended.cumsum(1) == ended
 
 
-def _forced_words(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    words = resolve(source)() if source.startswith(PREFIX) else [prompt.text for prompt in load_prompts(source)]
-    return [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-
-
 class _Watch(LogitsProcessor):  # type: ignore[misc]
     """Keeps the most likely next tokens of every step, and forces two words into every row if there are any.
 
-    A word begins at a random step of each half of the generation. It is drawn the more often the more likely the model
-    finds its first piece there, by the root of that probability.
+    A word begins at a random step of each half of the generation.
     """
 
-    def __init__(self, words: list[list[int]], arguments: CollectArguments, rows: int, prompt_length: int):
+    def __init__(self, words: ForcedWords | None, arguments: CollectArguments, rows: int, prompt_length: int):
         self.words, self.keep, self.prompt_length = words, arguments.next_tokens, prompt_length
         self.pending: list[list[int]] = [[] for _ in range(rows)]
         half, draw = arguments.max_new_tokens // 2, random.Random(torch.initial_seed())
-        self.starts = [{draw.randrange(half), half + draw.randrange(half)} for _ in range(rows)] if words else []
-        self.first = torch.tensor([word[0] for word in words])
+        self.starts = [{draw.randrange(half), half + draw.randrange(half)} for _ in range(rows)]
         self.likely: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -253,9 +252,8 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]
             self.likely.append((probabilities.half().cpu(), tokens.int().cpu()))
         step = input_ids.shape[1] - self.prompt_length
         for row, starts in enumerate(self.starts):
-            if step in starts:
-                choice = torch.multinomial((scores[row, self.first.to(scores.device)] / 2).softmax(-1), 1)
-                self.pending[row] = list(self.words[int(choice)])
+            if self.words is not None and step in starts:
+                self.pending[row] = self.words.draw(scores[row])
         if not any(self.pending):
             return scores
         scores = scores.clone()

@@ -1,0 +1,46 @@
+"""Words that a model rarely says by itself, drawn so that they fit where they are forced in."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+ROWS = 64  # in one forward pass
+
+
+class ForcedWords:
+    """Words as token ids after a space, of which likely ones are drawn more often.
+
+    A word's weight is the root of its probability: that of its first piece at the place, times that of its other
+    pieces after the first, without context.
+
+    Args:
+        model, tokenizer: the backbone.
+        words: at least one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: list[str]):
+        if not words:
+            raise ValueError("There is no word to force in: `force_words` is empty.")
+        self.ids: list[list[int]] = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+        self.first = torch.tensor([ids[0] for ids in self.ids], device=model.device)
+        self.rest = torch.cat([_rest(model, self.ids[at : at + ROWS]) for at in range(0, len(self.ids), ROWS)])
+
+    def draw(self, logits: Tensor) -> list[int]:
+        """Pieces of a word that begins where the model has these `logits` `(vocabulary,)` for the next token."""
+        likely = logits[self.first] + self.rest
+        return list(self.ids[int(torch.multinomial((likely / 2).softmax(-1), 1))])
+
+
+@torch.no_grad()
+def _rest(model: PreTrainedModel, ids: list[list[int]]) -> Tensor:
+    """Log probability of the pieces of each word after its first, `(words,)`."""
+    rows = [torch.tensor(word, device=model.device) for word in ids]
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    later = tokens[:, 1:]
+    logits = model(tokens.clamp(min=0), use_cache=False).logits[:, :-1].float()
+    found = logits.log_softmax(-1).gather(2, later.clamp(min=0)[:, :, None]).squeeze(2)
+    return torch.where(later >= 0, found, 0.0).sum(dim=1)
