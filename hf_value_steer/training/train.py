@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -99,7 +98,7 @@ class TrainArguments:
     seed: int = field(default=0, metadata={"help": "of weights and order"})
     trainer: list[str] = field(
         default_factory=list,
-        metadata={"help": "further TrainingArguments as name=value, for instance report_to=wandb"},
+        metadata={"help": "further TrainingArguments as name=value, for instance report_to=wandb, bf16=true"},
     )
 
     def __post_init__(self) -> None:
@@ -294,4 +293,11 @@ def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArgume
         "seed": arguments.seed,
     }
     further = (entry.partition("=") for entry in arguments.trainer)
-    return TrainingArguments(**defaults | {name: yaml.safe_load(choice) for name, _, choice in further})
+    return TrainingArguments(**defaults | {name: _json_or_text(choice) for name, _, choice in further})
+
+
+def _json_or_text(choice: str) -> Any:
+    try:
+        return json.loads(choice)
+    except json.JSONDecodeError:
+        return choice

@@ -4,7 +4,7 @@ import torch
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.training.losses import coherence, token_loss
 from hf_value_steer.training.targets import expected_hazard, hazard
-from hf_value_steer.training.train import TrainArguments
+from hf_value_steer.training.train import TrainArguments, _training_arguments
 from hf_value_steer.training.trainer import HeadInTraining, join_rows, reliability
 
 
@@ -77,3 +77,10 @@ def test_a_recipe_is_a_preset():
         TrainArguments(collection="c", output="o", judge="j", recipe="best")
     with pytest.raises(ValueError, match="leave prompts to train on"):
         TrainArguments(collection="c", output="o", judge="j", validation=0.5, calibration=0.5)
+
+
+def test_further_arguments_are_json_or_text(tmp_path):
+    further = ["logging_strategy=no", "logging_steps=7", "full_determinism=true", "run_name=x=y"]
+    found = _training_arguments(TrainArguments(collection="c", output="o", judge="j", trainer=further), tmp_path)
+    assert (found.logging_strategy, found.logging_steps, found.full_determinism) == ("no", 7, True)
+    assert found.run_name == "x=y"
