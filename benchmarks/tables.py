@@ -11,7 +11,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 JUDGES = {
     "python:examples.toxicity:word_list": "word list (LDNOOBW)",
     "python:examples.toxicity:cuss": "cuss-inspect",
-    "python:examples.toxicity:profanity": "alt-profanity-check (gave the labels)",
+    "python:examples.toxicity:profanity": "label judge (alt-profanity-check, better-profanity)",
 }
 
 

@@ -21,7 +21,7 @@ from hf_value_steer import ValueFilterConfig, ValueHead, ValueSteerDecoderOnlyOu
 from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace, render_page, trace_tokens
 
 
-JUDGES = {"word list": lexicon_score, "cuss-inspect": cuss_score, "profanity-check": profanity_score}
+JUDGES = {"word list": lexicon_score, "cuss-inspect": cuss_score, "label judge": profanity_score}
 MARKS = {"\ue000": "[", "\ue001": "]"}  # around replaced tokens; private characters until the text is wrapped
 COLOURS = {"\ue000": "\033[30;46m", "\ue001": "\033[0m"}
 
