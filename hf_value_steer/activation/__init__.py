@@ -1,0 +1,1 @@
+"""Norm-calibrated activation steering: vectors of the residual stream, their strength, and what carries them."""

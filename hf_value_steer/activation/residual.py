@@ -1,0 +1,111 @@
+"""The residual stream: where a model's decoder layers are, and what stands behind each of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def layers_path(model: PreTrainedModel) -> str:
+    """Dotted name of the `nn.ModuleList` that holds the decoder layers.
+
+    Raises:
+        ValueError: if the model has no such list, or more than one.
+    """
+    depth = num_layers(model)
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name in lists if len(model.get_submodule(name)) == depth]
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"{type(model).__name__} cannot be steered by activations: it should have one list of {depth} decoder "
+            f"layers, found {len(outermost)} ({', '.join(outermost)})."
+        )
+    return str(outermost[0])
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers; layer `l` is counted from 0, and its *residual* is what it hands on."""
+    layers: nn.ModuleList = model.get_submodule(layers_path(model))
+    return layers
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+
+
+def residual_width(model: PreTrainedModel) -> int:
+    """Width of the residual stream; the feature's may differ."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def layer_range(depth: int, start: float = 0.4, stop: float = 0.9) -> tuple[int, ...]:
+    """Layers between two fractions of the depth, at least one.
+
+    Args:
+        depth (`int`): number of layers.
+        start, stop (`float`): fractions, `0 <= start < stop <= 1`; 40-90 % is the range of the article behind this
+            method ("Calibrating activation vectors using norm").
+    """
+    if not 0 <= start < stop <= 1:
+        raise ValueError(f"`start` and `stop` have to be fractions with 0 <= start < stop <= 1; got {start}, {stop}.")
+    first = min(round(start * depth), depth - 1)
+    return tuple(range(first, max(round(stop * depth), first + 1)))
+
+
+def residual(output: Any, width: int) -> Tensor:
+    """The residual in the output of a decoder layer, `(rows, positions, width)`.
+
+    Raises:
+        ValueError: if there is none of this width: a model whose stream has another form is not steered.
+    """
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[-1] != width:
+        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"A decoder layer should hand on a residual (rows, positions, {width}), it gave {found}.")
+    return hidden
+
+
+def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, `(rows, positions)` each. On the right, where padding changes no position and no state."""
+    rows = [torch.tensor(row) for row in sequences]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return ids.to(device), mask.to(device)
+
+
+def read_residuals(
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], layers: Sequence[int], batch_size: int = 16
+) -> Iterator[tuple[dict[int, Tensor], Tensor, Tensor]]:
+    """Forward token ids, and give the residuals of each batch.
+
+    Args:
+        sequences: token ids of each text, none empty.
+        layers: which to read.
+        batch_size (`int`): texts in one forward pass; only one batch is in memory at a time.
+
+    Yields:
+        From layer to residual `(rows, positions, width)`, in the model's dtype, differentiable if gradients are
+        enabled; the feature `(rows, positions, feature width)`; and the mask `(rows, positions)`: 1 for text, 0 for
+        the padding on its right.
+    """
+    width, stack = residual_width(model), decoder_layers(model)
+    for first in range(0, len(sequences), batch_size):
+        ids, mask = pad_right(sequences[first : first + batch_size], model.device)
+        found: dict[int, Tensor] = {}
+
+        def keep(index: int, into: dict[int, Tensor], _module: nn.Module, _args: Any, output: Any) -> None:
+            into[index] = residual(output, width)
+            if torch.is_grad_enabled() and not into[index].requires_grad:  # all weights below are frozen
+                into[index].requires_grad_()
+
+        with ExitStack() as hooks:
+            for index in layers:
+                handle = stack[index].register_forward_hook(partial(keep, index, found))
+                hooks.callback(handle.remove)
+            outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        yield found, outputs.last_hidden_state, mask

@@ -1,0 +1,279 @@
+"""`SteeringVectors`: a direction for every steered layer, how strongly it is added, and where it comes from."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
+from hf_value_steer.activation.norms import mean_norms
+from hf_value_steer.activation.residual import num_layers, residual_width
+from hf_value_steer.backbone import fingerprint
+from hf_value_steer.files import write_atomically, write_json
+from hf_value_steer.hub import push
+
+
+FORMAT = "hf-value-steer/steering-vectors@1"
+_JSON, _TENSORS = "steering_vectors.json", "steering_vectors.safetensors"
+_RECORDED = ("attribute", "backbone", "backbone_fingerprint", "num_layers", "provenance")
+
+_CARD = """---
+{{ card_data }}
+---
+
+# Steering vectors: {{ attribute }}
+
+A direction of the residual stream of `{{ backbone }}` behind layers {{ first }} to {{ last }}, {{ width }} wide.
+A positive multiplier brings more of it, a negative one less. {{ calibration }}
+
+```python
+from transformers import AutoModelForCausalLM
+from hf_value_steer import SteeringVectors
+
+model = AutoModelForCausalLM.from_pretrained("{{ backbone }}")
+vectors = SteeringVectors.from_pretrained("org/these-vectors")
+with vectors.apply(model, multiplier=1.0):
+    out = model.generate(**inputs)
+```
+
+Backbone fingerprint: `{{ fingerprint }}`. Where it comes from: `{{ provenance }}`.
+
+## Limits
+
+These vectors mean nothing in another backbone. What they change beside the attribute is for their author to add here.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVectors:
+    r"""Unit directions of the residual stream, one a layer, and their strengths.
+
+    What is added behind layer `l` is `multiplier * strengths[l] * directions[l]`.
+
+    Args:
+        layers (`tuple` of `int`): the steered layers, counted from 0, ascending.
+        directions (`torch.FloatTensor` of shape `(len(layers), width)`): of norm 1.
+        strengths (`torch.FloatTensor` of shape `(len(layers),)`): what a multiplier of 1 adds, as a norm.
+        norms (`torch.FloatTensor` of shape `(len(layers),)`, *optional*): mean norm of the residual, once calibrated.
+        attribute (`str`, *optional*): what a positive multiplier brings more of.
+        backbone (`str`, *optional*), backbone_fingerprint (`str`, *optional*), num_layers (`int`, *optional*): the
+            model that the directions are of; what is `None` is not checked.
+        provenance (`dict`): how they were made, free form, JSON.
+        name_or_path (`str`, *optional*): where they were loaded from.
+
+    Raises:
+        ValueError: for shapes that do not fit, and for numbers that are NaN, infinite or a zero vector.
+    """
+
+    layers: tuple[int, ...]
+    directions: Tensor
+    strengths: Tensor
+    norms: Tensor | None = None
+    attribute: str | None = None
+    backbone: str | None = None
+    backbone_fingerprint: str | None = None
+    num_layers: int | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    name_or_path: str | None = None
+
+    def __post_init__(self) -> None:
+        count = len(self.layers)
+        if not count or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"`layers` have to be different, ascending and not negative; got {self.layers}.")
+        shapes = [("directions", self.directions, 2), ("strengths", self.strengths, 1)]
+        shapes += [("norms", self.norms, 1)] if self.norms is not None else []
+        for name, tensor, dimensions in shapes:
+            if tensor.dim() != dimensions or len(tensor) != count:
+                raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but there are {count} layers.")
+            if not tensor.isfinite().all():
+                raise ValueError(f"`{name}` hold NaN or infinite numbers.")
+        if not torch.allclose(self.directions.norm(dim=-1), torch.ones(count), atol=1e-3):
+            raise ValueError("`directions` have to be of norm 1: make them with `SteeringVectors.from_tensors`.")
+
+    @classmethod
+    def from_tensors(cls, vectors: Mapping[int, Tensor], **recorded: Any) -> "SteeringVectors":
+        """From a vector for each layer, of any length: its length becomes the strength, until it is calibrated.
+
+        Args:
+            vectors (`dict` from `int` to `torch.Tensor` of shape `(width,)`): by layer.
+            recorded: `attribute`, `backbone`, `backbone_fingerprint`, `num_layers`, `provenance`.
+
+        Raises:
+            ValueError: for a zero vector, NaN, or vectors of different widths.
+        """
+        layers = tuple(sorted(vectors))
+        rows = [vectors[layer].detach().to("cpu", torch.float32).flatten() for layer in layers]
+        if len({len(row) for row in rows}) != 1:
+            raise ValueError(f"`vectors` have to have one width, got {sorted({len(row) for row in rows})}.")
+        stacked = torch.stack(rows)
+        if not stacked.isfinite().all():
+            raise ValueError("`vectors` hold NaN or infinite numbers.")
+        strengths = stacked.norm(dim=-1)
+        if zero := [layer for layer, strength in zip(layers, strengths.tolist(), strict=True) if not strength]:
+            raise ValueError(f"`vectors` of layers {zero} are zero: they have no direction.")
+        return cls(layers, stacked / strengths[:, None], strengths, **recorded)
+
+    @property
+    def width(self) -> int:
+        return self.directions.shape[1]
+
+    @property
+    def rho(self) -> Tensor | None:
+        """Relative influence of a multiplier of 1: norm of what is added to norm of the residual, `(len(layers),)`."""
+        return None if self.norms is None else self.strengths / self.norms
+
+    def only(self, layers: Sequence[int]) -> "SteeringVectors":
+        """The same at some of the layers.
+
+        Raises:
+            ValueError: if there is no vector for one of them.
+        """
+        if missing := sorted(set(layers) - set(self.layers)):
+            raise ValueError(f"There are no vectors for layers {missing}, only for {list(self.layers)}.")
+        rows = [self.layers.index(layer) for layer in sorted(layers)]
+        norms = None if self.norms is None else self.norms[rows]
+        chosen = tuple(sorted(layers))
+        return replace(
+            self, layers=chosen, directions=self.directions[rows], strengths=self.strengths[rows], norms=norms
+        )
+
+    def calibrated(self, norms: Tensor, rho: float | None = None, **recorded: Any) -> "SteeringVectors":
+        r"""The same directions with strengths that follow the norm of the residual stream.
+
+        Args:
+            norms (`torch.FloatTensor` of shape `(all layers,)`): from [`mean_norms`], of every layer of the model.
+            rho (`float`, *optional*): relative influence of a multiplier of 1, the same at every layer. By default
+                `1 / sqrt(width)`, the share that a random direction has in a vector, so that one multiplier means the
+                same in models of any width; `rho=1.0` leaves the root out.
+            recorded: what is to be recorded under `provenance["calibration"]`.
+        """
+        if self.layers[-1] >= len(norms):
+            raise ValueError(f"`norms` are of {len(norms)} layers, but layer {self.layers[-1]} is steered.")
+        rho = self.width**-0.5 if rho is None else rho
+        if not 0 < rho < float("inf"):
+            raise ValueError(f"`rho` has to be a positive number, got {rho}.")
+        own = norms[list(self.layers)].float()
+        provenance = {**self.provenance, "calibration": {"rho": rho, **recorded}}
+        return replace(self, strengths=rho * own, norms=own, provenance=provenance)
+
+    def calibrate(
+        self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], rho: float | None = None
+    ) -> "SteeringVectors":
+        """[`mean_norms`] of the model on some texts (token ids), then [`calibrated`]."""
+        self.check_fit(model)
+        return self.calibrated(mean_norms(model, sequences), rho, texts=len(sequences))
+
+    def check_fit(self, model: PreTrainedModel, allow_backbone_mismatch: bool = False) -> None:
+        """Raise a `ValueError` unless these are vectors of this model."""
+        width, depth = residual_width(model), num_layers(model)
+        if self.width != width:
+            raise ValueError(f"These vectors are {self.width} wide, the residual stream of this model is {width}.")
+        if self.layers[-1] >= depth:
+            raise ValueError(
+                f"These vectors steer layer {self.layers[-1]}, but this model has layers 0 to {depth - 1}."
+            )
+        if self.num_layers not in (None, depth):
+            raise ValueError(f"These vectors are of a model with {self.num_layers} layers, this one has {depth}.")
+        expected = self.backbone_fingerprint
+        if expected and not allow_backbone_mismatch and (found := fingerprint(model)) != expected:
+            raise ValueError(
+                f"These vectors are of backbone {self.backbone!r} with fingerprint {expected}, but this model "
+                f"({model.name_or_path!r}) has {found}: its directions are others. Load the matching vectors, or pass "
+                "`allow_backbone_mismatch=True` if you know that they fit."
+            )
+
+    def apply(
+        self,
+        model: PreTrainedModel,
+        multiplier: float | Sequence[float] = 1.0,
+        mode: Mode = "broadcast",
+        tokens: Tokens = "all",
+        allow_backbone_mismatch: bool = False,
+    ) -> AbstractContextManager[Steering]:
+        """Steer everything that `model` does inside a `with` block; see [`~hf_value_steer.activation.apply.steered`].
+
+        ```python
+        with vectors.apply(model, multiplier=-2.0):
+            out = model.generate(**inputs)
+        ```
+        """
+        return steered(model, self, multiplier, mode, tokens, allow_backbone_mismatch)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write `steering_vectors.json`, `steering_vectors.safetensors` and, unless there is one, a `README.md`."""
+        folder = Path(save_directory)
+        tensors = {"directions": self.directions, "strengths": self.strengths}
+        if self.norms is not None:
+            tensors["norms"] = self.norms
+        write_atomically(folder / _TENSORS, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        recorded = {name: getattr(self, name) for name in _RECORDED}
+        made_by = {"format": FORMAT, "library_version": version("hf-value-steer")}
+        write_json(folder / _JSON, {**made_by, "layers": list(self.layers), **recorded})
+        if not (folder / "README.md").exists():
+            self.card().save(folder / "README.md")
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> "SteeringVectors":
+        """Load from a folder or the Hub: JSON and safetensors, never a pickle.
+
+        Args:
+            source: Hub id or folder.
+            hub: `revision`, `token`, `cache_dir`, `subfolder`, ... of the download.
+
+        Raises:
+            ValueError: if these are no steering vectors, or damaged ones.
+        """
+        paths = [cached_file(str(source), name, **hub) for name in (_JSON, _TENSORS)]
+        document = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
+        if document.get("format") != FORMAT:
+            raise ValueError(f"{source} has the format {document.get('format')!r}, expected {FORMAT!r}.")
+        try:
+            tensors: dict[str, Any] = load_file(paths[1])
+            recorded = {name: document[name] for name in _RECORDED}
+            return cls(tuple(document["layers"]), **tensors, **recorded, name_or_path=str(source))
+        except Exception as error:
+            raise ValueError(f"{source} holds damaged steering vectors: {error}") from error
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save_pretrained` writes as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
+
+        Returns:
+            The URL of the commit.
+        """
+        return push(self.save_pretrained, repo_id, **options)
+
+    def card(self) -> ModelCard:
+        """A model card, generated from what is recorded."""
+        rho = self.rho
+        strength = "They are not calibrated: their strengths are the lengths of the vectors they were made of."
+        if rho is not None:
+            strength = (
+                f"At multiplier 1, what is added is {100 * rho.mean():.3g} % of the residual's norm at every layer."
+            )
+        data = ModelCardData(
+            library_name="hf-value-steer", base_model=self.backbone, tags=["steering-vector", "activation-steering"]
+        )
+        card: ModelCard = ModelCard.from_template(
+            data,
+            template_str=_CARD,
+            attribute=self.attribute or "unnamed attribute",
+            backbone=self.backbone or "an unnamed backbone",
+            first=self.layers[0],
+            last=self.layers[-1],
+            width=self.width,
+            calibration=strength,
+            fingerprint=self.backbone_fingerprint or "not recorded",
+            provenance=json.dumps(self.provenance, sort_keys=True),
+        )
+        return card
