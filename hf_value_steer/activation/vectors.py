@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
+from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import num_layers, residual_width
 from hf_value_steer.backbone import fingerprint
@@ -209,6 +210,12 @@ class SteeringVectors:
         ```
         """
         return steered(model, self, multiplier, mode, tokens, allow_backbone_mismatch)
+
+    def bake(
+        self, model: PreTrainedModel, multiplier: float, output_dir: str | os.PathLike[str], **options: Any
+    ) -> dict[str, Any]:
+        """Write a checkpoint that is steered by itself; see [`~hf_value_steer.activation.bake.bake`]."""
+        return bake(model, self, multiplier, output_dir, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `steering_vectors.json`, `steering_vectors.safetensors` and, unless there is one, a `README.md`."""

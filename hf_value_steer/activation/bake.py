@@ -1,0 +1,327 @@
+"""Writing vectors into the weights: a checkpoint that is steered wherever it is loaded, and the way back."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_value_steer.activation.apply import is_steered, steered
+from hf_value_steer.activation.exports import Export, plan_export
+from hf_value_steer.activation.residual import layers_path, pad_right, residual_width
+from hf_value_steer.files import write_json
+
+
+if TYPE_CHECKING:
+    from hf_value_steer.activation.vectors import SteeringVectors
+
+
+# Beside the checkpoint, in a folder of its own: vLLM loads every safetensors file that it finds at the top.
+_REPORT, _ORIGINALS = Path("steering") / "report.json", Path("steering") / "originals.safetensors"
+_MODULE = "modeling_steered"
+# How far baked logits may be from hooked ones, relative to what steering changes, and to the logits themselves.
+_TOLERANCE = {torch.float32: (1e-3, 1e-6), torch.bfloat16: (0.3, 2e-2), torch.float16: (0.1, 3e-3)}
+
+_TEMPLATE = '''"""{model} with a vector added behind some of its layers. Made by hf-value-steer."""
+
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import {config}, {model}
+
+
+class SteeredConfig({config}):
+    model_type = "steered_{type}"
+
+
+class SteeredForCausalLM({model}):
+    config_class = SteeredConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.activation_offsets = nn.Parameter(torch.zeros(len(config.steered_layers), config.steered_width))
+        layers = self.get_submodule(config.steered_path)
+        for row, layer in enumerate(config.steered_layers):
+            layers[layer].register_forward_hook(partial(self._add, row))
+        self.post_init()
+
+    def _add(self, row, layer, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + self.activation_offsets[row].to(hidden.device, hidden.dtype)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+'''
+
+
+def bake(
+    model: PreTrainedModel,
+    vectors: "SteeringVectors",
+    multiplier: float,
+    output_dir: str | os.PathLike[str],
+    *,
+    sequences: Sequence[Sequence[int]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    allow_backbone_mismatch: bool = False,
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Write a checkpoint of `model` that adds the vectors at every position, by itself.
+
+    It is loaded by plain `AutoModelForCausalLM.from_pretrained` unless the report's `kind` is `"custom code"`, which
+    needs `trust_remote_code=True`. It is read back and compared with the steered model before this returns, and
+    appears complete or not at all; `steering/` beside it holds the report, and what [`unbake`] needs.
+
+    Args:
+        model: the backbone, not quantised; it stays as it is.
+        vectors: of this model.
+        multiplier (`float`): how much of them.
+        output_dir: folder, which must not be there yet.
+        sequences (*optional*): token ids of the texts on which the two are compared; random tokens by default.
+        tokenizer (*optional*): saved beside it.
+        allow_backbone_mismatch (`bool`): as in [`~hf_value_steer.activation.apply.steered`].
+        max_shard_size (`str`): as in `save_pretrained`.
+
+    Returns:
+        The report: `kind`, `offset_rounding` (largest relative error of an offset in the model's dtype),
+        `max_logit_difference`, `max_logit_change` (by steering), `relative_difference`, `same_greedy_tokens`, ...
+
+    Raises:
+        ValueError: for vectors that do not fit, a quantised, offloaded or steered model, a folder that is there, and
+            if the checkpoint does not compute what the steered model does. Nothing is written then.
+    """
+    target = Path(output_dir)
+    vectors.check_fit(model, allow_backbone_mismatch)
+    _refuse(model, target)
+    sequences = sequences or _random_sequences(model)
+    with torch.no_grad(), steered(model, vectors, multiplier, allow_backbone_mismatch=True):
+        expected = _logits(model, sequences)
+    offsets = multiplier * vectors.strengths[:, None] * vectors.directions
+    original = model.state_dict()
+    export = plan_export(model)
+    state, rounding = _with_offsets(model, export, vectors.layers, offsets)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = Path(scratch) / target.name
+        _save(model, export, vectors.layers, state, folder, max_shard_size)
+        sources = _save_originals(original, export, folder)
+        report = {
+            "kind": export.kind,
+            "multiplier": multiplier,
+            "layers": list(vectors.layers),
+            "attribute": vectors.attribute,
+            "offset_rounding": rounding,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            **_compare(model, folder, export, sequences, expected),
+            "original": {
+                "class": type(model).__name__,
+                "config": json.loads(model.config.to_json_string(use_diff=False)),
+                "sha256": _digest(original),
+                "sources": sources,
+            },
+        }
+        write_json(folder / _REPORT, report)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        os.rename(folder, target)
+    return report
+
+
+def unbake(baked_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> None:
+    """Write the checkpoint that was baked as it was before: the same configuration, and the same weights bit for bit.
+
+    Raises:
+        ValueError: if the folder holds no baked checkpoint, or one that was changed since.
+    """
+    folder = Path(baked_dir)
+    if not (folder / _REPORT).is_file():
+        raise ValueError(f"{folder} holds no baked checkpoint: there is no {_REPORT}.")
+    original = json.loads((folder / _REPORT).read_text(encoding="utf-8"))["original"]
+    files = {"checkpoint": _tensors(folder), "originals": load_file(folder / _ORIGINALS)}
+    state = {name: _joined(files[source["file"]], source["names"]) for name, source in original["sources"].items()}
+    if _digest(state) != original["sha256"]:
+        raise ValueError(f"{folder} was changed after it was baked: its original cannot be restored from it.")
+    config = CONFIG_MAPPING[original["config"]["model_type"]].from_dict(original["config"])
+    model = _assembled(getattr(transformers, original["class"]), config, state)
+    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model.save_pretrained(output_dir)
+
+
+def _refuse(model: PreTrainedModel, target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"`output_dir` {target} is there already: choose another.")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError("A quantised model cannot be baked: offsets go into float weights. Bake it, then quantise.")
+    if is_steered(model):
+        raise ValueError("This model is steered by vectors now: leave that `with` block before baking.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("Weights of this model are offloaded: load it on the CPU to bake it.")
+    if getattr(transformers, type(model).__name__, None) is not type(model):
+        raise ValueError(f"{type(model).__name__} is no class of transformers itself: it cannot be baked.")
+
+
+def _random_sequences(model: PreTrainedModel) -> list[list[int]]:
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in (8, 16, 24)]
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Logits of every token, `(tokens, vocabulary)`, float32."""
+    rows = []
+    for sequence in sequences:
+        ids, mask = pad_right([sequence], model.device)
+        rows.append(model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float().cpu())
+    return torch.cat(rows)
+
+
+def _with_offsets(
+    model: PreTrainedModel, export: Export, layers: Sequence[int], offsets: Tensor
+) -> tuple[dict[str, Tensor], float]:
+    """The checkpoint's tensors, and the largest relative rounding error among its offsets."""
+    state, path = dict(export.state), layers_path(model)
+    if export.kind == "custom code":
+        state["activation_offsets"] = offsets.to(model.dtype)
+        return state, _rounding(state["activation_offsets"].float(), offsets)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(export.config).state_dict()
+    for name in shapes.keys() - state.keys():
+        state[name] = torch.zeros(shapes[name].shape, dtype=model.dtype)
+    worst = 0.0
+    for layer, offset in zip(layers, offsets, strict=True):
+        name = f"{path}.{layer}.{export.spot}.bias"
+        before = state[name].detach().float().cpu()
+        state[name] = (before + offset / export.scale).to(model.dtype)
+        worst = max(worst, _rounding((state[name].float() - before) * export.scale, offset))
+    return state, worst
+
+
+def _rounding(rounded: Tensor, exact: Tensor) -> float:
+    return float(((rounded - exact).norm(dim=-1) / exact.norm(dim=-1)).nan_to_num().max())
+
+
+def _save(
+    model: PreTrainedModel,
+    export: Export,
+    layers: Sequence[int],
+    state: Mapping[str, Tensor],
+    folder: Path,
+    max_shard_size: str,
+) -> None:
+    if export.kind == "custom code":
+        kind, config = _with_code(model, layers, folder)
+    else:
+        config = export.config
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+    baked = _assembled(kind, config, state)
+    baked.generation_config = model.generation_config
+    baked.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def _with_code(model: PreTrainedModel, layers: Sequence[int], folder: Path) -> tuple[Any, Any]:
+    """Class and configuration of a checkpoint that brings its own code, which is written into `folder`."""
+    name, kind = type(model).__name__, model.config.model_type
+    folder.mkdir()
+    code = _TEMPLATE.format(model=name, config=type(model.config).__name__, type=kind)
+    (folder / f"{_MODULE}.py").write_text(code, encoding="utf-8")
+    steered_class = get_class_from_dynamic_module(f"{_MODULE}.SteeredForCausalLM", str(folder))
+    # A model type of its own: without `trust_remote_code` loading fails, instead of giving an unsteered model.
+    changed = {
+        "model_type": f"steered_{kind}",
+        "auto_map": {
+            "AutoConfig": f"{_MODULE}.SteeredConfig",
+            "AutoModelForCausalLM": f"{_MODULE}.SteeredForCausalLM",
+        },
+        "steered_layers": list(layers),
+        "steered_path": layers_path(model),
+        "steered_width": residual_width(model),
+    }
+    return steered_class, steered_class.config_class.from_dict({**model.config.to_dict(), **changed})
+
+
+def _assembled(kind: Any, config: Any, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of these tensors, without a copy of them, fit to be saved."""
+    with torch.device("meta"):
+        model: PreTrainedModel = kind(config)
+    model.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def _joined(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    return tensors[names[0]] if len(names) == 1 else torch.cat([tensors[name] for name in names])
+
+
+def _save_originals(original: Mapping[str, Tensor], export: Export, folder: Path) -> dict[str, dict[str, Any]]:
+    """Keep the tensors that the checkpoint does not hold any more; returns where each one is found."""
+    written, kept = _tensors(folder), dict[str, Tensor]()
+    sources: dict[str, dict[str, Any]] = {}
+    shared: dict[tuple[int, torch.Size], dict[str, Any]] = {}
+    # Of tensors that are tied, only one is written: those that are there come first.
+    for name in sorted(original, key=lambda name: name not in written):
+        tensor, names = original[name].detach().cpu(), list(export.sources.get(name, (name,)))
+        if all(part in written for part in names) and torch.equal(_joined(written, names), tensor):
+            source = {"file": "checkpoint", "names": names}
+        else:
+            source = shared.get((original[name].data_ptr(), tensor.shape)) or {"file": "originals", "names": [name]}
+            if source["names"] == [name]:
+                kept[name] = tensor.contiguous()
+        sources[name] = shared[original[name].data_ptr(), tensor.shape] = source
+    (folder / _ORIGINALS).parent.mkdir()
+    save_file(kept, folder / _ORIGINALS)
+    return sources
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _compare(
+    model: PreTrainedModel, folder: Path, export: Export, sequences: Sequence[Sequence[int]], expected: Tensor
+) -> dict[str, Any]:
+    """The checkpoint as it is loaded against the steered model, on the same texts.
+
+    Raises:
+        ValueError: if they differ by more than rounding.
+    """
+    trust = export.kind == "custom code"
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=model.dtype, trust_remote_code=trust, attn_implementation=model.config._attn_implementation
+    )
+    found = _logits(loaded.to(model.device).eval(), sequences)
+    plain = _logits(model, sequences)
+    relative, rounding = _TOLERANCE[model.dtype]
+    error, change = (found - expected).norm(), (expected - plain).norm()
+    if not error <= relative * change + rounding * expected.norm():
+        raise ValueError(
+            f"A checkpoint of {type(model).__name__} with these offsets in its weights does not compute what the "
+            f"steered model does (logits differ by {float(error):.3g}, steering changes them by {float(change):.3g}). "
+            "Nothing was written."
+        )
+    return {
+        "texts": len(sequences),
+        "tokens": len(expected),
+        "max_logit_difference": float((found - expected).abs().max()),
+        "max_logit_change": float((expected - plain).abs().max()),
+        "relative_difference": float(error / change),
+        "same_greedy_tokens": float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
+    }
