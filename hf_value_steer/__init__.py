@@ -1,5 +1,7 @@
 """Inference-time value steering for language models, native to Hugging Face `transformers`."""
 
+from hf_value_steer.activation.configuration import ActivationConfig
+from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueHeadConfig
 from hf_value_steer.generate import disable_value_steer, enable_value_steer
 from hf_value_steer.generation.block_cache import BlockCache
@@ -14,7 +16,9 @@ from hf_value_steer.wrapper import ValueSteerForCausalLM
 __all__ = [
     "AbstentionConfig",
     "AbstentionLogitsProcessor",
+    "ActivationConfig",
     "BlockCache",
+    "SteeringVectors",
     "ValueFilterConfig",
     "ValueFilterLogitsProcessor",
     "ValueHead",

@@ -164,6 +164,9 @@ class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ValueError('A `weight` does nothing where the worst attribute counts: pass `combine="sum"`.')
 
 
+_METHODS: dict[str, type["SteeringConfig"]] = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SteeringConfig:
     """What the runtime configurations share.
@@ -180,6 +183,9 @@ class SteeringConfig:
     """
 
     method: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        _METHODS[cls.method] = cls
 
     value_head: PreTrainedModel | str | None = None
     threshold: float | Sequence[float] | None = None
@@ -308,14 +314,13 @@ class AbstentionConfig(SteeringConfig):
 
 
 ValueSteer: TypeAlias = SteeringConfig | Mapping[str, Any] | Sequence[SteeringConfig | Mapping[str, Any]]
-_METHODS: dict[str, type[SteeringConfig]] = {cls.method: cls for cls in (ValueFilterConfig, AbstentionConfig)}
 
 
 def parse_value_steer(value_steer: ValueSteer) -> dict[str, SteeringConfig]:
     """Read the `value_steer` argument: a config, its JSON form, or a list of them, one a method.
 
     Returns:
-        `dict` from method name (`"filter"`, `"abstain"`) to its config.
+        `dict` from method name (`"filter"`, `"abstain"`, `"activate"`) to its config.
     """
     items = [value_steer] if isinstance(value_steer, SteeringConfig | Mapping) else list(value_steer)
     configs = [_parse_one(item) for item in items]

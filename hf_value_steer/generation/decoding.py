@@ -1,6 +1,8 @@
 """`value_steer_generate`: the decoding loop of steered generation, for `model.generate(custom_generate=...)`."""
 
 import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,11 +10,20 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueSteer, parse_value_steer
+from hf_value_steer.activation.apply import Steering
+from hf_value_steer.activation.configuration import ActivationConfig
+from hf_value_steer.configuration import (
+    AbstentionConfig,
+    SteeringConfig,
+    ValueFilterConfig,
+    ValueSteer,
+    parse_value_steer,
+)
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.cache import cache_name, make_room
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.engine import Engine, State
+from hf_value_steer.generation.gate import Gate
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Record, Stops, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
@@ -44,7 +55,8 @@ def value_steer_generate(
         logits_processor: every processor and warper of the call; candidates come from the processed distribution.
         stopping_criteria: criteria of the call.
         generation_config: prepared config of the call.
-        value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], their dict form, or a list of both.
+        value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], an [`ActivationConfig`], their dict form, or a
+            list of several.
         token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
             (`streamer=` reaches us only through [`enable_value_steer`].)
         model_kwargs: what `generate` prepared for the model's forward.
@@ -61,11 +73,40 @@ def value_steer_generate(
         raise ValueError("`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig or their dict form.")
     refuse_dropped_arguments()
     refuse_unsupported(model, generation_config, model_kwargs)
-    loop = _Loop(model, input_ids, generation_config, model_kwargs, value_steer)
-    if token_streamer is not None:
-        token_streamer.put(input_ids.cpu())
-    with model._optimize_model_for_decode():
-        return loop.run(input_ids, logits_processor, stopping_criteria, token_streamer)
+    methods = parse_value_steer(value_steer)
+    with _activated(model, methods, len(input_ids)) as steering:
+        if not any(config.value_head or config.method != ActivationConfig.method for config in methods.values()):
+            if token_streamer is not None:
+                token_streamer.put(input_ids.cpu())
+            return model._sample(  # type: ignore[no-any-return]
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer=token_streamer,
+                **model_kwargs,
+            )
+        loop = _Loop(model, input_ids, generation_config, model_kwargs, methods, steering)
+        if token_streamer is not None:
+            token_streamer.put(input_ids.cpu())
+        with model._optimize_model_for_decode():
+            return loop.run(input_ids, logits_processor, stopping_criteria, token_streamer)
+
+
+@contextmanager
+def _activated(model: PreTrainedModel, methods: Mapping[str, SteeringConfig], rows: int) -> Iterator[Steering | None]:
+    """Vectors on the model for the time of one generation, if the call asks for them."""
+    config = methods.get(ActivationConfig.method)
+    if not isinstance(config, ActivationConfig):
+        yield None
+        return
+    if isinstance(config.multiplier, tuple) and len(config.multiplier) != rows:
+        raise ValueError(f"`multiplier` has {len(config.multiplier)} entries, but the returned batch has {rows} rows.")
+    vectors = config.load_vectors()
+    with vectors.apply(
+        model, config.multiplier, config.mode, config.tokens, config.allow_backbone_mismatch
+    ) as steering:
+        yield steering
 
 
 class _Loop:
@@ -75,21 +116,27 @@ class _Loop:
         input_ids: Tensor,
         config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        value_steer: ValueSteer,
+        methods: Mapping[str, SteeringConfig],
+        steering: Steering | None,
     ):
         self.config = config
-        methods = parse_value_steer(value_steer)
         filtering = methods.get(ValueFilterConfig.method)
         kernel = filtering.lookahead if isinstance(filtering, ValueFilterConfig) else "auto"
         make_room(model_kwargs[cache_name(model_kwargs)], model.config)
         mask = model_kwargs.get("attention_mask")
-        self.engine = Engine(model, model_kwargs, choose_kernel(kernel, model, mask, bool(config.output_attentions)))
+        chosen = choose_kernel(kernel, model, mask, bool(config.output_attentions))
+        self.engine = Engine(model, model_kwargs, chosen, steering)
         self.record = Record()
         self.stops = Stops.none(len(input_ids), input_ids.device)
         self.filter: ValueFilter | None = None
         self.abstention: Abstention | None = None
+        self.gate: Gate | None = None
         self.output_candidates = False
+        if steering is not None:
+            steering.told = True
         for method in methods.values():
+            if isinstance(method, ActivationConfig) and method.value_head is None:
+                continue
             scorer = bind(method, load_head(method, model), len(input_ids), input_ids.device)
             if isinstance(method, ValueFilterConfig):
                 self.output_candidates = method.output_candidates
@@ -101,11 +148,13 @@ class _Loop:
                 self.abstention = Abstention(
                     method, scorer, self.stops, eos_token(config, "Abstention"), min_new_tokens
                 )
+            elif steering is not None:
+                self.gate = Gate(scorer, steering, method.min_new_tokens)
 
     @property
     def scorer(self) -> Scorer:
         """The scorer whose values are reported."""
-        method = self.filter or self.abstention
+        method = self.filter or self.abstention or self.gate
         assert method is not None  # parse_value_steer returns at least one
         return method.scorer
 
@@ -124,6 +173,8 @@ class _Loop:
         self.scorer.start(prompt_values)
         if self.abstention is not None:
             self.abstention.observe(self._score(self.abstention.scorer, state, 0, unfinished), 0, unfinished)
+        if self.gate is not None:
+            self.gate.start(self._score(self.gate.scorer, state, 0, unfinished))
         for step in itertools.count():
             live = unfinished if self.pads else torch.ones_like(unfinished)
             draw = self._draw(step, input_ids, processors, state, live)
@@ -134,6 +185,10 @@ class _Loop:
             if self.abstention is not None:
                 values = self._score(self.abstention.scorer, state, step, live) if self.filter else outcome.values
                 self.abstention.observe(values, step + 1, unfinished)
+            if self.gate is not None:
+                alone = self.gate.scorer is self.scorer
+                values = outcome.values if alone else self._score(self.gate.scorer, state, step, live)
+                self.gate.observe(values, step + 1)
             self._observe(draw, outcome)
             if streamer is not None:
                 streamer.put(tokens.cpu())

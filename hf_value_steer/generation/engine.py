@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_value_steer.activation.apply import Steering
 from hf_value_steer.backbone import intercept_feature
 from hf_value_steer.generation.cache import LiveCache, cache_name
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
-from hf_value_steer.generation.kernels import Kernel, Look, Whole, compilable_kernel
+from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
 
 
@@ -49,15 +50,20 @@ class Engine:
         model: the backbone.
         model_kwargs: the forward's keyword arguments as `generate` keeps them, `past_key_values` among them.
         kernel: how candidates are forwarded.
+        steering (*optional*): vectors that are applied to `model`; it is told what each forward reads.
     """
 
-    def __init__(self, model: PreTrainedModel, model_kwargs: dict[str, Any], kernel: Kernel):
-        self.model, self.model_kwargs, self.kernel = model, model_kwargs, kernel
+    def __init__(
+        self, model: PreTrainedModel, model_kwargs: dict[str, Any], kernel: Kernel, steering: Steering | None = None
+    ):
+        self.model, self.model_kwargs, self.kernel, self.steering = model, model_kwargs, kernel, steering
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
         self.compiled: CompiledForwards | None = None
 
     def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
         """Forward the prompt; the state is that of its last token."""
+        if self.steering is not None:
+            self.steering.read_prompt(self.model_kwargs.get("attention_mask"), input_ids.shape[1])
         outputs, feature = self._forward(
             lambda: self.model._prefill(input_ids, config, self.model_kwargs, is_first_iteration=True)
         )
@@ -71,6 +77,8 @@ class Engine:
     def advance(self, input_ids: Tensor) -> State:
         """Forward the last token of each row, as plain `generate` does."""
         self.live.remember()
+        if self.steering is not None:
+            self.steering.read_generated()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         if self.compiled is not None:
             outputs, feature = self.compiled.step(inputs)
@@ -100,6 +108,9 @@ class Engine:
         """
         if rows is None:
             self.live.remember()
+        if self.steering is not None:
+            copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
+            self.steering.read_generated(None if isinstance(self.kernel, Whole) else rows, copies)
         if self.compiled is not None and isinstance(self.kernel, Whole):
             return self._look_ahead_compiled(self.compiled, input_ids, candidates, choose, rows, most)
         chosen: list[Tensor] = []

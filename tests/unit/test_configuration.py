@@ -65,7 +65,7 @@ def test_a_value_head_of_another_type_is_refused():
     [
         ({"method": "filter", "treshold": 0.3}, "`treshold` is not a field of ValueFilterConfig: did you mean"),
         ({"method": "abstain", "zzz": 1}, "`zzz` is not a field of AbstentionConfig: known keys:"),
-        ({"method": "steer"}, "one of filter, abstain; got 'steer'"),
+        ({"method": "steer"}, "one of filter, abstain, activate; got 'steer'"),
         ({"threshold": 0.3}, 'needs a "method"'),
         ([], "at least one"),
         ([ValueFilterConfig(), {"method": "filter"}], "one config a method"),

@@ -1,0 +1,206 @@
+"""`generate(..., value_steer=ActivationConfig(...))`, alone, beside filter and abstention, and gated by a value head."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_value_steer import (
+    AbstentionConfig,
+    ActivationConfig,
+    ValueFilterConfig,
+    ValueSteerForCausalLM,
+    enable_value_steer,
+    value_steer_generate,
+)
+from hf_value_steer.activation.apply import is_steered
+from hf_value_steer.configuration import parse_value_steer
+from tests.families import build, random_head
+from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
+
+
+IDS = torch.tensor([[5, 17, 3, 44, 71, 8], [0, 0, 9, 10, 60, 33]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+GREEDY = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True}
+KERNELS = ["masked", "expanded", "shared_prefix"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return enable_value_steer(build("llama"))
+
+
+@pytest.fixture(scope="module")
+def vectors(model):
+    return random_vectors(model).calibrate(model, SEQUENCES)
+
+
+@pytest.fixture(scope="module")
+def baked(model, vectors, tmp_path_factory):
+    """The oracle: the same steering in the weights of another model."""
+    folder = tmp_path_factory.mktemp("baked") / "llama"
+    vectors.bake(model, 4.0, folder)
+    return enable_value_steer(AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+class Streamer(list):
+    def put(self, tokens):
+        self.append(tokens.tolist())
+
+    def end(self):
+        self.append("end")
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens": "generated"}, {"mode": "last_token"}, {"multiplier": [4.0, -4.0]}])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_alone_it_is_plain_generate_with_vectors_applied(model, vectors, options, cache):
+    options = {"multiplier": 4.0, **options}
+    sampling = {"attention_mask": MASK, "do_sample": True, "max_new_tokens": 12, "cache_implementation": cache}
+    with vectors.apply(model, **options):
+        torch.manual_seed(0)
+        expected = model.generate(IDS, **sampling)
+    config, streamer = ActivationConfig(vectors=vectors, **options), Streamer()
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(IDS, value_steer=config, **sampling), expected)
+    torch.manual_seed(0)
+    found = model.generate(IDS, custom_generate=value_steer_generate, value_steer=config, **sampling)
+    assert torch.equal(found, expected)
+    model.generate(IDS[:1], value_steer=ActivationConfig(vectors=vectors), streamer=streamer, max_new_tokens=3)
+    assert len(streamer) == 5 and streamer[-1] == "end"
+    assert not is_steered(model)
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("lookahead", KERNELS)
+@pytest.mark.parametrize("sample", [False, True])
+def test_filter_over_vectors_is_filter_over_the_baked_model(model, vectors, baked, evaluation, lookahead, sample):
+    head = random_head(model)
+    choices = {"num_candidates": 4, "evaluation": evaluation, "lookahead": lookahead, "seed": 3}
+    steer = ValueFilterConfig(value_head=head, **choices)
+    options = {**GREEDY, "do_sample": sample}
+    torch.manual_seed(1)
+    expected = baked.generate(IDS, value_steer=steer, **options)
+    torch.manual_seed(1)
+    found = model.generate(IDS, value_steer=[steer, ActivationConfig(vectors=vectors, multiplier=4.0)], **options)
+    assert expected.interventions.any()
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.values, expected.values, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+def test_abstention_over_vectors_is_abstention_over_the_baked_model(model, vectors, baked):
+    steer = AbstentionConfig(value_head=random_head(model), threshold=0.5)
+    expected = baked.generate(IDS, value_steer=steer, **GREEDY)
+    found = model.generate(IDS, value_steer=[ActivationConfig(vectors=vectors, multiplier=4.0), steer], **GREEDY)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert torch.equal(found.abstention_step, expected.abstention_step) and expected.abstained.any()
+
+
+@torch.no_grad()
+def gated(model, vectors, head, ids, multiplier, mode="broadcast", steps=12):
+    """The slowest correct gate: one row, one forward a token, vectors put on and taken off again for each."""
+    cache, token, needed, tokens, opened = None, ids, False, [], []
+    for _ in range(steps):
+        with vectors.apply(model, multiplier if needed else 0.0):
+            outputs = model(token, past_key_values=cache, output_hidden_states=True)
+        cache, feature = outputs.past_key_values, outputs.hidden_states[-1][:, -1]
+        needed = bool(head(feature).values >= head.config.threshold)
+        token = outputs.logits[:, -1:].argmax(-1)
+        tokens.append(token.item())
+        opened.append(needed)
+    return tokens, opened
+
+
+@pytest.mark.parametrize("mode", ["broadcast", "last_token"])
+def test_a_gate_steers_only_while_the_value_is_not_acceptable(model, vectors, mode):
+    head = random_head(model, "undesirable", "linear")
+    config = ActivationConfig(vectors=vectors, multiplier=3.0, value_head=head, mode=mode)
+    found = model.generate(IDS, value_steer=config, **{**GREEDY, "min_new_tokens": 12})
+    for row in range(2):
+        ids = IDS[row, MASK[row].bool()][None]
+        model.generation_config.eos_token_id, eos = None, model.generation_config.eos_token_id
+        alone = model.generate(ids, value_steer=config, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :].tolist()
+        model.generation_config.eos_token_id = eos
+        tokens, opened = gated(model, vectors, head, ids, 3.0)
+        assert alone == tokens
+        assert any(opened) and not all(opened)
+    assert found.values.shape == (2, 12) and not found.interventions.any()
+
+
+def test_every_kernel_gates_alike(model, vectors):
+    head, other = random_head(model), random_head(model, "desirable", "linear")
+    gate = ActivationConfig(vectors=vectors, multiplier=[6.0, -6.0], value_head=other)
+    texts = []
+    for lookahead in KERNELS:
+        for evaluation in ("lazy", "eager"):
+            steer = ValueFilterConfig(value_head=head, num_candidates=4, lookahead=lookahead, evaluation=evaluation)
+            texts.append(model.generate(IDS, value_steer=[steer, gate], **GREEDY))
+    assert all(torch.equal(text.sequences, texts[0].sequences) for text in texts)
+    assert texts[0].interventions.any()
+    for row in range(2):
+        steer = ValueFilterConfig(value_head=head, num_candidates=4)
+        one = ActivationConfig(vectors=vectors, multiplier=gate.multiplier[row], value_head=other)
+        ids = IDS[row, MASK[row].bool()][None]
+        alone = model.generate(ids, value_steer=[steer, one], do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+        assert texts[0].sequences[row, 6 : 6 + len(alone)].tolist() == alone.tolist()
+
+
+def test_a_head_that_fails_stops_the_text_and_leaves_the_model_alone(model, vectors):
+    head = random_head(model)
+    with torch.no_grad():
+        head.net[-1].bias.fill_(torch.inf)
+        before = model(IDS).logits
+    config = ActivationConfig(vectors=vectors, value_head=head, threshold=0.5)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.generate(IDS, value_steer=config, **GREEDY)
+    assert not is_steered(model)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, before)
+
+
+def test_json_and_defaults(model, vectors, tmp_path):
+    vectors.save_pretrained(tmp_path)
+    config = ActivationConfig(vectors=str(tmp_path), multiplier=[4.0, -4.0], mode="last_token")
+    document = config.to_dict()
+    assert document == {
+        "method": "activate",
+        "vectors": str(tmp_path),
+        "multiplier": (4.0, -4.0),
+        "mode": "last_token",
+    }
+    assert parse_value_steer(document)["activate"] == config
+    texts = [model.generate(IDS, value_steer=each, **GREEDY).sequences for each in (config, document)]
+    assert torch.equal(*texts)
+    with pytest.raises(ValueError, match="no name"):
+        ActivationConfig(vectors=vectors).to_dict()
+
+
+def test_the_wrappers_head_gates_nothing(model, vectors):
+    wrapper = ValueSteerForCausalLM(model, random_head(model))
+    steer = [ActivationConfig(vectors=vectors, multiplier=4.0)]
+    with vectors.apply(model, 4.0):
+        expected = model.generate(IDS, **GREEDY).sequences
+    found = wrapper.generate(IDS, value_steer=steer, **GREEDY)
+    assert torch.equal(getattr(found, "sequences", found), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"multiplier": float("inf")}, ValueError, "`multiplier`"),
+        ({"mode": "first"}, ValueError, "`mode`"),
+        ({"threshold": 0.5}, ValueError, "pass `value_head`"),
+        ({"min_new_tokens": 3}, ValueError, "pass `value_head`"),
+        ({"value_head": "org/head", "tokens": "prompt"}, ValueError, "exclude each other"),
+        ({"vectors": 3}, TypeError, "`vectors`"),
+    ],
+)
+def test_bad_configurations(vectors, options, error, message):
+    with pytest.raises(error, match=message):
+        ActivationConfig(**{"vectors": vectors, **options})
+
+
+def test_bad_calls(model, vectors):
+    with pytest.raises(ValueError, match="has 3 entries"):
+        model.generate(IDS, value_steer=ActivationConfig(vectors=vectors, multiplier=[1.0, 2.0, 3.0]), **GREEDY)
+    with pytest.raises(ValueError, match="num_beams=3"):
+        model.generate(IDS, value_steer=ActivationConfig(vectors=vectors), num_beams=3, **GREEDY)
+    assert not is_steered(model)
