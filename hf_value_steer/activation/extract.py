@@ -1,6 +1,6 @@
 """Directions of an attribute: from contrastive texts, from labelled generations, from the gradient of a value head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -74,6 +74,7 @@ def vectors_from_collection(
     method: Method = "mean_difference",
     pooling: Pooling = "mean",
     threshold: float = 0.5,
+    prompts: Container[str] | None = None,
     layers: Sequence[int] | None = None,
     attribute: str | None = None,
     batch_size: int = 16,
@@ -87,6 +88,7 @@ def vectors_from_collection(
         method, layers, attribute, batch_size: as in [`vectors_from_pairs`]; `"pca"` needs pairs, which there are none.
         pooling (`str`): the mean over a generation's tokens, or its last one.
         threshold (`float`): in (0, 1).
+        prompts (container of `str`, *optional*): only generations of these prompts, so that others stay unseen.
 
     Raises:
         ValueError: if all generations are on one side, or the collection is of another backbone.
@@ -97,7 +99,8 @@ def vectors_from_collection(
         raise ValueError('`method`="pca" needs pairs of texts, and a collection has none: pass another.')
     formatter = Formatter(tokenizer, collection.manifest["arguments"]["chat"])
     rows, above = collection.rows, Labels(collection, judge).responses() > threshold
-    mixed = {p for p in set(rows.prompt.tolist()) if len(set(above[rows.prompt == p].tolist())) == 2}
+    known = {index for index, each in enumerate(collection.prompts) if prompts is None or each.text in prompts}
+    mixed = {p for p in known if len(set(above[rows.prompt == p].tolist())) == 2}
     sides: list[tuple[list[list[int]], list[int]]] = [([], []), ([], [])]
     for row, (prompt, positive) in enumerate(zip(rows.prompt.tolist(), above.tolist(), strict=True)):
         tokens = collection.read("tokens", row).tolist()

@@ -70,12 +70,16 @@ def relative_influence(
     Returns:
         `torch.FloatTensor` of shape `(len(vectors.layers),)`.
     """
-    ratios = []
+
+    def streams(layers: Sequence[int]) -> dict[int, Tensor]:
+        batches = list(_tokens(model, sequences, layers, batch_size, skip))
+        return {layer: torch.cat([batch[layer] for batch in batches]) for layer in layers}
+
+    plain, ratios = streams(vectors.layers), []
     for layer in vectors.layers:
-        plain = torch.cat([found[layer] for found in _tokens(model, sequences, [layer], batch_size, skip)])
         with vectors.only([layer]).apply(model, multiplier):
-            changed = torch.cat([found[layer] for found in _tokens(model, sequences, [layer], batch_size, skip)])
-        ratios.append((changed - plain).norm(dim=-1).mean() / plain.norm(dim=-1).mean())
+            changed = streams([layer])[layer]
+        ratios.append((changed - plain[layer]).norm(dim=-1).mean() / plain[layer].norm(dim=-1).mean())
     return torch.stack(ratios).cpu()
 
 

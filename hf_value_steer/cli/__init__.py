@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from hf_value_steer.cli.doctor import add_doctor
 from hf_value_steer.cli.pipeline import add_pipeline
+from hf_value_steer.cli.vectors import add_vectors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,5 +14,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_doctor(commands)
     add_pipeline(commands)
+    add_vectors(commands)
     arguments = parser.parse_args(argv)
     return int(arguments.run(arguments))

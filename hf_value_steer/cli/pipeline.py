@@ -32,10 +32,10 @@ def add_pipeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = commands.add_parser("run", help="all of it from one recipe", description=run_recipe.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("recipe", help="a YAML file")
-    parser.set_defaults(run=_guarded(lambda arguments: print(f"head: {run_recipe(arguments.recipe)}")))
+    parser.set_defaults(run=guarded(lambda arguments: print(f"head: {run_recipe(arguments.recipe)}")))
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -62,14 +62,14 @@ def _add(
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         parents=[HfArgumentParser(kinds, add_help=False)],
-        formatter_class=_Help,
+        formatter_class=Help,
     )
 
     def run(namespace: argparse.Namespace) -> None:
         given = vars(namespace)
         function(*(kind(**{field.name: given[field.name] for field in fields(kind)}) for kind in kinds))
 
-    parser.set_defaults(run=_guarded(run))
+    parser.set_defaults(run=guarded(run))
 
 
 def _add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -85,7 +85,7 @@ def _add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument("--license", help="of the head, for the card")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
     parser.add_argument("--dry-run", action="store_true", help="show every file and the card, upload nothing")
-    parser.set_defaults(run=_guarded(_push))
+    parser.set_defaults(run=guarded(_push))
 
 
 def _push(arguments: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def _push(arguments: argparse.Namespace) -> None:
     print(push_head(options.pop("folder"), options.pop("repo_id"), **options))
 
 
-def _guarded(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+def guarded(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
     """What a user can mend is said in one line."""
 
     def run(namespace: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`generate(..., value_steer=ActivationConfig(...))`, alone, beside filter and abstention, and gated by a value head."""
+"""`generate(..., value_steer=ActivationConfig(...))`: alone, beside filter and abstention, gated by a value head."""
 
 import pytest
 import torch

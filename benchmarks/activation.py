@@ -1,0 +1,197 @@
+"""Norm-calibrated steering of SmolLM2: relative influence, the working window, gating by a value head, baking, speed.
+
+    python -m benchmarks.activation --output benchmarks/results/activation-toxicity.json
+
+Reads what `hf-value-steer run examples/recipes/smollm2-toxicity.yaml` left: directions come from its labelled
+generations, and everything is judged on the prompts of one of its folds, which neither the directions nor the head of
+the fold have seen, by judges that gave no label. What was generated is kept, and a second run goes on from there.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.environment import describe, save
+from examples.smollm2 import BACKBONE_ID, load_backbone
+from examples.toxicity import SAMPLING
+from hf_value_steer import ActivationConfig, SteeringVectors, ValueHead, value_steer_generate
+from hf_value_steer.activation.extract import vectors_from_collection
+from hf_value_steer.activation.norms import mean_norms, relative_influence
+from hf_value_steer.activation.sweep import Sweeper, sweep_page
+from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates
+from hf_value_steer.evaluation.runs import Runner, Setting
+from hf_value_steer.training.prompts import Formatter, Prompt, share
+from hf_value_steer.training.shards import Collection
+
+
+FOLD, FOLDS, LABELS = 1, 5, "python:examples.toxicity:profanity"
+JUDGES = ["python:examples.toxicity:word_list", "python:examples.toxicity:cuss"]
+BUDGET, TEXTS, CALIBRATION_TEXTS = 1.5, 60, 60
+Sequences = list[list[int]]
+
+
+def make_vectors(model: PreTrainedModel, tokenizer: Any, run: Path, folder: Path) -> SteeringVectors:
+    """Directions and norms from prompts outside the fold; kept in `folder`."""
+    if not (folder / "steering_vectors.json").exists():
+        collection = Collection(run / "collection")
+        known = [prompt.text for prompt in collection.prompts if not unseen(prompt)]
+        vectors = vectors_from_collection(
+            model, tokenizer, collection, LABELS, prompts=set(known[:TEXTS]), attribute="toxicity", batch_size=32
+        )
+        texts = known[TEXTS : TEXTS + CALIBRATION_TEXTS]
+        calibrated = vectors.calibrate(model, [tokenizer(text)["input_ids"] for text in texts])
+        dataclasses.replace(calibrated, backbone=BACKBONE_ID).save_pretrained(folder)
+    return SteeringVectors.from_pretrained(folder)
+
+
+def unseen(prompt: Prompt) -> bool:
+    """Whether a prompt is of the fold, which its head was not trained on."""
+    return (share(prompt.text) - FOLD / FOLDS) % 1.0 < 1 / FOLDS
+
+
+def influence(model: PreTrainedModel, vectors: SteeringVectors, sequences: Sequences) -> dict[str, Any]:
+    """Relative influence on texts that the calibration did not see; calibrated, and with one strength for all."""
+    flat = dataclasses.replace(vectors, strengths=torch.full_like(vectors.strengths, vectors.strengths[0].item()))
+    ends = flat.only([vectors.layers[0], vectors.layers[-1]])
+    rho = vectors.rho[0].item()
+    return {
+        "layers": list(vectors.layers),
+        "norms": [round(norm, 1) for norm in mean_norms(model, sequences).tolist()],
+        "norms_with_first_token": [round(norm, 1) for norm in mean_norms(model, sequences, skip=0).tolist()],
+        "rho": round(rho, 5),
+        "measured_to_rho": [round(found / rho, 4) for found in relative_influence(model, vectors, sequences).tolist()],
+        "flat_to_rho_at_both_ends": [
+            round(found / rho, 4) for found in relative_influence(model, ends, sequences).tolist()
+        ],
+    }
+
+
+def gating(sweeper: Sweeper, head: ValueHead, multiplier: float, threshold: float) -> dict[str, Any]:
+    """Steer only while the value is not acceptable."""
+    config = ActivationConfig(vectors=sweeper.vectors, multiplier=multiplier, value_head=head, threshold=threshold)
+    setting = Setting(f"gated m={multiplier:g} c={threshold:g}", "gated", config)
+    run = sweeper.run(multiplier, setting=setting)
+    values = [value for row in sweeper.runner.run(setting).values for value in row]
+    run |= {"gate_threshold": threshold, "steered_steps": round(sum(v >= threshold for v in values) / len(values), 4)}
+    return run
+
+
+def baking(vectors: SteeringVectors, multiplier: float, sequences: Sequences) -> dict[str, Any]:
+    """The baked checkpoint against the hooked model, in float32 and bfloat16, and its speed."""
+    found: dict[str, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = load_backbone(dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            report = vectors.bake(model, multiplier, Path(folder) / "baked", sequences=sequences)
+            baked = AutoModelForCausalLM.from_pretrained(Path(folder) / "baked", dtype=dtype).eval()
+            ids = torch.tensor([sequences[0]])
+            options = {"do_sample": False, "max_new_tokens": 48}
+            with vectors.apply(model, multiplier):
+                hooked = model.generate(ids, **options)
+            report["same_generation"] = bool(torch.equal(hooked, baked.generate(ids, **options)))
+            if dtype == torch.float32:
+                found["speed"] = speed(model, baked, vectors, ids)
+        found[str(dtype).removeprefix("torch.")] = {k: v for k, v in report.items() if k not in ("original", "layers")}
+    return found
+
+
+def speed(
+    model: PreTrainedModel, baked: PreTrainedModel, vectors: SteeringVectors, ids: torch.Tensor, pairs: int = 9
+) -> dict[str, Any]:
+    """Time of a generation relative to plain `generate`, in pairs, of the hooked and of the baked model."""
+    options = {"do_sample": False, "min_new_tokens": 48, "max_new_tokens": 48}
+    config = ActivationConfig(vectors=vectors, multiplier=1.0, allow_backbone_mismatch=True)
+
+    def seconds(run: PreTrainedModel, **extra: Any) -> float:
+        start = time.process_time()
+        run.generate(ids, **options, **extra)
+        return time.process_time() - start
+
+    ratios: dict[str, list[float]] = {"hooks": [], "generate(value_steer=)": [], "baked": []}
+    for _ in range(pairs):
+        plain = seconds(model)
+        with vectors.apply(model, 1.0):
+            ratios["hooks"].append(seconds(model) / plain)
+        steer = {"custom_generate": value_steer_generate, "value_steer": config}
+        ratios["generate(value_steer=)"].append(seconds(model, **steer) / plain)
+        ratios["baked"].append(seconds(baked) / plain)
+    return {
+        name: {"median": round(statistics.median(each), 4), "all": [round(ratio, 4) for ratio in sorted(each)]}
+        for name, each in ratios.items()
+    }
+
+
+def against(sweeper: Sweeper, one: str, other: str) -> dict[str, Any]:
+    """The run `one` against the run `other`, on the same prompts: difference of rates, ratio of perplexities."""
+    measures, runner = sweeper.measures, sweeper.runner
+    rows = [measures.rows(runner.run(Setting(name, ""))) for name in (other, one)]
+    rates = {
+        name: compare_rates(rows[0]["verdicts"][name], rows[1]["verdicts"][name], measures.bootstrap)
+        for name in JUDGES
+    }
+    return {"run": one, "against": other, "judges": rates, **compare_perplexity(*rows, measures.bootstrap)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/smollm2-toxicity"))
+    parser.add_argument("--work", type=Path, default=Path("runs/activation-toxicity"))
+    parser.add_argument("--multipliers", type=float, nargs="+", default=[-4, -2, -1, 1, 2, 4])
+    parser.add_argument("--main", type=float, default=1.0, help="the m that is compared with its negative")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    model, tokenizer = load_backbone(torch.bfloat16)
+    vectors = make_vectors(model, tokenizer, arguments.run, arguments.work / "vectors")
+    prompts = [prompt for prompt in Collection(arguments.run / "collection").prompts if unseen(prompt)]
+    sequences = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    document: dict[str, Any] = {
+        "command": "python -m benchmarks.activation",
+        **describe(),
+        "prompts": len(prompts),
+        "generations": len(prompts) * arguments.samples,
+        "vectors": vectors.provenance,
+        "influence": influence(model, vectors, sequences),
+    }
+    print(document["influence"], flush=True)
+    runner = Runner(
+        model, Formatter(tokenizer, False), prompts, SAMPLING, samples=arguments.samples, max_new_tokens=32,
+        batch_size=len(prompts), seed=0, folder=arguments.work / "runs",
+    )  # fmt: skip
+    sweeper = Sweeper(runner, vectors, JUDGES)
+    head = ValueHead.from_pretrained(arguments.run / "evaluation" / f"fold-{FOLD}" / "head")
+    strong = arguments.main
+    planned = [(m, "broadcast") for m in sorted(arguments.multipliers, key=abs)]
+    planned += [(m, "last_token") for m in (-strong, strong, -2 * strong, 2 * strong)]
+    for multiplier, mode in planned:
+        show(sweeper.run(multiplier, mode))
+    for threshold in arguments.thresholds:
+        for multiplier in (-strong, -2 * strong):
+            show(gating(sweeper, head, multiplier, threshold))
+    document |= sweeper.document(BUDGET)
+    names = [f"gated m={-strong:g} c={c:g}" for c in arguments.thresholds]
+    document["against"] = [against(sweeper, name, f"broadcast m={-strong:g}") for name in names]
+    document["baking"] = baking(vectors, strong, sequences[:8])
+    if arguments.output:
+        save(document, arguments.output)
+        arguments.output.with_suffix(".html").write_text(sweep_page(document), encoding="utf-8")
+
+
+def show(run: dict[str, Any]) -> None:
+    rates = {
+        name.rsplit(":", 1)[1]: (judge["rate"], judge["difference_interval"]) for name, judge in run["judges"].items()
+    }
+    print(run["name"], rates, "perplexity x", run["perplexity_ratio"], "distinct", run["distinct_2"],
+          run.get("steered_steps", ""), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
