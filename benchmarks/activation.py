@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/smollm2-toxicity"))
     parser.add_argument("--work", type=Path, default=Path("runs/activation-toxicity"))
-    parser.add_argument("--multipliers", type=float, nargs="+", default=[-4, -2, -1, 1, 2, 4])
+    parser.add_argument("--multipliers", type=float, nargs="+", default=[-2, -1, 1, 2, 4])
     parser.add_argument("--main", type=float, default=1.0, help="the m that is compared with its negative")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
     parser.add_argument("--samples", type=int, default=2)

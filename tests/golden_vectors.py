@@ -46,9 +46,9 @@ def control_vector():
 @torch.no_grad()
 def by_repeng() -> torch.Tensor:
     """Logits under the package `repeng`."""
+    vector, model = control_vector(), build("llama", "eager")
     from repeng import ControlModel
 
-    vector, model = control_vector(), build("llama", "eager")
     controlled = ControlModel(model, [0, 1])
     controlled.set_control(vector, COEFFICIENT)
     return controlled(IDS).logits

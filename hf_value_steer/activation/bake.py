@@ -162,6 +162,8 @@ def _refuse(model: PreTrainedModel, target: Path) -> None:
         raise ValueError("A quantised model cannot be baked: offsets go into float weights. Bake it, then quantise.")
     if is_steered(model):
         raise ValueError("This model is steered by vectors now: leave that `with` block before baking.")
+    if model.dtype not in _TOLERANCE:
+        raise ValueError(f"A model in {model.dtype} cannot be baked: load it in float32, bfloat16 or float16.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("Weights of this model are offloaded: load it on the CPU to bake it.")
     if getattr(transformers, type(model).__name__, None) is not type(model):
@@ -322,6 +324,6 @@ def _compare(
         "tokens": len(expected),
         "max_logit_difference": float((found - expected).abs().max()),
         "max_logit_change": float((expected - plain).abs().max()),
-        "relative_difference": float(error / change),
+        "relative_difference": float(error / change) if change else None,
         "same_greedy_tokens": float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
     }
