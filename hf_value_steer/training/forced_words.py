@@ -9,9 +9,9 @@ ROWS = 64  # in one forward pass
 
 
 class ForcedWords:
-    """Words as token ids after a space, of which likely ones are drawn more often.
+    """Words as token ids, with a space or without, in small and capital letters, of which likely ones are drawn more.
 
-    A word's weight is the root of its probability: that of its first piece at the place, times that of its other
+    A form's weight is the root of its probability: that of its first piece at the place, times that of its other
     pieces after the first, without context.
 
     Args:
@@ -25,7 +25,8 @@ class ForcedWords:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: list[str]):
         if not words:
             raise ValueError("There is no word to force in: `force_words` is empty.")
-        self.ids: list[list[int]] = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+        forms = dict.fromkeys(form for word in words for form in _forms(word))
+        self.ids: list[list[int]] = tokenizer(list(forms), add_special_tokens=False)["input_ids"]
         self.first = torch.tensor([ids[0] for ids in self.ids], device=model.device)
         self.rest = torch.cat([_rest(model, self.ids[at : at + ROWS]) for at in range(0, len(self.ids), ROWS)])
 
@@ -33,6 +34,10 @@ class ForcedWords:
         """Pieces of a word that begins where the model has these `logits` `(vocabulary,)` for the next token."""
         likely = logits[self.first] + self.rest
         return list(self.ids[int(torch.multinomial((likely / 2).softmax(-1), 1))])
+
+
+def _forms(word: str) -> tuple[str, ...]:
+    return f" {word}", f" {word.capitalize()}", f" {word.upper()}", word
 
 
 @torch.no_grad()

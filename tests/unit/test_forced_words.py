@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 
@@ -30,9 +32,19 @@ def test_a_word_is_drawn_by_the_root_of_its_probability(backbone):
     torch.manual_seed(0)
     logits = torch.randn(model.config.vocab_size)
     weights = ((logits.log_softmax(-1)[words.first] + words.rest) / 2).exp()
-    drawn = [words.ids.index(words.draw(logits)) for _ in range(4000)]
-    share = torch.bincount(torch.tensor(drawn), minlength=3) / 4000
-    assert torch.allclose(share, weights / weights.sum(), atol=0.03)
+    expected, drawn = Counter(), Counter(tuple(words.draw(logits)) for _ in range(4000))
+    for ids, weight in zip(words.ids, (weights / weights.sum()).tolist(), strict=True):
+        expected[tuple(ids)] += weight
+    assert all(drawn[ids] / 4000 == pytest.approx(share, abs=0.03) for ids, share in expected.items())
+
+
+def test_forms_of_a_word(backbone):
+    known = {" ab": [5], " Ab": [6, 7], " AB": [8], "ab": [9]}
+
+    def tokenize(texts, add_special_tokens):
+        return {"input_ids": [known[text] for text in texts]}
+
+    assert ForcedWords(backbone[0], tokenize, ["ab"]).ids == list(known.values())
 
 
 def test_no_word_is_an_error(backbone):
