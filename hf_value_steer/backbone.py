@@ -1,7 +1,7 @@
 """The one place that knows how to read a backbone: the feature, its width, and which backbone it is."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -56,8 +56,13 @@ def fingerprint(model: PreTrainedModel) -> str:
     Raises:
         ValueError: if weights are offloaded, or sharded over several processes, and so cannot be read here.
     """
+    return fingerprint_of(model.named_parameters())
+
+
+def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """[`fingerprint`] of parameters by name, wherever they come from."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if parameter.is_meta or isinstance(parameter.data, DTensor):
             raise ValueError(
                 f"The weights {name} are offloaded or sharded, so this backbone cannot be identified: pass "

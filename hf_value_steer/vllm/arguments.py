@@ -1,0 +1,42 @@
+"""The engine arguments that steer vLLM."""
+
+from typing import Any
+
+from hf_value_steer.configuration import ValueSteer, parse_value_steer
+
+
+WORKER = "hf_value_steer.vllm.worker.SteeredWorker"
+SCHEDULER = "hf_value_steer.vllm.scheduler.SteeredScheduler"
+ADMISSION = "hf_value_steer.vllm.admission:Admission"
+
+
+def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any) -> dict[str, Any]:
+    """Keyword arguments of `vllm.LLM` and `vllm.EngineArgs` for a steered engine.
+
+    Args:
+        model (`str`): the backbone, a Hub id or a folder.
+        value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], their dict form, or a list of both. Heads are
+            named by Hub id or folder.
+        engine_args: further arguments of vLLM.
+
+    Raises:
+        ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
+    """
+    from hf_value_steer.vllm.admission import Admission
+    from hf_value_steer.vllm.steering import Steering
+
+    configs = [config.to_dict() for config in parse_value_steer(value_steer).values()]
+    Admission.steering = Steering.load(configs)
+    ours = {
+        "model": model,
+        "worker_cls": WORKER,
+        "scheduler_cls": SCHEDULER,
+        "async_scheduling": False,
+        "disable_hybrid_kv_cache_manager": True,  # one group of blocks, also for models with sliding windows
+    }
+    taken = sorted(set(ours) & set(engine_args))
+    if taken:
+        raise ValueError(f"{', '.join(f'`{name}`' for name in taken)} cannot be given: value steering sets them.")
+    additional = {**engine_args.pop("additional_config", {}), "value_steer": configs}
+    processors = [ADMISSION, *(engine_args.pop("logits_processors", None) or ())]
+    return {**ours, **engine_args, "additional_config": additional, "logits_processors": processors}

@@ -1,0 +1,74 @@
+"""What is told about the steering of one request."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class StepRecord:
+    """What one step of the engine adds to the report of one request.
+
+    Args:
+        prompt_value (`float`, *optional*): value of the prompt, in the step that completed it.
+        value (`float`, *optional*): value of a token, see [`SteeringReport`].
+        tokens (`int`): number of emitted tokens, 0 or 1.
+        intervened (`bool`): whether the emitted token is not the natural sample.
+        candidates (`int`): distinct candidates that were forwarded.
+        abstained (`dict`, *optional*): see [`SteeringReport`].
+    """
+
+    prompt_value: float | None = None
+    value: float | None = None
+    tokens: int = 0
+    intervened: bool = False
+    candidates: int = 0
+    abstained: dict[str, Any] | None = None
+
+
+@dataclass
+class SteeringReport:
+    """The steering of one request, in the response as `value_steer`.
+
+    Args:
+        tokens (`int`): number of new tokens.
+        prompt_value (`float`, *optional*): value of the prompt, by the filter's head if there is one.
+        values (`list` of `float`): value of each new token by the same head. Abstention alone does not know that of
+            the last token, which vLLM never forwards; nor does the filter that of an EOS of `fallback="abstain"`.
+        interventions (`list` of `int`): which new tokens are not the natural sample.
+        candidates_evaluated (`int`): distinct candidates that were forwarded, over all tokens.
+        abstained (`dict`, *optional*): if the row was ended: after how many new tokens (`"step"`), because of which
+            `"value"`, and by which `"method"`.
+        error (`str`, *optional*): why the request ended with finish reason `"error"`.
+    """
+
+    tokens: int = 0
+    prompt_value: float | None = None
+    values: list[float] = field(default_factory=list)
+    interventions: list[int] = field(default_factory=list)
+    candidates_evaluated: int = 0
+    abstained: dict[str, Any] | None = None
+    error: str | None = None
+
+    def add(self, step: StepRecord) -> None:
+        """Take in one step."""
+        if step.intervened:
+            self.interventions.append(self.tokens)
+        if step.value is not None:
+            self.values.append(step.value)
+        if step.prompt_value is not None:
+            self.prompt_value = step.prompt_value
+        self.tokens += step.tokens
+        self.candidates_evaluated += step.candidates
+        self.abstained = self.abstained or step.abstained
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+
+@dataclass
+class StepReport:
+    """What a model runner tells the scheduler beside the tokens, by request id."""
+
+    records: dict[str, StepRecord] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)

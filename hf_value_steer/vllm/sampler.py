@@ -1,0 +1,43 @@
+"""vLLM's sampler, which also says what it drew from."""
+
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.sampler import Sampler
+
+
+class RecordingSampler(Sampler):  # type: ignore[misc]
+    """Draws the tokens that [`~vllm.v1.sample.sampler.Sampler`] draws.
+
+    Attributes:
+        scores (`torch.FloatTensor` of shape `(rows, vocab)`): scores of the last draw, after every processor,
+            temperature, min-p, top-k and top-p.
+        logprobs (`torch.FloatTensor` of the same shape, *optional*): what its logprobs were read from, where a
+            request asked for them.
+    """
+
+    def __init__(self, like: Sampler):
+        super().__init__(like.logprobs_mode, like.use_fp64_gumbel)
+        self.scores: Tensor | None = None
+        self.logprobs: Tensor | None = None
+        self._draw = self.topk_topp_sampler.forward
+        self.topk_topp_sampler.forward = self._filter_and_draw
+
+    def sample(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any) -> tuple[Tensor, Tensor | None]:
+        self.scores, self.logprobs = logits, None
+        return super().sample(logits, sampling_metadata, *args)  # type: ignore[no-any-return]
+
+    def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
+        self.logprobs = logprobs
+        return super().gather_logprobs(logprobs, num_logprobs, token_ids)
+
+    def _filter_and_draw(self, logits: Tensor, generators: Any, k: Tensor | None, p: Tensor | None) -> Any:
+        self.scores = apply_top_k_top_p(logits, k, p)
+        return self._draw(self.scores, generators, None, None)
+
+    def drawn_from(self, row: int) -> tuple[Tensor, Tensor | None]:
+        """What one row of the last draw was drawn from, and its logprobs were read from, both `(vocab,)`."""
+        assert self.scores is not None  # something was drawn
+        return self.scores[row], None if self.logprobs is None else self.logprobs[row]

@@ -1,0 +1,92 @@
+"""What an engine steers with: its methods and their heads, and what of that a request gets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_value_steer.configuration import (
+    AbstentionConfig,
+    SteeringConfig,
+    ValueFilterConfig,
+    ValueSteer,
+    parse_value_steer,
+)
+from hf_value_steer.generation.scorer import Scorer, bind
+from hf_value_steer.modeling import ValueHead
+from hf_value_steer.vllm.overrides import MOST_CANDIDATES, apply_overrides
+
+
+@dataclass(frozen=True)
+class Steering:
+    """The methods of an engine and the head of each.
+
+    Args:
+        methods (`dict`): from `"filter"`, `"abstain"` to its config.
+        heads (`dict`): from the same names to the loaded head; methods that name one head share it.
+    """
+
+    methods: Mapping[str, SteeringConfig]
+    heads: Mapping[str, ValueHead]
+
+    @classmethod
+    def load(cls, value_steer: ValueSteer) -> "Steering":
+        """Read the JSON form and load the heads, on the CPU.
+
+        Raises:
+            ValueError: for a config that vLLM cannot honour, a head that cannot be loaded, or one without a threshold.
+        """
+        methods = parse_value_steer(value_steer)
+        names = [_head_name(config) for config in methods.values()]
+        loaded = {name: ValueHead.from_pretrained(name).eval() for name in dict.fromkeys(names)}
+        steering = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))
+        steering.scorers(steering.methods)
+        return steering
+
+    @property
+    def filter(self) -> ValueFilterConfig | None:
+        config = self.methods.get(ValueFilterConfig.method)
+        return config if isinstance(config, ValueFilterConfig) else None
+
+    @property
+    def abstain(self) -> AbstentionConfig | None:
+        config = self.methods.get(AbstentionConfig.method)
+        return config if isinstance(config, AbstentionConfig) else None
+
+    def scorers(self, methods: Mapping[str, SteeringConfig]) -> dict[str, Scorer]:
+        """A scorer of one row for each method; raises a `ValueError` where a threshold is missing."""
+        cpu = torch.device("cpu")
+        return {name: bind(config, self.heads[name], 1, cpu) for name, config in methods.items()}
+
+    def choose(self, extra_args: Mapping[str, Any] | None) -> tuple[dict[str, SteeringConfig], dict[str, Scorer]]:
+        """Configs and scorers of one request; raises a `ValueError` for overrides that cannot be honoured."""
+        methods = apply_overrides(self.methods, extra_args)
+        return methods, self.scorers(methods)
+
+    def describe(self) -> list[str]:
+        """One line a method, for the log."""
+        return [_line(config, head) for config, head in zip(self.methods.values(), self.heads.values(), strict=True)]
+
+
+def _head_name(config: SteeringConfig) -> str:
+    """The folder or Hub id of the head, if vLLM can honour the config."""
+    if isinstance(config.threshold, Sequence):
+        raise ValueError("`threshold` of an engine is one number; requests choose others by `filter.threshold`.")
+    if isinstance(config, ValueFilterConfig):
+        if config.output_candidates or config.lookahead != "auto":
+            raise ValueError("`output_candidates` and `lookahead` are for `generate`: leave them out under vLLM.")
+        if config.num_candidates > MOST_CANDIDATES:
+            raise ValueError(f"`num_candidates` is at most {MOST_CANDIDATES} under vLLM, got {config.num_candidates}.")
+    name = config.to_dict().get("value_head")
+    if name is None:
+        raise ValueError(f'`value_head` is missing from the "{config.method}" config: name a folder or a Hub id.')
+    return str(name)
+
+
+def _line(config: SteeringConfig, head: ValueHead) -> str:
+    what = head.config.attribute or "unnamed attribute"
+    threshold = config.threshold or head.config.threshold
+    bound = f"alpha {config.alpha}" if config.alpha is not None else f"threshold {threshold}"
+    extra = f", K={config.num_candidates}, {config.evaluation}" if isinstance(config, ValueFilterConfig) else ""
+    return f"{config.method}: {what} ({head.config.polarity}), {bound}{extra}; head {head.name_or_path}"
