@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from hf_value_steer.cli.doctor import add_doctor
 from hf_value_steer.cli.pipeline import add_pipeline
+from hf_value_steer.cli.serve import add_serve
 from hf_value_steer.cli.vectors import add_vectors
 
 
@@ -15,5 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_doctor(commands)
     add_pipeline(commands)
     add_vectors(commands)
-    arguments = parser.parse_args(argv)
+    add_serve(commands)
+    parser.set_defaults(takes_others=False)
+    arguments, others = parser.parse_known_args(argv)
+    if others and not arguments.takes_others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    arguments.others = others
     return int(arguments.run(arguments))

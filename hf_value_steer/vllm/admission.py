@@ -26,6 +26,8 @@ class Admission(V1Processor, V2Processor):  # type: ignore[misc]
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Raise a `ValueError` for what cannot be steered as the request wants it."""
+        if _is_of_a_beam(sampling_params):
+            raise ValueError("Value steering under vLLM does not support beam search.")
         if cls.steering is not None:
             refuse_request(sampling_params, cls.steering.choose(sampling_params.extra_args)[0])
 
@@ -40,3 +42,8 @@ class Admission(V1Processor, V2Processor):  # type: ignore[misc]
 
     def add_request(self, *_: Any) -> bool:
         return False
+
+
+def _is_of_a_beam(params: SamplingParams) -> bool:
+    """Whether vLLM asks for the next tokens of a beam: it reads logprobs and drops the token that was checked."""
+    return params.max_tokens == 1 and bool(params.logprobs) and params.watermarking is False and not params.detokenize

@@ -1,0 +1,113 @@
+"""Steering reports in the responses of vLLM's HTTP server, and as Prometheus metrics beside its own.
+
+A JSON response gets a field `value_steer`, a list with the report of each choice; a stream gets one more chunk,
+without choices, before `[DONE]`.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from contextvars import ContextVar
+from typing import Any
+
+from prometheus_client import Counter
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+
+_REPORTS: ContextVar[list[dict[str, Any]]] = ContextVar("value_steer_reports")
+_DONE = b"data: [DONE]"
+
+_REQUESTS = Counter("value_steer_requests", "Finished requests.")
+_TOKENS = Counter("value_steer_tokens", "Tokens of finished requests.")
+_INTERVENTIONS = Counter("value_steer_interventions", "Tokens that are not the natural sample.")
+_CANDIDATES = Counter("value_steer_candidates", "Candidates that were forwarded.")
+_ABSTAINED = Counter("value_steer_abstained", "Requests that were ended early.", ["method"])
+_ERRORS = Counter("value_steer_errors", "Requests that were ended because a token could not be checked.")
+
+
+def count(report: dict[str, Any]) -> None:
+    """Add one request to the metrics."""
+    _REQUESTS.inc()
+    _TOKENS.inc(report["tokens"])
+    _INTERVENTIONS.inc(len(report["interventions"]))
+    _CANDIDATES.inc(report["candidates_evaluated"])
+    _ERRORS.inc(report["error"] is not None)
+    if report["abstained"]:
+        _ABSTAINED.labels(report["abstained"]["method"]).inc()
+
+
+class WatchedGenerate:
+    """`EngineClient.generate`, which keeps the reports that go by."""
+
+    def __init__(self, generate: Any):
+        self.generate = generate
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async with aclosing(self.generate(*args, **kwargs)) as outputs:
+            async for output in outputs:
+                report = (output.kv_transfer_params or {}).get("value_steer")
+                if report and any(choice.finish_reason for choice in output.outputs):
+                    count(report)
+                    _REPORTS.get([]).append(report)
+                yield output
+
+
+class SteeringReports:
+    """ASGI middleware: `--middleware hf_value_steer.vllm.http.SteeringReports`."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        client = scope["app"].state.engine_client
+        if not isinstance(client.generate, WatchedGenerate):
+            client.generate = WatchedGenerate(client.generate)
+        reports: list[dict[str, Any]] = []
+        _REPORTS.set(reports)
+        await self.app(scope, receive, _Response(send, reports).send)
+
+
+class _Response:
+    """One response on its way out."""
+
+    def __init__(self, forward: Send, reports: list[dict[str, Any]]):
+        self.forward, self.reports = forward, reports
+        self.held: Message | None = None
+        self.body = b""
+        self.event = b"data: {}"
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if MutableHeaders(scope=message).get("content-type") == "application/json":
+                self.held = message
+                return
+        elif message["type"] == "http.response.body":
+            body = message.get("body", b"")
+            if self.held is not None:
+                self.body += body
+                if not message.get("more_body", False):
+                    await self._send_json(self.held)
+                return
+            message = {**message, "body": self._with_chunk(body) if self.reports else body}
+        await self.forward(message)
+
+    async def _send_json(self, start: Message) -> None:
+        if self.reports:
+            self.body = json.dumps({**json.loads(self.body), "value_steer": self.reports}).encode()
+            MutableHeaders(scope=start)["content-length"] = str(len(self.body))
+        await self.forward(start)
+        await self.forward({"type": "http.response.body", "body": self.body})
+
+    def _with_chunk(self, body: bytes) -> bytes:
+        """One more event before the last one, with the fields of the event before it."""
+        if not body.startswith(_DONE):
+            self.event = body if body.startswith(b"data: {") else self.event
+            return body
+        chunk = json.loads(self.event.removeprefix(b"data: "))
+        fields = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
+        event = json.dumps({**fields, "choices": [], "value_steer": self.reports})
+        return f"data: {event}\n\n".encode() + body

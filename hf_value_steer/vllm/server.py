@@ -1,0 +1,47 @@
+"""vLLM's OpenAI-compatible server with a steered engine."""
+
+import os
+from collections.abc import Sequence
+
+import uvloop
+from vllm.entrypoints.launchers.api_server.entry import run_server
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args, init_logger
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from hf_value_steer.configuration import ValueSteer
+from hf_value_steer.vllm.admission import Admission
+from hf_value_steer.vllm.arguments import steered_engine_args
+
+
+logger = init_logger("vllm.hf_value_steer")
+MIDDLEWARE = "hf_value_steer.vllm.http.SteeringReports"
+
+
+def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) -> None:
+    """Serve until the process is told to stop.
+
+    Args:
+        model (`str`): the backbone, a Hub id or a folder.
+        value_steer: as in [`steered_engine_args`].
+        arguments: further arguments of vLLM's command line.
+
+    Raises:
+        ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
+    """
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="hf-value-steer serve"))
+    args = parser.parse_args(["--model", model, *arguments])
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    given.pop("model")
+    for name, value in steered_engine_args(model, value_steer, **given).items():
+        setattr(args, name, value)
+    args.middleware = [*args.middleware, MIDDLEWARE]
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    assert Admission.steering is not None  # by `steered_engine_args`
+    for line in Admission.steering.describe():
+        logger.info("Steering with %s", line)
+    uvloop.run(run_server(args))

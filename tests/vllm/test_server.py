@@ -1,0 +1,131 @@
+"""The server as its users meet it: one command, HTTP, the OpenAI client."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+
+PROMPT = "w10 w20 w30 w40"
+ARGUMENTS = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--max-num-seqs", "8"]
+ARGUMENTS += ["--block-size", "32", "--num-gpu-blocks-override", "200", "--served-model-name", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, spread: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Its address and its log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "hf_value_steer.cli", "serve", str(folder), "--value-head", spread]
+    command += ["--threshold", "0.3", "--port", str(port), "--host", "127.0.0.1", *ARGUMENTS]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            _wait(address, process, log)
+            yield address, log
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(240):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            urlopen(f"{address}/health", timeout=1)
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(log.read_text()[-3000:])
+
+
+def _post(address: str, **body: Any) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 1.0, "seed": 1, **body}
+    return json.loads(_open(f"{address}/v1/completions", body))  # type: ignore[no-any-return]
+
+
+def _open(url: str, body: dict[str, Any]) -> bytes:
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urlopen(request, timeout=60) as response:
+        return response.read()  # type: ignore[no-any-return]
+
+
+def test_it_says_what_it_steers(server: tuple[str, Path]) -> None:
+    assert "Steering with filter: unnamed attribute (undesirable), threshold 0.3, K=8, lazy" in server[1].read_text()
+
+
+def test_reports_in_responses(server: tuple[str, Path]) -> None:
+    answer = _post(server[0], ignore_eos=True)
+    (report,) = answer["value_steer"]
+    assert report["tokens"] == len(report["values"]) == 16 and report["interventions"]
+    off = _post(server[0], ignore_eos=True, vllm_xargs={"filter": "off"})
+    assert off["value_steer"][0]["values"] == [] and off["choices"] != answer["choices"]
+    free = _post(server[0], ignore_eos=True, vllm_xargs={"filter.threshold": 0.999})
+    assert free["value_steer"][0]["interventions"] == []
+    assert free["choices"][0]["text"] == off["choices"][0]["text"]
+
+
+def test_a_stream_ends_with_its_report(server: tuple[str, Path]) -> None:
+    whole = _post(server[0], ignore_eos=True)
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "seed": 1, "ignore_eos": True, "stream": True}
+    lines = _open(f"{server[0]}/v1/completions", body).decode().split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert events[-1]["choices"] == [] and events[-1]["id"] == events[0]["id"]
+    assert events[-1]["value_steer"] == whole["value_steer"]
+    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == whole["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"vllm_xargs": {"filter.threshold": 2}}, "threshold"),
+        ({"vllm_xargs": {"filter.alpha": 0.1}}, "no calibration.json"),
+        ({"vllm_xargs": {"filter.thresh": 0.1}}, "filter.thresh"),
+        ({"response_format": {"type": "json_object"}}, "structured outputs"),
+        ({"use_beam_search": True, "n": 2, "seed": None}, "beam search"),
+    ],
+)
+def test_a_wrong_request_gets_its_reason(server: tuple[str, Path], body: dict[str, Any], message: str) -> None:
+    with pytest.raises(HTTPError) as caught:
+        _post(server[0], **body)
+    assert caught.value.code == 400
+    assert message in json.loads(caught.value.read())["error"]["message"]
+    assert _post(server[0])["choices"]
+
+
+def test_the_openai_client(server: tuple[str, Path]) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none")
+    options = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12, "seed": 3}
+    extra = {"vllm_xargs": {"filter.threshold": 0.2, "filter.num_candidates": 4}}
+    answer = client.chat.completions.create(**options, extra_body=extra, logprobs=True)
+    (report,) = answer.value_steer
+    assert report["tokens"] == len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
+    chunks = list(client.chat.completions.create(**options, extra_body=extra, stream=True))
+    assert chunks[-1].value_steer == [report]
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == answer.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="filter.alpha"):
+        client.chat.completions.create(**options, extra_body={"vllm_xargs": {"filter.alpha": "x"}})
+
+
+def test_metrics(server: tuple[str, Path]) -> None:
+    _post(server[0])
+    with urlopen(f"{server[0]}/metrics", timeout=10) as response:
+        metrics = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[0] != "#")
+    assert float(metrics["value_steer_requests_total"]) >= 1
+    assert float(metrics["value_steer_tokens_total"]) >= float(metrics["value_steer_interventions_total"]) > 0
+    assert any(name.startswith("vllm:") for name in metrics)
