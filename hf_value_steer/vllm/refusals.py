@@ -27,8 +27,7 @@ def refuse_engine(config: VllmConfig) -> None:
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
-        "expert parallelism over data-parallel ranks": parallel.data_parallel_size > 1
-        and parallel.enable_expert_parallel,
+        "data parallelism inside one engine (start several)": parallel.data_parallel_size > 1,
         "LoRA": config.lora_config is not None,
         "a KV connector": config.kv_transfer_config is not None,
         "a model with recurrent state": model.is_hybrid or model.is_attention_free,

@@ -18,6 +18,8 @@ class SteeredScheduler(Scheduler):  # type: ignore[misc]
     """Keeps one slot allocated beyond what it schedules, and the last blocks of the cache for the look-ahead."""
 
     def __init__(self, *args: Any, kv_cache_config: KVCacheConfig, **kwargs: Any):
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise ValueError("Value steering needs one group of KV blocks: pass `disable_hybrid_kv_cache_manager`.")
         scratch = scratch_blocks(kv_cache_config.num_blocks)
         super().__init__(*args, kv_cache_config=replace(kv_cache_config, num_blocks=scratch.start), **kwargs)
         self.num_lookahead_tokens: int = max(self.num_lookahead_tokens, 1)

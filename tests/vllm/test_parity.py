@@ -107,6 +107,19 @@ def test_alternatives_take_turns_on_few_blocks(engine: Any, spread: str) -> None
     assert tokens(run(tight, prompts, params)) == tokens(run(roomy, prompts, params))
 
 
+def test_a_single_candidate_is_only_reported(engine: Any, spread: str) -> None:
+    from vllm import SamplingParams
+
+    llm, prompts = engine([{**FILTER, "value_head": spread}]), tiny.prompts(6)
+    single, off = (
+        run(llm, prompts, [SamplingParams(temperature=0, max_tokens=NEW_TOKENS, extra_args=extra)] * 6)
+        for extra in ({"filter.num_candidates": 1}, {"filter": "off"})
+    )
+    assert tokens(single) == tokens(off)
+    assert not any(told["interventions"] for told in reports(single))
+    assert max(max(told["values"]) for told in reports(single)) > FILTER["threshold"]
+
+
 THRESHOLDS, COUNTS = (0.3, 0.5, 0.7), (4, 8)
 
 

@@ -1,0 +1,40 @@
+"""Several ranks over gloo: the tokens of one rank, also where the ranks' heads do not agree."""
+
+from typing import Any
+
+import pytest
+
+from tests.vllm import tiny
+from tests.vllm.helpers import reports, run, tokens
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+
+
+def _disagree(worker: Any) -> None:
+    """Turn the head of every rank but the first upside down."""
+    if worker.rank > 0:
+        head = worker.model_runner.steering.heads["filter"]
+        for parameter in head.parameters():
+            parameter.data.neg_()
+
+
+def test_ranks_decide_alike(engine: Any, spread: str) -> None:
+    from vllm import SamplingParams
+
+    value_steer = {"method": "filter", "value_head": spread, "threshold": 0.3}
+    prompts = tiny.prompts(8)
+    params = [SamplingParams(seed=index, temperature=index % 2, max_tokens=24) for index in range(8)]
+    alone = run(engine(value_steer), prompts, params)
+    several = engine(value_steer, tensor_parallel_size=2)
+    assert tokens(run(several, prompts, params)) == tokens(alone)
+    several.collective_rpc(_disagree)
+    disagreeing = run(several, prompts, params)
+    assert tokens(disagreeing) == tokens(alone)
+    for told, expected in zip(reports(disagreeing), reports(alone), strict=True):
+        assert told["interventions"] == expected["interventions"]
+        assert told["values"] == pytest.approx(expected["values"], abs=1e-4)
+    several.llm_engine.engine_core.shutdown()
