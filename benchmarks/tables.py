@@ -95,6 +95,29 @@ def overhead(documents: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def serving(document: dict[str, Any]) -> str:
+    """Throughput of steered vLLM."""
+    lines = [
+        row("requests", "run", "tokens per CPU second", "relative to stock [range]", "interventions"),
+        row(*["---"] * 5),
+    ]
+    for each in document["rows"]:
+        low, high = each["relative_range"]
+        ratio = f"{each['relative_to_stock']:.2f} [{low:.2f}, {high:.2f}]"
+        steps = percent(each["interventions"] / each["tokens"])
+        lines.append(row(str(each["requests"]), each["run"], f"{each['tokens_per_cpu_second']:.1f}", ratio, steps))
+    machine, versions = document["machine"], document["versions"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{document['model']}, no CUDA graphs or compilation, medians of rounds in which the engines take turns, "
+            f"{machine['threads']} thread, {machine['device']}, vLLM {versions['vllm']}, torch "
+            f"{versions['torch']}. `{document['command']}`, {document['date']}.",
+        ]
+    )
+
+
 def replace(path: Path, name: str, table: str) -> None:
     """Put `table` between the markers `<!-- name -->` and `<!-- /name -->` of a Markdown file."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -113,6 +136,7 @@ def main() -> None:
     replace(ROOT / "README.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
+    replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
 
 
 if __name__ == "__main__":

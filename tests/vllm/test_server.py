@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -20,24 +21,31 @@ ARGUMENTS = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager", 
 ARGUMENTS += ["--block-size", "32", "--num-gpu-blocks-override", "200", "--served-model-name", "tiny"]
 
 
-@pytest.fixture(scope="module")
-def server(folder: Path, spread: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Its address and its log."""
+@contextmanager
+def launched(folder: Path, head: str, log: Path) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """A server of its own: its address and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "hf_value_steer.cli", "serve", str(folder), "--value-head", spread]
+    command = [sys.executable, "-m", "hf_value_steer.cli", "serve", str(folder), "--value-head", head]
     command += ["--threshold", "0.3", "--port", str(port), "--host", "127.0.0.1", *ARGUMENTS]
-    log = tmp_path_factory.mktemp("server") / "log"
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
         address = f"http://127.0.0.1:{port}"
         try:
             _wait(address, process, log)
-            yield address, log
+            yield address, process
         finally:
             process.terminate()
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, spread: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Its address and its log."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with launched(folder, spread, log) as (address, _):
+        yield address, log
 
 
 def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
