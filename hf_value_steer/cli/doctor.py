@@ -21,7 +21,8 @@ from hf_value_steer.doctor import Check, diagnose
 def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     summary = "check that steering is exact on a model and this machine"
     parser = commands.add_parser("doctor", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-    parser.add_argument("model", metavar="MODEL", help="Hub id or folder of a causal language model")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="Hub id or folder of a causal language model")
+    parser.add_argument("--vllm", action="store_true", help="check the installed vLLM instead of a model")
     parser.add_argument("--value-head", metavar="HEAD", help="Hub id or folder of a value head")
     parser.add_argument("--num-candidates", type=int, default=8, metavar="K", help="default: 8")
     parser.add_argument(
@@ -36,6 +37,24 @@ def add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.vllm == (arguments.model is not None):
+        print("hf-value-steer doctor: pass a MODEL, or --vllm", file=sys.stderr)
+        return 2
+    return _examine_vllm(arguments.json) if arguments.vllm else _examine_model(arguments)
+
+
+def _examine_vllm(as_json: bool) -> int:
+    try:
+        from hf_value_steer.vllm.compatibility import check_vllm
+    except ImportError as error:
+        print(f"hf-value-steer doctor: {error}", file=sys.stderr)
+        return 2
+    checks = check_vllm()
+    print(json.dumps({"checks": [_json(check) for check in checks]}) if as_json else _table(checks))
+    return int(any(check.status == "FAIL" for check in checks))
+
+
+def _examine_model(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

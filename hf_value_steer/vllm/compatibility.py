@@ -1,0 +1,103 @@
+"""What the adapter takes for granted of vLLM's internals, checked without running them: `doctor --vllm`."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import vllm
+
+from hf_value_steer.doctor.checks import Check
+from hf_value_steer.vllm.refusals import VALIDATED
+
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_SAMPLER = "vllm.v1.sample.sampler:Sampler"
+_HTTP = "vllm.entrypoints.launchers"
+
+PARAMETERS = {
+    f"{_RUNNER}.execute_model": "scheduler_output intermediate_tensors",
+    f"{_RUNNER}.sample_tokens": "grammar_output",
+    f"{_RUNNER}._sample": "logits spec_decode_metadata",
+    f"{_RUNNER}._model_forward": "input_ids positions",
+    f"{_SAMPLER}.sample": "logits sampling_metadata",
+    f"{_SAMPLER}.gather_logprobs": "logprobs num_logprobs token_ids",
+    "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native": "logits generators k p",
+    "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits k p",
+    f"{_SCHEDULER}.__init__": "kv_cache_config block_size",
+    f"{_SCHEDULER}.update_from_output": "scheduler_output model_runner_output",
+    f"{_SCHEDULER}.finish_requests": "request_ids finished_status",
+    f"{_SCHEDULER}._free_request": "request",
+    "vllm.v1.worker.utils:AttentionGroup.build_metadata": "common_attn_metadata kwargs",
+    "vllm.v1.worker.utils:copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies",
+    "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
+    "vllm.v1.sample.logits_processor.interface:LogitsProcessor.validate_params": "sampling_params",
+    f"{_HTTP}.api_server.entry:run_server": "args",
+    f"{_HTTP}.cli_args:make_arg_parser": "parser",
+    f"{_HTTP}.cli_args:validate_parsed_serve_args": "args",
+}
+FIELDS = {
+    "vllm.v1.worker.gpu_model_runner:ExecuteModelState": "sample_hidden_states logits",
+    "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids scheduled_cached_reqs",
+    "vllm.v1.core.sched.output:CachedRequestData": "req_ids resumed_req_ids num_computed_tokens num_output_tokens",
+    "vllm.v1.outputs:ModelRunnerOutput": "req_ids req_id_to_index sampled_token_ids logprobs",
+    "vllm.v1.outputs:LogprobsLists": "logprob_token_ids logprobs sampled_token_ranks",
+    "vllm.v1.engine:EngineCoreOutput": "request_id new_token_ids finish_reason events kv_transfer_params",
+    "vllm.v1.attention.backend:CommonAttentionMetadata": (
+        "query_start_loc query_start_loc_cpu seq_lens seq_lens_cpu_upper_bound num_reqs num_actual_tokens "
+        "max_query_len max_seq_len block_table_tensor slot_mapping is_prefilling positions"
+    ),
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_groups",
+    "vllm.sampling_params:SamplingParams": "extra_args structured_outputs logprob_token_ids thinking_token_budget",
+}
+ATTRIBUTES = {
+    _RUNNER: "discard_request_mask input_batch execute_model_state attn_groups kv_caches requests sampler",
+    _SCHEDULER: "num_lookahead_tokens requests block_size max_model_len",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "token_ids_cpu is_token_ids num_tokens_no_spec generators block_table logitsprocs sampling_metadata"
+    ),
+    "vllm.v1.worker.block_table:BlockTable": "block_size",
+}
+
+
+def check_vllm() -> list[Check]:
+    """The version, and every function, field and attribute that the adapter binds to."""
+    version = vllm.__version__
+    detail = f"{version}; validated: {', '.join(VALIDATED)}"
+    checks = [Check("version", "ok" if version.startswith(VALIDATED) else "FAIL", detail)]
+    kinds: tuple[tuple[str, dict[str, str], Callable[[Any], Any]], ...] = (
+        ("calls", PARAMETERS, lambda each: inspect.signature(each).parameters),
+        ("fields", FIELDS, lambda each: {name for base in each.__mro__ for name in inspect.get_annotations(base)}),
+        ("state", ATTRIBUTES, lambda each: {name for base in each.__mro__[:-1] for name in _set_on_self(base)}),
+    )
+    return [*checks, *(_check(name, table, found) for name, table, found in kinds)]
+
+
+def _check(name: str, table: dict[str, str], found: Callable[[Any], Any]) -> Check:
+    missing = [problem for path, names in table.items() for problem in _missing(path, names.split(), found)]
+    if missing:
+        return Check(name, "FAIL", f"not there: {', '.join(missing)}")
+    return Check(name, "ok", f"{sum(len(names.split()) for names in table.values())} in {len(table)} places are there")
+
+
+def _missing(path: str, names: list[str], found: Callable[[Any], Any]) -> list[str]:
+    module, _, qualified = path.partition(":")
+    try:
+        target: Any = importlib.import_module(module)
+        for part in qualified.split("."):
+            target = getattr(target, part)
+    except (ImportError, AttributeError):
+        return [path]
+    there = found(target)
+    return [f"{path} {name}" for name in names if name not in there]
+
+
+def _set_on_self(kind: type) -> set[str]:
+    """Attributes and properties of a class, and what its code assigns to `self`."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):  # a base in C
+        return set()
+    assigned = {word.removeprefix("self.").rstrip(":,") for word in source.split() if word.startswith("self.")}
+    return assigned | set(vars(kind))
