@@ -136,7 +136,8 @@ def main() -> None:
     replace(ROOT / "README.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
-    replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
+    for path in RESULTS.glob("serving-cpu.json"):
+        replace(ROOT / "docs" / "serving.md", "serving", serving(load(path.stem)))
 
 
 if __name__ == "__main__":
