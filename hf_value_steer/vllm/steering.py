@@ -71,6 +71,11 @@ class Steering:
 
 def _head_name(config: SteeringConfig) -> str:
     """The folder or Hub id of the head, if vLLM can honour the config."""
+    if not isinstance(config, ValueFilterConfig | AbstentionConfig):
+        raise ValueError(
+            f'The method "{config.method}" is for `generate`; vLLM serves "filter" and "abstain". Steering vectors '
+            "can be baked into a checkpoint, which vLLM serves as it is."
+        )
     if isinstance(config.threshold, Sequence):
         raise ValueError("`threshold` of an engine is one number; requests choose others by `filter.threshold`.")
     if isinstance(config, ValueFilterConfig):

@@ -95,6 +95,14 @@ def test_configurations_that_are_refused(spread: str, change: dict[str, Any], me
         steered_engine_args("model", {"method": "filter", "value_head": spread}, worker_cls="another")
 
 
+def test_methods_that_are_not_served(spread: str) -> None:
+    from hf_value_steer.vllm.steering import Steering
+
+    gated = {"method": "activate", "vectors": "somewhere", "value_head": spread, "threshold": 0.5}
+    with pytest.raises(ValueError, match='"activate" is for `generate`; vLLM serves "filter" and "abstain"'):
+        Steering.load([{"method": "filter", "value_head": spread, "threshold": 0.5}, gated])
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
