@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 SAMPLES_PER_PARAMETER = 16
@@ -75,3 +75,30 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}:{tuple(parameter.shape)}".encode())
         digest.update(canonical.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def refuse_other_backbone(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> None:
+    """Raise a `ValueError` if what argument `name` holds was trained on other weights than those of `model`.
+
+    Its `config` is let through if it names no `backbone_fingerprint`.
+    """
+    expected = config.backbone_fingerprint
+    if expected and (found := fingerprint(model)) != expected:
+        raise ValueError(
+            f"`{name}` was trained on backbone {config.backbone!r} with fingerprint {expected}, but this "
+            f"model ({model.name_or_path!r}) has {found}: its values would mean nothing. Load the matching one or "
+            "backbone, or pass `allow_backbone_mismatch=True` if you know that they fit."
+        )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a causal language model, in order.
+
+    Raises:
+        ValueError: if there is no list of as many modules as the config has layers.
+    """
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers.")

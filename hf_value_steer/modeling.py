@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel
 from transformers.utils import ModelOutput
 from transformers.utils.hub import cached_file
 
 from hf_value_steer import hub
+from hf_value_steer.artefact import LOCATION, Artefact
 from hf_value_steer.backbone import fingerprint
 from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
 from hf_value_steer.configuration import ValueHeadConfig
@@ -27,9 +28,6 @@ _PEER_FEATURE = {"layer": "final", "norm": "post", "pooling": "none", "dtype": "
 
 # How far beyond a threshold, in log odds, an attribute is at least: enough for a float32 sigmoid to tell the side.
 _LEAST_MARGIN = 1e-6
-
-# Arguments of `from_pretrained` that say where files are.
-_LOCATION = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -47,7 +45,7 @@ class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
     values: Tensor | None = None
 
 
-class ValueHead(PreTrainedModel):  # type: ignore[misc]
+class ValueHead(Artefact):
     """The learned value of a hidden state (arXiv 2605.14746, 2604.18419). Always float32, whatever is asked for.
 
     ```python
@@ -64,7 +62,7 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
     """
 
     config_class = ValueHeadConfig
-    base_model_prefix = ""
+    kind = "value head"
     main_input_name = "hidden_states"
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["net"]
 
@@ -82,13 +80,6 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             module.reset_parameters()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "ValueHead":
-        def keep_float32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_float32, recurse)  # type: ignore[no-any-return]
 
     def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
         """Value each feature.
@@ -149,42 +140,25 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
             ValueError: if this is no value head, if weights are missing, do not fit the config, or are not finite, or
                 if `calibration.json` is corrupt.
         """
+        location = {name: kwargs[name] for name in LOCATION if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        head = loaded[0] if isinstance(loaded, tuple) else loaded
         source = str(pretrained_model_name_or_path)
-        if kwargs.get("config") is None:
-            found, _ = ValueHeadConfig.get_config_dict(source, **kwargs)
-            if found.get("model_type") != ValueHeadConfig.model_type:
-                raise ValueError(f"{source} is no value head: config.json is missing or not of model_type value_head.")
-        kwargs["use_safetensors"] = True
-        wants_info = kwargs.pop("output_loading_info", False)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        head, info = loaded
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[problem]:
-                raise ValueError(f"{source}: {problem} {sorted(map(str, info[problem]))}.")
-        head.require_finite()
-        location = {name: kwargs[name] for name in _LOCATION if name in kwargs}
         calibrated = cached_file(source, FILE_NAME, _raise_exceptions_for_missing_entries=False, **location)
         head.calibration = Calibration.load(Path(calibrated).parent) if calibrated else None
-        return loaded if wants_info else head
+        return loaded
+
+    def write_card(self, folder: Path) -> None:
+        hub.write_card(self, folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write `config.json`, `model.safetensors`, and `calibration.json` if the head is calibrated.
 
         Where there is no `README.md` yet, one is generated.
         """
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        hub.write_card(self, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.calibration is not None:
             self.calibration.save(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload what `save_pretrained` writes as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
-
-        Returns:
-            The URL of the commit.
-        """
-        return hub.push(self.save_pretrained, repo_id, **kwargs)
 
     def fingerprint(self) -> str:
         """Identity of what the head answers: of its weights and, if there are several, of its attributes."""
@@ -193,12 +167,6 @@ class ValueHead(PreTrainedModel):  # type: ignore[misc]
             return weights
         parts = [weights, self.config.combine, self.config.attributes]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-    def require_finite(self) -> None:
-        """Raise a `ValueError` if a weight is NaN or infinite."""
-        bad = [name for name, parameter in self.named_parameters() if not parameter.isfinite().all()]
-        if bad:
-            raise ValueError(f"The value head holds NaN or infinite weights in {', '.join(bad)}.")
 
     @classmethod
     def from_value_steer(

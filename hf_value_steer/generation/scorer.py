@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import feature_width, fingerprint
+from hf_value_steer.backbone import feature_width, refuse_other_backbone
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.calibration.filtering import row_thresholds
 from hf_value_steer.configuration import AbstentionConfig, SteeringConfig
@@ -124,13 +124,8 @@ def check_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch: 
             f"but the feature of this {type(model).__name__} has width {width}; load the matching head."
         )
     head.require_finite()
-    expected = head.config.backbone_fingerprint
-    if expected and not allow_backbone_mismatch and (found := fingerprint(model)) != expected:
-        raise ValueError(
-            f"`value_head` was trained on backbone {head.config.backbone!r} with fingerprint {expected}, but this "
-            f"model ({model.name_or_path!r}) has {found}: its values would mean nothing. Load the matching head or "
-            "backbone, or pass `allow_backbone_mismatch=True` if you know that they fit."
-        )
+    if not allow_backbone_mismatch:
+        refuse_other_backbone("value_head", head.config, model)
 
 
 def require_finite(values: Tensor, live: Tensor, step: int) -> None:
