@@ -15,7 +15,8 @@ from hf_value_steer.calibration.filtering import check_probability
 from hf_value_steer.policy import Fallback, Polarity
 
 
-def _refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raise a `ValueError` if one of the `given` keys is not among those that `owner` knows."""
     known = sorted(known)
     for key in given:
         if key not in known:
@@ -41,7 +42,7 @@ def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:
     """Raise a `ValueError` unless these are the attributes of one head, see [`ValueHeadConfig`]."""
     for index, attribute in enumerate(attributes):
         place = f"attributes[{index}]"
-        _refuse_unknown(attribute, _ATTRIBUTE_KEYS, f"`{place}`")
+        refuse_unknown(attribute, _ATTRIBUTE_KEYS, f"`{place}`")
         name, polarity, weight = attribute.get("name"), attribute.get("polarity"), attribute.get("weight", 1.0)
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"`{place}.name` has to be a text, got {name!r}.")
@@ -59,7 +60,7 @@ def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:
 
 
 # What `transformers` itself writes into a config.json or passes while it loads one.
-_INHERITED_KEYS = frozenset(
+INHERITED_KEYS = frozenset(
     {
         "_attn_implementation",
         "_commit_hash",
@@ -130,7 +131,7 @@ class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
     training: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        _refuse_unknown(set(kwargs) - _INHERITED_KEYS, (field.name for field in fields(self)), type(self).__name__)
+        refuse_unknown(set(kwargs) - INHERITED_KEYS, (field.name for field in fields(self)), type(self).__name__)
         self.library_version = self.library_version or version("hf-value-steer")
         if self.attributes is not None:
             check_attributes(self.attributes)
@@ -340,5 +341,5 @@ def _parse_one(item: SteeringConfig | Mapping[str, Any]) -> SteeringConfig:
     if method not in _METHODS:
         raise ValueError(f'`value_steer` needs a "method", one of {", ".join(_METHODS)}; got {method!r}.')
     cls = _METHODS[method]
-    _refuse_unknown(options, (field.name for field in fields(cls)), cls.__name__)
+    refuse_unknown(options, (field.name for field in fields(cls)), cls.__name__)
     return cls(**options)

@@ -1,0 +1,109 @@
+"""The parts of a guidance module, as in arXiv 2605.11712; all shapes are `(..., width)` unless said otherwise."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Standardise(nn.Module):
+    """States with mean and scale of the backbone's own taken off; as made, it changes nothing."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(width), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(width), requires_grad=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return (states.float() - self.mean) / self.scale
+
+
+def encoder(width: int, value_width: int, dropout: float) -> nn.Sequential:
+    """`f_u` and `f_c`: from a state to value space."""
+    return nn.Sequential(nn.Linear(width, value_width), nn.GELU(), nn.Dropout(dropout))
+
+
+class PromptAttention(nn.Module):
+    """The conditional path: `lambda * LN(CrossAttn(LN(f_c(h)), LN(f_c(h_prompt))))`.
+
+    Args:
+        width, value_width, heads, dropout: see [`ValueGuidanceConfig`].
+    """
+
+    def __init__(self, width: int, value_width: int, heads: int, dropout: float):
+        super().__init__()
+        self.encoder = encoder(width, value_width, dropout)
+        nn.init.xavier_uniform_(self.encoder[0].weight, gain=0.1)  # type: ignore[arg-type]
+        self.query_norm, self.prompt_norm = nn.LayerNorm(value_width), nn.LayerNorm(value_width)
+        self.attention = nn.MultiheadAttention(value_width, heads, dropout, batch_first=True)
+        self.norm = nn.LayerNorm(value_width)
+        self.weight = nn.Parameter(torch.tensor(3.0))
+
+    def read(self, states: Tensor) -> Tensor:
+        """What is remembered of a prompt: `(rows, length, width)` to `(rows, length, value_width)`."""
+        return self.prompt_norm(self.encoder(states))  # type: ignore[no-any-return]
+
+    def forward(self, states: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The prompt's part of the values of some tokens.
+
+        Args:
+            states (`torch.FloatTensor` of shape `(rows, tokens, width)`).
+            prompt (`torch.FloatTensor` of shape `(rows, length, value_width)`): of `read`.
+            prompt_mask (`torch.BoolTensor` of shape `(rows, length)`): False where the prompt is padding.
+        """
+        query = self.query_norm(self.encoder(states))
+        attended, _ = self.attention(query, prompt, prompt, key_padding_mask=~prompt_mask, need_weights=False)
+        return self.weight * self.norm(attended)  # type: ignore[no-any-return]
+
+
+class Discriminator(nn.Module):
+    """D: the logit of a value, `Linear-GELU-Dropout-Linear`; positive is undesirable."""
+
+    def __init__(self, value_width: int, dropout: float):
+        super().__init__()
+        self.first = nn.Linear(value_width, max(value_width // 2, 1))
+        self.dropout = nn.Dropout(dropout)
+        self.last = nn.Linear(self.first.out_features, 1)
+
+    def forward(self, value: Tensor) -> Tensor:
+        return self.last(self.dropout(F.gelu(self.first(value)))).squeeze(-1)  # type: ignore[no-any-return]
+
+    def gradient(self, value: Tensor) -> Tensor:
+        """The gradient of the logit at `value`, without dropout, in closed form: no graph is needed to steer."""
+        inner = self.first(value)
+        density = (-inner.square() / 2).exp() / math.sqrt(2 * math.pi)
+        slope = torch.special.ndtr(inner) + inner * density
+        return (slope * self.last.weight[0]) @ self.first.weight  # type: ignore[no-any-return]
+
+
+class BridgeGenerator(nn.Module):
+    """K seeds attend to `C = [h; phi(delta_z)]`; `B = LN(h + gate * attended)`.
+
+    Args:
+        width, value_width, count, heads: see [`ValueGuidanceConfig`].
+    """
+
+    def __init__(self, width: int, value_width: int, count: int, heads: int):
+        super().__init__()
+        self.seeds = nn.Parameter(0.02 * torch.randn(count, width))
+        self.lift = nn.Sequential(nn.Linear(value_width, width), nn.GELU(), nn.Linear(width, width))
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.raw_gate = nn.Parameter(torch.tensor(-2.0))
+        self.norm = nn.LayerNorm(width)
+
+    @property
+    def gate(self) -> Tensor:
+        """Weight of what the seeds attended to, `()`, not negative; near zero as made."""
+        return F.softplus(self.raw_gate)
+
+    def attend(self, states: Tensor, delta: Tensor) -> Tensor:
+        """`gate * softmax(Q C^T / sqrt(d)) C`, `(..., K, width)`."""
+        context = torch.stack([states, self.lift(delta)], dim=-2)
+        flat = context.flatten(0, -3)
+        attended, _ = self.attention(self.seeds.expand(len(flat), -1, -1), flat, flat, need_weights=False)
+        return self.gate * attended.view(*context.shape[:-2], *self.seeds.shape)  # type: ignore[no-any-return]
+
+    def forward(self, states: Tensor, delta: Tensor) -> Tensor:
+        """Bridges `(..., K, width)` of standardised states and corrections `(..., value_width)`."""
+        return self.norm(states[..., None, :] + self.attend(states, delta))  # type: ignore[no-any-return]
