@@ -2,7 +2,7 @@
 
 from hf_value_steer.activation.configuration import ActivationConfig
 from hf_value_steer.activation.vectors import SteeringVectors
-from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig, ValueHeadConfig
+from hf_value_steer.configuration import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHeadConfig
 from hf_value_steer.generate import disable_value_steer, enable_value_steer
 from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.decoding import value_steer_generate
@@ -10,6 +10,8 @@ from hf_value_steer.generation.logits_process import AbstentionLogitsProcessor, 
 from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
 from hf_value_steer.hub import export_custom_generate
 from hf_value_steer.modeling import ValueHead, ValueHeadOutput
+from hf_value_steer.svgt.configuration import ValueGuidanceConfig
+from hf_value_steer.svgt.module import ValueGuidanceModule
 from hf_value_steer.wrapper import ValueSteerForCausalLM
 
 
@@ -18,9 +20,12 @@ __all__ = [
     "AbstentionLogitsProcessor",
     "ActivationConfig",
     "BlockCache",
+    "BridgeGuidanceConfig",
     "SteeringVectors",
     "ValueFilterConfig",
     "ValueFilterLogitsProcessor",
+    "ValueGuidanceConfig",
+    "ValueGuidanceModule",
     "ValueHead",
     "ValueHeadConfig",
     "ValueHeadOutput",

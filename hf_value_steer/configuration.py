@@ -165,12 +165,61 @@ class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
             raise ValueError('A `weight` does nothing where the worst attribute counts: pass `combine="sum"`.')
 
 
-_METHODS: dict[str, type["SteeringConfig"]] = {}
+_METHODS: dict[str, type["MethodConfig"]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringConfig:
+class MethodConfig:
     """What the runtime configurations share.
+
+    Args:
+        allow_backbone_mismatch (`bool`): use what was trained although its fingerprint names another backbone.
+    """
+
+    method: ClassVar[str]
+
+    allow_backbone_mismatch: bool = False
+
+    def __init_subclass__(cls) -> None:
+        if "method" in vars(cls):
+            _METHODS[cls.method] = cls
+
+    def _check_integer(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"`{name}` has to be an integer of at least {minimum}, got {value!r}.")
+
+    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
+        if getattr(self, name) not in choices:
+            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+
+    def with_value_head(self, _value_head: PreTrainedModel) -> "MethodConfig":
+        """This config with a value head where it needs one and names none."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form: the fields that differ from their defaults, and `method`.
+
+        Raises:
+            ValueError: if a field holds a model that was not loaded from anywhere, which JSON cannot name.
+        """
+        pairs = ((field, getattr(self, field.name)) for field in fields(self))
+        chosen = {field.name: value for field, value in pairs if value is not field.default}
+        for name, value in chosen.items():
+            if isinstance(value, PreTrainedModel):
+                if not value.name_or_path:
+                    raise ValueError(f"`{name}` has no name: save it and pass its folder or Hub id instead.")
+                chosen[name] = value.name_or_path
+        return {"method": self.method, **chosen}
+
+    def to_json_string(self) -> str:
+        """`to_dict` as one line of JSON."""
+        return json.dumps(self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringConfig(MethodConfig):
+    """What the configurations of methods with a value head share.
 
     Args:
         value_head ([`ValueHead`] or `str`, *optional*): the head, or its Hub id or folder.
@@ -183,16 +232,10 @@ class SteeringConfig:
         allow_backbone_mismatch (`bool`): use the head although its fingerprint names another backbone.
     """
 
-    method: ClassVar[str]
-
-    def __init_subclass__(cls) -> None:
-        _METHODS[cls.method] = cls
-
     value_head: PreTrainedModel | str | None = None
     threshold: float | Sequence[float] | None = None
     alpha: float | None = None
     min_new_tokens: int = 0
-    allow_backbone_mismatch: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.threshold, list):
@@ -206,36 +249,9 @@ class SteeringConfig:
         if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str):
             raise TypeError(f"`value_head` has to be a ValueHead, a Hub id or a folder, got {self.value_head!r}.")
 
-    def _check_integer(self, name: str, minimum: int) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f"`{name}` has to be an integer of at least {minimum}, got {value!r}.")
-
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-
     def with_value_head(self, value_head: PreTrainedModel) -> "SteeringConfig":
         """This config with `value_head` where it names none."""
         return self if self.value_head is not None else replace(self, value_head=value_head)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form: the fields that differ from their defaults, and `method`.
-
-        Raises:
-            ValueError: if `value_head` is a head that was not loaded from anywhere, which JSON cannot name.
-        """
-        pairs = ((field, getattr(self, field.name)) for field in fields(self))
-        chosen = {field.name: value for field, value in pairs if value is not field.default}
-        if isinstance(self.value_head, PreTrainedModel):
-            if not self.value_head.name_or_path:
-                raise ValueError("`value_head` has no name: save it and pass its folder or Hub id instead.")
-            chosen["value_head"] = self.value_head.name_or_path
-        return {"method": self.method, **chosen}
-
-    def to_json_string(self) -> str:
-        """`to_dict` as one line of JSON."""
-        return json.dumps(self.to_dict())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,16 +330,45 @@ class AbstentionConfig(SteeringConfig):
                 raise ValueError(f"`message_ids` has to hold token ids, got {self.message_ids}.")
 
 
-ValueSteer: TypeAlias = SteeringConfig | Mapping[str, Any] | Sequence[SteeringConfig | Mapping[str, Any]]
+@dataclass(frozen=True, kw_only=True)
+class BridgeGuidanceConfig(MethodConfig):
+    r"""Stable value guidance (arXiv 2605.11712): later layers attend to bridge tokens that a value module makes.
+
+    Args:
+        module ([`ValueGuidanceModule`] or `str`, *optional*): the module, or its Hub id or folder.
+        refresh_interval (`int`): the bridge is made anew from the state of every so many-th token; 0 keeps that of the
+            prompt's last token.
+        momentum (`float`): in [0, 1), how much of the bridge before stays at a refresh.
+        neutral_when_safe (`bool`): tokens that the module is content with do not see a bridge, and are those of the
+            backbone. `False`, as in the paper: the bridge is always there.
+        allow_backbone_mismatch (`bool`): use the module although its fingerprint names another backbone.
+    """
+
+    method: ClassVar[str] = "guide"
+
+    module: PreTrainedModel | str | None = None
+    refresh_interval: int = 1
+    momentum: float = 0.8
+    neutral_when_safe: bool = True
+
+    def __post_init__(self) -> None:
+        self._check_integer("refresh_interval", 0)
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"`momentum` has to be in [0, 1), got {self.momentum}.")
+        if self.module is not None and not isinstance(self.module, PreTrainedModel | str):
+            raise TypeError(f"`module` has to be a ValueGuidanceModule, a Hub id or a folder, got {self.module!r}.")
 
 
-def parse_value_steer(value_steer: ValueSteer) -> dict[str, SteeringConfig]:
+ValueSteer: TypeAlias = MethodConfig | Mapping[str, Any] | Sequence[MethodConfig | Mapping[str, Any]]
+
+
+def parse_value_steer(value_steer: ValueSteer) -> dict[str, MethodConfig]:
     """Read the `value_steer` argument: a config, its JSON form, or a list of them, one a method.
 
     Returns:
-        `dict` from method name (`"filter"`, `"abstain"`, `"activate"`) to its config.
+        `dict` from method name (`"filter"`, `"abstain"`, `"activate"`, `"guide"`) to its config.
     """
-    items = [value_steer] if isinstance(value_steer, SteeringConfig | Mapping) else list(value_steer)
+    items = [value_steer] if isinstance(value_steer, MethodConfig | Mapping) else list(value_steer)
     configs = [_parse_one(item) for item in items]
     methods = [config.method for config in configs]
     if not methods or len(set(methods)) < len(methods):
@@ -331,8 +376,8 @@ def parse_value_steer(value_steer: ValueSteer) -> dict[str, SteeringConfig]:
     return dict(zip(methods, configs, strict=True))
 
 
-def _parse_one(item: SteeringConfig | Mapping[str, Any]) -> SteeringConfig:
-    if isinstance(item, SteeringConfig):
+def _parse_one(item: MethodConfig | Mapping[str, Any]) -> MethodConfig:
+    if isinstance(item, MethodConfig):
         return item
     if not isinstance(item, Mapping):
         raise TypeError(f"`value_steer` takes a config, its dict form or a list of them, got {type(item).__name__}.")

@@ -14,6 +14,8 @@ from hf_value_steer.activation.apply import Steering
 from hf_value_steer.activation.configuration import ActivationConfig
 from hf_value_steer.configuration import (
     AbstentionConfig,
+    BridgeGuidanceConfig,
+    MethodConfig,
     SteeringConfig,
     ValueFilterConfig,
     ValueSteer,
@@ -27,8 +29,14 @@ from hf_value_steer.generation.gate import Gate
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Record, Stops, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
-from hf_value_steer.generation.validation import eos_token, refuse_dropped_arguments, refuse_unsupported
+from hf_value_steer.generation.validation import (
+    eos_token,
+    refuse_dropped_arguments,
+    refuse_unguidable,
+    refuse_unsupported,
+)
 from hf_value_steer.generation.value_filter import Draw, Outcome, ValueFilter
+from hf_value_steer.svgt.guidance import Guidance, load_module
 
 
 def value_steer_generate(
@@ -55,8 +63,8 @@ def value_steer_generate(
         logits_processor: every processor and warper of the call; candidates come from the processed distribution.
         stopping_criteria: criteria of the call.
         generation_config: prepared config of the call.
-        value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], an [`ActivationConfig`], their dict form, or a
-            list of several.
+        value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], an [`ActivationConfig`], a
+            [`BridgeGuidanceConfig`], their dict form, or a list of several.
         token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
             (`streamer=` reaches us only through [`enable_value_steer`].)
         model_kwargs: what `generate` prepared for the model's forward.
@@ -67,15 +75,18 @@ def value_steer_generate(
 
     Raises:
         ValueError: before the first token, for anything that cannot be honoured.
-        RuntimeError: if the head returns NaN; the token is not emitted.
+        RuntimeError: if the head or the module returns NaN; the token is not emitted.
     """
     if value_steer is None:
-        raise ValueError("`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig or their dict form.")
+        raise ValueError(
+            "`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig, an ActivationConfig, a "
+            "BridgeGuidanceConfig or their dict form."
+        )
     refuse_dropped_arguments()
     refuse_unsupported(model, generation_config, model_kwargs)
     methods = parse_value_steer(value_steer)
     with _activated(model, methods, len(input_ids)) as steering:
-        if not any(config.value_head or config.method != ActivationConfig.method for config in methods.values()):
+        if all(isinstance(config, ActivationConfig) and not config.value_head for config in methods.values()):
             if token_streamer is not None:
                 token_streamer.put(input_ids.cpu())
             return model._sample(  # type: ignore[no-any-return]
@@ -94,7 +105,7 @@ def value_steer_generate(
 
 
 @contextmanager
-def _activated(model: PreTrainedModel, methods: Mapping[str, SteeringConfig], rows: int) -> Iterator[Steering | None]:
+def _activated(model: PreTrainedModel, methods: Mapping[str, MethodConfig], rows: int) -> Iterator[Steering | None]:
     """Vectors on the model for the time of one generation, if the call asks for them."""
     config = methods.get(ActivationConfig.method)
     if not isinstance(config, ActivationConfig):
@@ -116,16 +127,23 @@ class _Loop:
         input_ids: Tensor,
         config: GenerationConfig,
         model_kwargs: dict[str, Any],
-        methods: Mapping[str, SteeringConfig],
+        methods: Mapping[str, MethodConfig],
         steering: Steering | None,
     ):
         self.config = config
-        filtering = methods.get(ValueFilterConfig.method)
+        filtering, guiding = methods.get(ValueFilterConfig.method), methods.get(BridgeGuidanceConfig.method)
         kernel = filtering.lookahead if isinstance(filtering, ValueFilterConfig) else "auto"
+        self.guidance: Guidance | None = None
+        if isinstance(guiding, BridgeGuidanceConfig):
+            if steering is not None:
+                raise ValueError("Steering vectors and guidance do not go together: pass one of them.")
+            refuse_unguidable(input_ids, config, model_kwargs, kernel)
+            kernel = "expanded"
+            self.guidance = Guidance(model, load_module(guiding, model), guiding)
         make_room(model_kwargs[cache_name(model_kwargs)], model.config)
         mask = model_kwargs.get("attention_mask")
         chosen = choose_kernel(kernel, model, mask, bool(config.output_attentions))
-        self.engine = Engine(model, model_kwargs, chosen, steering)
+        self.engine = Engine(model, model_kwargs, chosen, steering, self.guidance)
         self.record = Record()
         self.stops = Stops.none(len(input_ids), input_ids.device)
         self.filter: ValueFilter | None = None
@@ -135,7 +153,9 @@ class _Loop:
         if steering is not None:
             steering.told = True
         for method in methods.values():
-            if isinstance(method, ActivationConfig) and method.value_head is None:
+            if not isinstance(method, SteeringConfig) or (
+                isinstance(method, ActivationConfig) and method.value_head is None
+            ):
                 continue
             scorer = bind(method, load_head(method, model), len(input_ids), input_ids.device)
             if isinstance(method, ValueFilterConfig):
@@ -152,11 +172,10 @@ class _Loop:
                 self.gate = Gate(scorer, steering, method.min_new_tokens)
 
     @property
-    def scorer(self) -> Scorer:
-        """The scorer whose values are reported."""
+    def scorer(self) -> Scorer | None:
+        """The scorer whose values are reported; without one, those of the guidance are."""
         method = self.filter or self.abstention or self.gate
-        assert method is not None  # parse_value_steer returns at least one
-        return method.scorer
+        return None if method is None else method.scorer
 
     def run(
         self,
@@ -170,7 +189,8 @@ class _Loop:
         self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         state = self.engine.prefill(input_ids, self.config)
         prompt_values = self._score(self.scorer, state, 0, unfinished)
-        self.scorer.start(prompt_values)
+        if self.scorer is not None:
+            self.scorer.start(prompt_values)
         if self.abstention is not None:
             self.abstention.observe(self._score(self.abstention.scorer, state, 0, unfinished), 0, unfinished)
         if self.gate is not None:
@@ -231,8 +251,13 @@ class _Loop:
         if self.config.output_hidden_states and state.hidden_states is not None:
             self.record.hidden_states.append(state.hidden_states)
 
-    def _score(self, scorer: Scorer, state: State, step: int, live: Tensor) -> Tensor:
-        values = scorer.values(state.feature).masked_fill(~live, torch.nan)
+    def _score(self, scorer: Scorer | None, state: State, step: int, live: Tensor) -> Tensor:
+        if scorer is None:
+            assert self.guidance is not None and self.guidance.state is not None  # there is at least one method
+            values = self.guidance.state.values.to(live.device)
+        else:
+            values = scorer.values(state.feature)
+        values = values.masked_fill(~live, torch.nan)
         require_finite(values, live, step)
         return values
 
@@ -243,6 +268,8 @@ class _Loop:
         record.values.append(outcome.values)
         record.interventions.append(outcome.tokens != draw.tokens)
         record.candidates_evaluated.append(outcome.evaluated)
+        if self.guidance is not None and self.guidance.state is not None:
+            record.guided.append(self.guidance.state.shown.to(draw.live.device) & draw.live)
         if self.output_candidates:
             record.candidates.append(outcome.candidates)
             record.candidate_values.append(outcome.candidate_values)

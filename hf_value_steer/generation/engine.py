@@ -1,6 +1,7 @@
 """The forward passes of a steered generation: prefill, the ordinary decode step, and the look-ahead."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_value_steer.generation.cache import LiveCache, cache_name
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
 from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
+from hf_value_steer.svgt.guidance import Guidance
 
 
 @dataclass
@@ -49,19 +51,28 @@ class Engine:
     Args:
         model: the backbone.
         model_kwargs: the forward's keyword arguments as `generate` keeps them, `past_key_values` among them.
-        kernel: how candidates are forwarded.
+        kernel: how candidates are forwarded; with `guidance`, along the batch dimension.
         steering (*optional*): vectors that are applied to `model`; it is told what each forward reads.
+        guidance (*optional*): the value module that takes part in every forward.
     """
 
     def __init__(
-        self, model: PreTrainedModel, model_kwargs: dict[str, Any], kernel: Kernel, steering: Steering | None = None
+        self,
+        model: PreTrainedModel,
+        model_kwargs: dict[str, Any],
+        kernel: Kernel,
+        steering: Steering | None = None,
+        guidance: Guidance | None = None,
     ):
-        self.model, self.model_kwargs, self.kernel, self.steering = model, model_kwargs, kernel, steering
+        self.model, self.model_kwargs, self.kernel = model, model_kwargs, kernel
+        self.steering, self.guidance = steering, guidance
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
         self.compiled: CompiledForwards | None = None
 
     def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
         """Forward the prompt; the state is that of its last token."""
+        if self.guidance is not None:
+            return self._prefill_guided(self.guidance, input_ids, config)
         if self.steering is not None:
             self.steering.read_prompt(self.model_kwargs.get("attention_mask"), input_ids.shape[1])
         outputs, feature = self._forward(
@@ -74,16 +85,34 @@ class Engine:
             self.kernel = compilable_kernel(self.kernel, self.model, self.live)
         return self._state(outputs, feature[:, -1], input_ids.device)
 
+    def _prefill_guided(self, guidance: Guidance, input_ids: Tensor, config: GenerationConfig) -> State:
+        """The prompt but for its last token goes in as it is; that token is the first step to be guided."""
+        before = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
+        cut = {name: tensor[:, :-1] for name, tensor in before.items() if tensor is not None}
+        with guidance.reading(before["attention_mask"]):
+            self.model._prefill(input_ids[:, :-1], config, self.model_kwargs | cut, is_first_iteration=True)
+        self.live.start()
+        state = self.advance(input_ids)
+        self.commit()
+        return state
+
+    def _remember(self) -> None:
+        self.live.remember()
+        if self.guidance is not None:
+            self.guidance.begin_step()
+
     def advance(self, input_ids: Tensor) -> State:
         """Forward the last token of each row, as plain `generate` does."""
-        self.live.remember()
+        self._remember()
         if self.steering is not None:
             self.steering.read_generated()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         if self.compiled is not None:
             outputs, feature = self.compiled.step(inputs)
         else:
-            outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
+            guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
+            with guided:
+                outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
         self.live.advance()
         return self._state(outputs, feature[:, -1], input_ids.device)
 
@@ -107,7 +136,7 @@ class Engine:
                 always forwards so many, in all rows.
         """
         if rows is None:
-            self.live.remember()
+            self._remember()
         if self.steering is not None:
             copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
             self.steering.read_generated(None if isinstance(self.kernel, Whole) else rows, copies)
@@ -122,7 +151,8 @@ class Engine:
 
         look = self._look(input_ids, candidates, rows)
         inputs = self.kernel.inputs(look)
-        with self.kernel.attention(look):
+        guided = nullcontext() if self.guidance is None else self.guidance.branching(look.cache)
+        with self.kernel.attention(look), guided:
             outputs, feature = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
         self._pick(outputs, chosen[0])
         return self._state(outputs, feature[:, 0], candidates.device), look.cache

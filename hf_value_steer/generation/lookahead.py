@@ -6,6 +6,7 @@ the live cache learns of a candidate only when it is committed. Candidates stand
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,6 +143,8 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             holds and the candidates must not see. Without it: all rows, and no natural sample.
 
     Attributes:
+        on_commit (`Callable`, *optional*): told which rows `(n,)` of the batch go on with which of the `rows * K`
+            candidates, `(n,)`.
         row_numbers, padding (`list` of `int`): each looked-at row, and the number of padded positions to the left of
             its text, for kernels that need them.
     """
@@ -150,6 +153,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self, live: LiveCache, count: int, kind: type[LookaheadLayer] = LookaheadLayer, rows: Tensor | None = None
     ):
         self.live, self.count, self.kind, self.rows = live, count, kind, rows
+        self.on_commit: Callable[[Tensor, Tensor], None] | None = None
         self.row_numbers: list[int] = []
         self.padding: list[int] = []
         super().__init__(layers=[self._borrow(index) for index in range(len(live.cache.layers))])
@@ -189,6 +193,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             if attention is not None:
                 self.live.cache.update(*attention.own(columns), index)
             self._replace_states(index, layer, everything, columns)
+        self._tell(everything, columns)
         self.live.advance()
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:
@@ -199,6 +204,12 @@ class LookaheadCache(Cache):  # type: ignore[misc]
                 keys, values = (states[keep.to(states.device)] for states in attention.own(columns))
                 self.live.overwrite_last(index, self._rows(keep)[keep].to(keys.device), keys, values)
             self._replace_states(index, layer, keep, columns)
+        self._tell(keep, columns)
+
+    def _tell(self, keep: Tensor, columns: Tensor) -> None:
+        if self.on_commit is not None:
+            chosen = torch.arange(len(columns), device=columns.device) * self.count + columns
+            self.on_commit(self._rows(keep)[keep], chosen[keep])
 
     def _replace_states(self, index: int, layer: Any, keep: Tensor, columns: Tensor) -> None:
         if isinstance(layer, RecurrentLayer):

@@ -14,7 +14,8 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
 
     Args:
         values (`torch.FloatTensor` of shape `(batch, new_tokens)`): value of each committed token, by the filter's
-            head if there is a filter, else by the abstention's; NaN after a row's end.
+            head if there is a filter, else by the abstention's, else by the guidance module at its last refresh; NaN
+            after a row's end.
         prompt_values (`torch.FloatTensor` of shape `(batch,)`): value of the prompt by the same head.
         interventions (`torch.BoolTensor` of shape `(batch, new_tokens)`): where the committed token is not the natural
             sample.
@@ -24,6 +25,8 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
             `fallback="abstain"`.
         abstention_step (`torch.LongTensor` of shape `(batch,)`): number of new tokens at that moment, -1 if not.
         abstention_value (`torch.FloatTensor` of shape `(batch,)`): the value that decided it, NaN if not.
+        guided (`torch.BoolTensor` of shape `(batch, new_tokens)`, *optional*): with guidance, whether the committed
+            token was shown a bridge when it was read, and so the one after it was guided.
         candidates (`torch.LongTensor` of shape `(batch, new_tokens, K)`, *optional*): with `output_candidates`; -1
             where none was drawn.
         candidate_values (`torch.FloatTensor` of the same shape, *optional*): their values, NaN where not evaluated.
@@ -36,6 +39,7 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
     abstained: Tensor | None = None
     abstention_step: Tensor | None = None
     abstention_value: Tensor | None = None
+    guided: Tensor | None = None
     candidates: Tensor | None = None
     candidate_values: Tensor | None = None
 
@@ -69,6 +73,7 @@ class Record:
     values: list[Tensor] = field(default_factory=list)
     interventions: list[Tensor] = field(default_factory=list)
     candidates_evaluated: list[Tensor] = field(default_factory=list)
+    guided: list[Tensor] = field(default_factory=list)
     candidates: list[Tensor] = field(default_factory=list)
     candidate_values: list[Tensor] = field(default_factory=list)
 

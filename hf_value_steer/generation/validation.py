@@ -72,6 +72,22 @@ def _refuse_cache(cache: Any, max_length: int) -> None:
             )
 
 
+def refuse_unguidable(
+    input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], lookahead: str
+) -> None:
+    """Raise a `ValueError` for what guidance by bridge tokens cannot honour, beside [`refuse_unsupported`]."""
+    if input_ids.shape[1] < 2 or model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("Guidance reads the prompt's tokens: pass `input_ids` of at least two.")
+    if model_kwargs[cache_name(model_kwargs)].get_seq_length() > 0:
+        raise ValueError(
+            "`past_key_values` holds text already, but guidance has to read the whole prompt: leave it out."
+        )
+    if config.output_attentions or config.output_hidden_states:
+        raise ValueError("`output_attentions` and `output_hidden_states` cannot be returned beside guidance.")
+    if lookahead not in ("auto", "expanded"):
+        raise ValueError(f'lookahead={lookahead!r} cannot be used beside guidance, only "expanded".')
+
+
 def refuse_dropped_arguments() -> None:
     """Raise if the calling `generate` was given an argument that it does not hand to us.
 

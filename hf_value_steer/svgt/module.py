@@ -107,10 +107,10 @@ class ValueGuidanceModule(Artefact):
         """Bridges `(..., K, hidden_size)` of states `(..., hidden_size)` and corrections `(..., value_width)`."""
         return self.generator(self.standardise(states), corrections)  # type: ignore[no-any-return]
 
-    def inject(self, states: Tensor, corrections: Tensor) -> Tensor:
-        """States `(..., hidden_size)` with the mean of what the K seeds attended to added."""
-        attended = self.generator.attend(self.standardise(states), corrections).mean(dim=-2)
-        return states.float() + attended * self.standardise.scale
+    def injection(self, states: Tensor, corrections: Tensor) -> Tensor:
+        """What is added to the state instead of bridges, `(..., 1, hidden_size)`: the mean over the K seeds."""
+        attended = self.generator.attend(self.standardise(states), corrections).mean(dim=-2, keepdim=True)
+        return attended * self.standardise.scale
 
     def forward(
         self, states: Tensor, prompt_states: Tensor, prompt_mask: Tensor, labels: Tensor | None = None

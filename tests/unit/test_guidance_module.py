@@ -121,11 +121,11 @@ def test_bridges_look_like_the_states_of_the_backbone():
     torch.testing.assert_close(bridges, (mean + scale * noise)[:, None].expand(5, 3, WIDTH), atol=1e-3, rtol=1e-3)
 
 
-def test_inject_adds_the_mean_to_the_state():
+def test_the_injection_is_the_mean_over_the_seeds():
     module, states, delta = make(injection="inject"), torch.randn(2, WIDTH), torch.randn(2, VALUE)
     module.set_statistics(torch.zeros(WIDTH), torch.full((WIDTH,), 2.0))
     attended = module.generator.attend(states / 2, delta)
-    torch.testing.assert_close(module.inject(states, delta), states + 2 * attended.mean(-2))
+    torch.testing.assert_close(module.injection(states, delta), 2 * attended.mean(-2, keepdim=True))
 
 
 def test_the_loss_leaves_out_tokens_without_a_label():

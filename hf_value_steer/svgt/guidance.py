@@ -1,0 +1,178 @@
+"""Stable value guidance in one `generate` call: when bridges are made anew, from what, and who sees them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from hf_value_steer.backbone import decoder_layers, refuse_other_backbone
+from hf_value_steer.configuration import BridgeGuidanceConfig
+from hf_value_steer.generation.lookahead import LookaheadCache
+from hf_value_steer.svgt.module import ValueGuidanceModule
+from hf_value_steer.svgt.steered import BridgeState, bridged, watched
+
+
+# Verified against an oracle in tests/parity/test_guidance.py.
+GUIDED = frozenset({"gemma3_text", "gpt2", "llama", "mistral", "opt", "qwen2", "qwen3"})
+_ATTENTION = ("sdpa", "eager")  # whose masks can be widened
+
+
+def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGuidanceModule:
+    """Load the module that `config` names if need be, and check that it fits `model`.
+
+    Raises:
+        ValueError: if there is no module, or the model cannot be guided by it.
+    """
+    if config.module is None:
+        raise ValueError('`module` is missing from the "guide" config: pass a ValueGuidanceModule or its Hub id.')
+    module = ValueGuidanceModule.from_pretrained(config.module) if isinstance(config.module, str) else config.module
+    if not isinstance(module, ValueGuidanceModule):
+        raise TypeError(f"`module` has to be a ValueGuidanceModule, got a {type(module).__name__}.")
+    text = model.config.get_text_config(decoder=True)
+    if text.model_type not in GUIDED:
+        raise ValueError(
+            f"Guidance was not verified for model type {text.model_type!r}, only for {', '.join(sorted(GUIDED))}."
+        )
+    if text._attn_implementation not in _ATTENTION:
+        raise ValueError(
+            f"Guidance needs attn_implementation {' or '.join(_ATTENTION)}, got {text._attn_implementation!r}."
+        )
+    if module.config.hidden_size != text.hidden_size:
+        raise ValueError(
+            f"`module` was trained on hidden_size={module.config.hidden_size} (backbone {module.config.backbone!r}), "
+            f"but the states of this {type(model).__name__} have width {text.hidden_size}; load the matching module."
+        )
+    if module.config.layer + 1 >= text.num_hidden_layers:
+        raise ValueError(
+            f"`module` reads layer {module.config.layer}, above which this model of {text.num_hidden_layers} layers "
+            "has none to guide; load the matching module."
+        )
+    module.require_finite()
+    if not config.allow_backbone_mismatch:
+        refuse_other_backbone("module", module.config, model)
+    module.eval()
+    return module
+
+
+class Guidance:
+    """The state of guidance in one `generate` call.
+
+    Args:
+        model: the backbone.
+        module: a module that fits it.
+        config: runtime configuration.
+
+    Attributes:
+        state ([`BridgeState`], *optional*): after the last forward.
+    """
+
+    def __init__(self, model: PreTrainedModel, module: ValueGuidanceModule, config: BridgeGuidanceConfig):
+        self.layers, self.module, self.config = decoder_layers(model), module, config
+        self.state: BridgeState | None = None
+        self.before: BridgeState | None = None
+        self.step = -1
+        self.read: list[Tensor] = []
+
+    @contextmanager
+    def reading(self, mask: Tensor | None) -> Iterator[None]:
+        """Keep the states of the prompt but for its last token, which a forward inside the `with` block takes in.
+
+        Args:
+            mask (`torch.Tensor` of shape `(rows, length)`, *optional*): of the whole prompt.
+        """
+        self.mask = mask
+
+        def keep(states: Tensor) -> None:
+            self.read.append(states)
+
+        with watched(self.layers[self.module.config.layer], keep):
+            yield
+
+    def begin_step(self) -> None:
+        """The next token: from now on `before` is what held until it."""
+        self.before, self.step = self.state, self.step + 1
+
+    @contextmanager
+    def guiding(self, cache: Cache) -> Iterator[None]:
+        """Guide the forward of the next token of every row."""
+        with self._forward(cache, self.before, None) as made:
+            yield
+        self.state = made[0]
+
+    @contextmanager
+    def branching(self, cache: LookaheadCache) -> Iterator[None]:
+        """Guide the forward of candidates, each with a bridge of its own; those that are committed keep it."""
+        assert self.before is not None  # the prompt's last token was a step
+        batch = len(self.before.shown)
+        rows = torch.arange(batch) if cache.rows is None else cache.rows
+        owners = rows.repeat_interleave(cache.count).to(self.before.shown.device)
+        with self._forward(cache, self.before.take(owners), owners) as made:
+            yield
+        branches = made[0]
+
+        def commit(rows: Tensor, chosen: Tensor) -> None:
+            assert self.state is not None
+            self.state = self.state.put(rows, branches.take(chosen))
+
+        cache.on_commit = commit
+
+    @contextmanager
+    def _forward(self, cache: Cache, before: BridgeState | None, owners: Tensor | None) -> Iterator[list[BridgeState]]:
+        """One forward of one token a row; `owners` are their rows in the batch, all if `None`."""
+        made: list[BridgeState] = []
+        due = before is None or (self.config.refresh_interval > 0 and self.step % self.config.refresh_interval == 0)
+        with ExitStack() as stack:
+
+            def guide(states: Tensor) -> Tensor | None:
+                made.append(self._refresh(states, before, owners) if due or before is None else before)
+                state = made[0]
+                if not bool(state.shown.any()):
+                    return None
+                if self.module.config.injection == "inject":
+                    return states + (state.bridge * state.shown[:, None, None]).to(states)
+                above = self.module.config.layer + 1
+                stack.enter_context(bridged(self.layers, above, cache, state, due))
+                return None
+
+            with watched(self.layers[self.module.config.layer], guide):
+                yield made
+
+    @torch.no_grad()
+    def _refresh(self, states: Tensor, before: BridgeState | None, owners: Tensor | None) -> BridgeState:
+        """What the module makes of the states of the next token, `(rows, 1, width)`."""
+        module, config = self.module, self.config
+        if module.device != states.device:
+            module.to(states.device)
+        if before is None:
+            self._read_prompt(states)
+        prompt, mask = (
+            (self.prompt, self.prompt_mask) if owners is None else (self.prompt[owners], self.prompt_mask[owners])
+        )
+        logits, corrections = module.correct(module.encode(states, prompt, mask))
+        make = module.bridge if module.config.injection == "bridge" else module.injection
+        bridge = make(states, corrections)[:, 0]
+        _require_finite(logits, bridge, self.step)
+        if before is not None:
+            bridge = torch.lerp(bridge, before.bridge, config.momentum)
+        discontent = (corrections != 0).any(dim=-1)[:, 0]
+        shown = discontent if config.neutral_when_safe else torch.ones_like(discontent)
+        return BridgeState(bridge, shown & (module.generator.gate > 0), logits[:, 0].sigmoid())
+
+    def _read_prompt(self, last: Tensor) -> None:
+        states = torch.cat([*self.read, last], dim=1)
+        self.read.clear()
+        self.prompt = self.module.read_prompt(states)
+        everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        self.prompt_mask = everything if self.mask is None else self.mask.to(states.device).bool()
+
+
+def _require_finite(logits: Tensor, bridge: Tensor, step: int) -> None:
+    broken = ~(logits.isfinite().all(dim=-1) & bridge.isfinite().flatten(1).all(dim=-1))
+    if bool(broken.any()):
+        raise RuntimeError(
+            f"The guidance module returned what is not finite at new token {step} in row(s) "
+            f"{broken.nonzero().flatten().tolist()}. The generation was stopped; the token was not emitted. Check the "
+            "module's weights and the backbone's dtype."
+        )
