@@ -80,17 +80,18 @@ class ValueGuidanceModule(Artefact):
             return states.new_empty(*states.shape[:-1], 0, dtype=torch.float32)
         return self.conditional.read(self.standardise(states))
 
-    def encode(self, states: Tensor, prompt: Tensor, prompt_mask: Tensor) -> Tensor:
+    def encode(self, states: Tensor, prompt: Tensor | None, prompt_mask: Tensor) -> Tensor:
         """`z = R(f_u(h) + lambda * CrossAttn(f_c(h), f_c(h_prompt)))`, `(rows, tokens, value_width)`.
 
         Args:
             states (`torch.FloatTensor` of shape `(rows, tokens, hidden_size)`).
-            prompt (`torch.FloatTensor` of shape `(rows, length, value_width)`): of `read_prompt`.
+            prompt (`torch.FloatTensor` of shape `(rows, length, value_width)`, *optional*): of `read_prompt`; without
+                it the conditional path is left out, as in the first stage of training.
             prompt_mask (`torch.BoolTensor` of shape `(rows, length)`): False where the prompt is padding.
         """
         states = self.standardise(states)
         value = self.unconditional(states)
-        if self.conditional is not None:
+        if self.conditional is not None and prompt is not None:
             value = value + self.conditional(states, prompt, prompt_mask)
         return self.normaliser(value)  # type: ignore[no-any-return]
 
@@ -113,18 +114,20 @@ class ValueGuidanceModule(Artefact):
         return attended * self.standardise.scale
 
     def forward(
-        self, states: Tensor, prompt_states: Tensor, prompt_mask: Tensor, labels: Tensor | None = None
+        self, states: Tensor, prompt_states: Tensor | None, prompt_mask: Tensor, labels: Tensor | None = None
     ) -> ValueGuidanceOutput:
         """Value tokens.
 
         Args:
             states (`torch.FloatTensor` of shape `(rows, tokens, hidden_size)`): outputs of layer `config.layer`.
-            prompt_states (`torch.FloatTensor` of shape `(rows, length, hidden_size)`): the same of their prompts.
+            prompt_states (`torch.FloatTensor` of shape `(rows, length, hidden_size)`, *optional*): the same of their
+                prompts; without them the conditional path is left out.
             prompt_mask (`torch.BoolTensor` of shape `(rows, length)`): False where a prompt is padding.
             labels (`torch.FloatTensor` of shape `(rows, tokens)`, *optional*): targets in [0, 1], NaN where a token
                 does not count.
         """
-        value = self.encode(states, self.read_prompt(prompt_states), prompt_mask)
+        prompt = None if prompt_states is None else self.read_prompt(prompt_states)
+        value = self.encode(states, prompt, prompt_mask)
         logits, corrections = self.correct(value)
         loss = None
         if labels is not None:

@@ -130,7 +130,7 @@ def _widen(
     state: BridgeState, new: int, cache: _BridgedLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
     """The arguments of an upper layer, with the bridges in front of the token in the first, and columns for them."""
-    given = _named(layer, args, kwargs)
+    given = named_arguments(layer, args, kwargs)
     hidden = given["hidden_states"]
     if new and hidden.shape[1] == 1:
         given["hidden_states"] = hidden = torch.cat([state.bridge.to(hidden), hidden], dim=1)
@@ -160,6 +160,6 @@ def _names(forward: Callable[..., Any]) -> list[str]:
     return list(signature(forward).parameters)[1:]
 
 
-def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a layer by name."""
     return dict(zip(_names(type(layer).forward), args, strict=False)) | kwargs

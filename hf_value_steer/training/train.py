@@ -62,7 +62,25 @@ RECIPES = {
 
 
 @dataclass(kw_only=True)
-class TrainArguments:
+class SplitArguments:
+    """Which share of the prompts is for what; the rest trains."""
+
+    validation: float = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
+    calibration: float = field(default=0.15, metadata={"help": "share of the prompts that only `calibrate` sees"})
+    held_out: float = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
+    rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
+
+    def __post_init__(self) -> None:
+        shares = (self.validation, self.calibration, self.held_out)
+        if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
+            raise ValueError(
+                "`validation`, `calibration` and `held_out` have to be shares that leave prompts to train on; "
+                f"got {shares}."
+            )
+
+
+@dataclass(kw_only=True)
+class TrainArguments(SplitArguments):
     """What to train. `None` stands for what the recipe says."""
 
     collection: str = field(metadata={"help": "folder of a labelled collection"})
@@ -91,10 +109,6 @@ class TrainArguments:
     epochs: int | None = field(default=None, metadata={"help": "at most"})
     patience: int | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
     batch_rows: int = field(default=32, metadata={"help": "generations in one step"})
-    validation: float = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
-    calibration: float = field(default=0.15, metadata={"help": "share of the prompts that only `calibrate` sees"})
-    held_out: float = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
-    rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
     seed: int = field(default=0, metadata={"help": "of weights and order"})
     trainer: list[str] = field(
         default_factory=list,
@@ -104,12 +118,7 @@ class TrainArguments:
     def __post_init__(self) -> None:
         if self.recipe not in RECIPES:
             raise ValueError(f"`recipe` has to be one of {', '.join(RECIPES)}; got {self.recipe!r}.")
-        shares = (self.validation, self.calibration, self.held_out)
-        if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
-            raise ValueError(
-                "`validation`, `calibration` and `held_out` have to be shares that leave prompts to train on; "
-                f"got {shares}."
-            )
+        super().__post_init__()
         if (self.judge is None) != bool(self.attributes):
             raise ValueError(
                 "`judge` says whose labels are learned, or `attributes` do, for several: pass one of them."
@@ -143,7 +152,7 @@ class TrainArguments:
         return replace(RECIPES[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
 
 
-def split_rows(collection: Collection, arguments: TrainArguments) -> dict[str, list[int]]:
+def split_rows(collection: Collection, arguments: SplitArguments) -> dict[str, list[int]]:
     """Rows of the splits `"held_out"`, `"calibration"`, `"validation"` and `"train"`; a prompt is in one of them.
 
     Where a prompt belongs follows from its text. Generations with forced words are in `"train"` only.

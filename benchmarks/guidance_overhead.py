@@ -1,0 +1,65 @@
+"""Cost of guidance, as ratios to plain `generate` inside one run, prompts included.
+
+    python -m benchmarks.guidance_overhead --dtype float32 --output benchmarks/results/guidance-overhead-float32.json
+
+An untrained module of the size that is shipped guides every token, so that no bridge is ever left out.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.environment import describe, save
+from benchmarks.timing import seconds
+from examples.smollm2 import load_backbone
+from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
+
+
+TOKENS = 64  # of the prompt, and new ones
+CASES = ((1, 1, 1.15), (0, 1, None), (1, 8, 1.25), (0, 8, None))  # refresh_interval, batch, limit
+
+
+def run(model: Any, input_ids: Tensor, module: ValueGuidanceModule | None, interval: int) -> float:
+    steer: dict[str, Any] = {}
+    if module is not None:
+        config = BridgeGuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
+        steer = {"custom_generate": value_steer_generate, "value_steer": config}
+    arguments = {"max_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "eos_token_id": None, **steer}
+    return seconds(lambda: model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **arguments))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--layer", type=int, default=13)
+    parser.add_argument("--bridges", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    model, _ = load_backbone(getattr(torch, arguments.dtype))
+    config = ValueGuidanceConfig(hidden_size=576, layer=arguments.layer, num_bridges=arguments.bridges)
+    module = ValueGuidanceModule(config).eval()
+    results = []
+    for interval, batch, limit in CASES:
+        input_ids = torch.randint(1000, 20000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
+        run(model, input_ids, None, 0), run(model, input_ids, module, interval)
+        times = [
+            (run(model, input_ids, None, 0), run(model, input_ids, module, interval)) for _ in range(arguments.pairs)
+        ]
+        ratios = [guided / plain for plain, guided in times]
+        results.append({"refresh_interval": interval, "batch": batch, "limit": limit})
+        results[-1] |= {"ratio_median": round(statistics.median(ratios), 3), "ratios": [round(r, 3) for r in ratios]}
+        print(results[-1], flush=True)
+    document = {"command": " ".join(["python -m benchmarks.guidance_overhead", *sys.argv[1:]]), **describe()}
+    document |= {"dtype": arguments.dtype, "layer": arguments.layer, "bridges": arguments.bridges, "cases": results}
+    if arguments.output:
+        save(document, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
