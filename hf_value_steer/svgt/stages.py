@@ -134,7 +134,8 @@ class BridgeStage(nn.Module):
         """The dense safety loss of each token, `(rows, tokens)`."""
         text = self.text[0]
         logits = self.module.discriminator(self.module.encode(guided.later, guided.prompt, text.prompt_mask))
-        return F.softplus(logits) + self.weights.alpha * logits.relu()
+        unsafe: Tensor = F.softplus(logits) + self.weights.alpha * logits.relu()
+        return unsafe
 
 
 def _mean(numbers: Tensor, counted: Tensor) -> Tensor:

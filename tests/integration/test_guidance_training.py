@@ -1,0 +1,128 @@
+"""Training of guidance modules with a tiny model: forward against the oracle, losses, and what a stop leaves."""
+
+import math
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceModule, value_steer_generate
+from hf_value_steer.cli import main
+from hf_value_steer.svgt import stages
+from hf_value_steer.svgt.parallel import GuidedText
+from hf_value_steer.svgt.stages import avoidance, manifold_loss
+from hf_value_steer.svgt.train import GuidanceTrainArguments, train_guidance
+from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.label import LabelArguments
+from tests.families import build, prompts
+from tests.guidance_oracle import guided_logits
+from tests.parity.test_guidance import make_module
+from tests.tiny_text import save_tiny_model, write_lexicon, write_prompts
+
+
+@pytest.mark.parametrize("neutral", [True, False])
+@pytest.mark.parametrize("interval", [1, 2, 0])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_whole_texts_are_guided_as_token_by_token(family, interval, neutral):
+    model, inputs, prompt = build(family), prompts(3, 18), 11
+    module = make_module(model)
+    inputs["attention_mask"][:, 10:] = 1  # every prompt has a token, and every response is whole
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    guided = GuidedText(model, module, interval, 0.6, neutral)(inputs, prompt)
+    for row, start in enumerate(inputs["attention_mask"].argmax(dim=1).tolist()):
+        text = inputs["input_ids"][row, start:-1]
+        logits, shown = guided_logits(model, module, text, prompt - start, interval, 0.6, neutral)
+        torch.testing.assert_close(guided.logits[row], logits, rtol=1e-4, atol=1e-4)
+        assert guided.shown[row].tolist() == shown
+
+
+def test_losses_by_hand():
+    bridges = torch.tensor([[[[3.0, 4.0]], [[0.0, 1.0]]]])  # norms 5 and 1
+    states = torch.tensor([[[0.0, 4.0], [9.0, 9.0], [1.0, 0.0], [9.0, 9.0]]])  # made from those of norms 4 and 1
+    assert manifold_loss(bridges, states, 2, 0.2).item() == pytest.approx((0.25 - 0.2) / 2)
+    log_p = torch.tensor([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]]).log()
+    avoided = torch.tensor([[[0, 2], [-1, -1]]])
+    assert avoidance(log_p, avoided).item() == pytest.approx(-math.log(1 - 0.7))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A labelled collection of a tiny model."""
+    folder = tmp_path_factory.mktemp("svgt")
+    save_tiny_model(folder / "model")
+    write_prompts(folder / "prompts.txt")
+    judge = f"lexicon:{write_lexicon(folder / 'bad.txt')}"
+    collect(
+        CollectArguments(
+            output=str(folder / "collection"), model=str(folder / "model"), prompts=str(folder / "prompts.txt"),
+            samples=4, max_new_tokens=10, next_tokens=4, batch_size=8,
+        ),
+        LabelArguments(judges=[judge], prefixes=True, prefix_words=1),
+    )  # fmt: skip
+    return folder, judge
+
+
+def arguments(world, output, **options):
+    folder, judge = world
+    return GuidanceTrainArguments(
+        collection=str(folder / "collection"), model=str(folder / "model"), output=str(output), judge=judge,
+        **{"target": "hazard", "bridge_heads": 4, "text_epochs": 2, "pair_epochs": 2, "bridge_epochs": 2,
+           "text_rate": 3e-3, "bridge_rate": 3e-3, "avoid": 1.0, "guided_share": 0.7, "validation": 0.25,
+           "calibration": 0.0, "batch_rows": 16, "trainer": ["disable_tqdm=true"], **options},
+    )  # fmt: skip
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_module(world, tmp_path, monkeypatch):
+    whole = train_guidance(arguments(world, tmp_path / "whole"))
+    assert (whole.config.layer, whole.config.num_bridges, whole.config.value_width) == (0, 5, 128)
+    assert whole.config.training["stages"]["text"]["auroc"] > 0.6
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "training.json",
+    ]  # fmt: skip
+
+    class Stopped(Exception):
+        pass
+
+    for stage, kind in (("pair", stages.ValueStage), ("bridge", stages.BridgeStage)):
+        forward, calls = kind.forward, []
+
+        def stopping(self, *args, forward=forward, calls=calls, stage=stage, **kwargs):
+            calls.append(self.training)
+            if sum(calls) > 5 and (stage == "bridge" or self.conditional):
+                raise Stopped
+            return forward(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(kind, "forward", stopping)
+            train_guidance(arguments(world, tmp_path / "stopped"))
+    again = train_guidance(arguments(world, tmp_path / "stopped"))
+    assert again.fingerprint() == whole.fingerprint()
+    assert train_guidance(arguments(world, tmp_path / "whole")).fingerprint() == whole.fingerprint()
+    with pytest.raises(ValueError, match="was trained otherwise"):
+        train_guidance(arguments(world, tmp_path / "whole", seed=3))
+    model = AutoModelForCausalLM.from_pretrained(world[0] / "model")
+    out = model.generate(
+        torch.tensor([[20, 30, 40]]), custom_generate=value_steer_generate, max_new_tokens=4,
+        value_steer=BridgeGuidanceConfig(module=str(tmp_path / "whole")), return_dict_in_generate=True,
+    )  # fmt: skip
+    assert out.guided.shape == out.values.shape
+
+
+@pytest.mark.parametrize("options", [{"injection": "inject", "manifold": 0.0}, {"conditional": False}])
+def test_ablations(world, tmp_path, options):
+    short = {"text_epochs": 1, "pair_epochs": 1, "bridge_epochs": 1, "layer": 0, "num_bridges": 2, "value_width": 16}
+    module = train_guidance(arguments(world, tmp_path / "module", **short | options))
+    assert ("pair" in module.config.training["stages"]) == module.config.conditional
+
+
+def test_the_command(world, tmp_path, capsys):
+    options = {**vars(arguments(world, tmp_path / "module", layer=0, num_bridges=2, value_width=16)), "text_epochs": 1}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(options | {"pair_epochs": 1, "bridge_epochs": 1}))
+    assert main(["svgt", "run", str(recipe)]) == 0
+    assert "auroc" in capsys.readouterr().out
+    recipe.write_text(yaml.safe_dump(options | {"epochs": 1}))
+    assert main(["svgt", "run", str(recipe)]) == 2
+    assert "epochs" in capsys.readouterr().err
+    assert ValueGuidanceModule.from_pretrained(tmp_path / "module").config.backbone.endswith("model")
