@@ -21,7 +21,7 @@ from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuida
 
 
 TOKENS = 64  # of the prompt, and new ones
-CASES = ((1, 1, 1.15), (0, 1, None), (1, 8, 1.25), (0, 8, None))  # refresh_interval, batch, limit
+CASES = ((1, 1, 1.15), (1, 8, 1.25), (0, 1, None), (0, 8, None))  # refresh_interval, batch, limit
 
 
 def run(model: Any, input_ids: Tensor, module: ValueGuidanceModule | None, interval: int) -> float:

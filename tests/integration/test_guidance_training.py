@@ -67,8 +67,8 @@ def arguments(world, output, **options):
     folder, judge = world
     return GuidanceTrainArguments(
         collection=str(folder / "collection"), model=str(folder / "model"), output=str(output), judge=judge,
-        **{"target": "hazard", "bridge_heads": 4, "text_epochs": 2, "pair_epochs": 2, "bridge_epochs": 2,
-           "text_rate": 3e-3, "bridge_rate": 3e-3, "avoid": 1.0, "guided_share": 0.7, "validation": 0.25,
+        **{"target": "hazard", "bridge_heads": 4, "text_epochs": 4, "pair_epochs": 2, "bridge_epochs": 2,
+           "text_rate": 1e-2, "bridge_rate": 3e-3, "avoid": 1.0, "guided_share": 0.7, "validation": 0.25,
            "calibration": 0.0, "batch_rows": 16, "trainer": ["disable_tqdm=true"], **options},
     )  # fmt: skip
 
