@@ -138,6 +138,8 @@ class Guidance:
 
             with watched(self.layers[self.module.config.layer], guide):
                 yield made
+        if not made:
+            raise RuntimeError("The layer that the guidance module reads was not called: this model cannot be guided.")
 
     @torch.no_grad()
     def _refresh(self, states: Tensor, before: BridgeState | None, owners: Tensor | None) -> BridgeState:

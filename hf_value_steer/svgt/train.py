@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -24,7 +23,7 @@ from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Target, Targets
-from hf_value_steer.training.train import SplitArguments, split_rows
+from hf_value_steer.training.train import SplitArguments, further_arguments, split_rows
 
 
 STAGES = ("text", "pair", "bridge")
@@ -236,8 +235,7 @@ class _Training:
             "dataloader_pin_memory": torch.cuda.is_available(),
             "seed": self.arguments.seed,
         }
-        further = (entry.partition("=") for entry in self.arguments.trainer)
-        return TrainingArguments(**defaults | {name: yaml.safe_load(choice) for name, _, choice in further})
+        return TrainingArguments(**defaults | further_arguments(self.arguments.trainer))
 
 
 def statistics(dataset: LabelledStates, most: int = 1000) -> tuple[Tensor, Tensor]:

@@ -301,8 +301,13 @@ def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArgume
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": arguments.seed,
     }
-    further = (entry.partition("=") for entry in arguments.trainer)
-    return TrainingArguments(**defaults | {name: _json_or_text(choice) for name, _, choice in further})
+    return TrainingArguments(**defaults | further_arguments(arguments.trainer))
+
+
+def further_arguments(entries: Sequence[str]) -> dict[str, Any]:
+    """Read `name=value`, where the value is JSON or text."""
+    parted = (entry.partition("=") for entry in entries)
+    return {name: _json_or_text(choice) for name, _, choice in parted}
 
 
 def _json_or_text(choice: str) -> Any:
