@@ -6,7 +6,6 @@ token sees that it was made from, at that token's position.
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class GuidedText:
                 watched(self.layers[at + 1], lambda states: later.append(states[:, self.first : self.length - 1]))
             )
             for layer in self.layers[at + 1 :] if bridging else ():
-                handle = layer.register_forward_pre_hook(partial(self._widen), with_kwargs=True)
+                handle = layer.register_forward_pre_hook(self._widen, with_kwargs=True)
                 stack.callback(handle.remove)
             stack.enter_context(watched(self.layers[-1], lambda states: states[:, : self.length]))
             responses = self.length - prompt_length
