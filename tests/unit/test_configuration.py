@@ -6,11 +6,14 @@ import pickle
 
 import pytest
 
-from hf_value_steer import AbstentionConfig, ValueFilterConfig, ValueHead, ValueHeadConfig
+from hf_value_steer import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHead, ValueHeadConfig
 from hf_value_steer.configuration import parse_value_steer
 
 
-@pytest.mark.parametrize("config", [ValueFilterConfig(), AbstentionConfig(message_ids=[3, 4], patience=2)])
+@pytest.mark.parametrize(
+    "config",
+    [ValueFilterConfig(), AbstentionConfig(message_ids=[3, 4], patience=2), BridgeGuidanceConfig(momentum=0.5)],
+)
 def test_json_copy_and_pickle(config):
     for again in (
         copy.deepcopy(config),
@@ -65,7 +68,7 @@ def test_a_value_head_of_another_type_is_refused():
     [
         ({"method": "filter", "treshold": 0.3}, "`treshold` is not a field of ValueFilterConfig: did you mean"),
         ({"method": "abstain", "zzz": 1}, "`zzz` is not a field of AbstentionConfig: known keys:"),
-        ({"method": "steer"}, "one of filter, abstain, activate; got 'steer'"),
+        ({"method": "steer"}, "one of filter, abstain, guide, activate; got 'steer'"),
         ({"threshold": 0.3}, 'needs a "method"'),
         ([], "at least one"),
         ([ValueFilterConfig(), {"method": "filter"}], "one config a method"),
