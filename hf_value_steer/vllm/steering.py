@@ -8,6 +8,7 @@ import torch
 
 from hf_value_steer.configuration import (
     AbstentionConfig,
+    MethodConfig,
     SteeringConfig,
     ValueFilterConfig,
     ValueSteer,
@@ -37,7 +38,7 @@ class Steering:
         Raises:
             ValueError: for a config that vLLM cannot honour, a head that cannot be loaded, or one without a threshold.
         """
-        methods = parse_value_steer(value_steer)
+        methods = {name: _served(config) for name, config in parse_value_steer(value_steer).items()}
         names = [_head_name(config) for config in methods.values()]
         loaded = {name: ValueHead.from_pretrained(name).eval() for name in dict.fromkeys(names)}
         steering = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))
@@ -69,13 +70,18 @@ class Steering:
         return [_line(config, head) for config, head in zip(self.methods.values(), self.heads.values(), strict=True)]
 
 
+def _served(config: MethodConfig) -> SteeringConfig:
+    """`config`, if vLLM serves its method."""
+    if isinstance(config, ValueFilterConfig | AbstentionConfig):
+        return config
+    raise ValueError(
+        f'The method "{config.method}" is for `generate`; vLLM serves "filter" and "abstain". Steering vectors can be '
+        "baked into a checkpoint, which vLLM serves as it is."
+    )
+
+
 def _head_name(config: SteeringConfig) -> str:
     """The folder or Hub id of the head, if vLLM can honour the config."""
-    if not isinstance(config, ValueFilterConfig | AbstentionConfig):
-        raise ValueError(
-            f'The method "{config.method}" is for `generate`; vLLM serves "filter" and "abstain". Steering vectors '
-            "can be baked into a checkpoint, which vLLM serves as it is."
-        )
     if isinstance(config.threshold, Sequence):
         raise ValueError("`threshold` of an engine is one number; requests choose others by `filter.threshold`.")
     if isinstance(config, ValueFilterConfig):
