@@ -5,6 +5,8 @@ import os
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # tensor parallelism on one NUMA node
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a test sends a function to the workers
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -61,7 +63,10 @@ _ENGINE = {
 
 @pytest.fixture(scope="session")
 def engine(folder: Path) -> Iterator[Callable[..., Any]]:
-    """`engine(value_steer=None, **vllm_arguments)`: a `vllm.LLM`, kept for whoever asks for the same again."""
+    """`engine(value_steer=None, model=None, **vllm_arguments)`: a `vllm.LLM`, of the tiny model where none is given.
+
+    All are kept to the end, since one that is collected takes the process groups of the others with it.
+    """
     from vllm import LLM
 
     from hf_value_steer.vllm import steered_engine_args
@@ -69,14 +74,14 @@ def engine(folder: Path) -> Iterator[Callable[..., Any]]:
 
     made: dict[str, tuple[LLM, Any]] = {}
 
-    def make(value_steer: Any = None, **arguments: Any) -> LLM:
-        key = repr((value_steer, sorted(arguments.items())))
+    def make(value_steer: Any = None, model: Path | None = None, **arguments: Any) -> LLM:
+        key = repr((value_steer, model, sorted(arguments.items())))
         if key not in made:
             chosen = {**_ENGINE, **arguments}
             if value_steer is None:
-                made[key] = LLM(model=str(folder), **chosen), None
+                made[key] = LLM(model=str(model or folder), **chosen), None
             else:
-                arguments = steered_engine_args(str(folder), value_steer, **chosen)
+                arguments = steered_engine_args(str(model or folder), value_steer, **chosen)
                 made[key] = LLM(**arguments), Admission.steering
         llm, Admission.steering = made[key]
         return llm

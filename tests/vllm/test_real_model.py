@@ -16,15 +16,11 @@ PROMPTS = ("He looked at me and said", "You are such a", "The weather in May", "
 FILTER = {"method": "filter", "value_head": str(HEAD), "threshold": 0.1, "proposal": "topk", "num_candidates": 4}
 
 
-def test_the_shipped_head(smollm2: Any, tokenizer: Any) -> None:
-    from vllm import LLM, SamplingParams
-
-    from hf_value_steer.vllm import steered_engine_args
+def test_the_shipped_head(engine: Any, smollm2: Any, tokenizer: Any) -> None:
+    from vllm import SamplingParams
 
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    options = {"dtype": "float32", "max_model_len": 128, "enforce_eager": True, "block_size": 32}
-    options |= {"num_gpu_blocks_override": 64, "max_num_seqs": 8, "disable_log_stats": True}
-    llm = LLM(**steered_engine_args(str(backbone_folder()), FILTER, **options))
+    llm = engine(FILTER, model=backbone_folder(), num_gpu_blocks_override=64)
     ours = run(llm, prompts, [SamplingParams(temperature=0, max_tokens=12)] * len(prompts))
     enable_value_steer(smollm2)
     for prompt, mine, told in zip(prompts, tokens(ours), reports(ours), strict=True):

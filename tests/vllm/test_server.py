@@ -49,7 +49,7 @@ def server(folder: Path, spread: str, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def _wait(address: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(240):
+    for _ in range(900):
         assert process.poll() is None, log.read_text()[-3000:]
         try:
             urlopen(f"{address}/health", timeout=1)

@@ -8,12 +8,6 @@ from tests.vllm import tiny
 from tests.vllm.helpers import reports, run, tokens
 
 
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-
-
 def _disagree(worker: Any) -> None:
     """Turn the head of every rank but the first upside down."""
     if worker.rank > 0:
