@@ -93,7 +93,7 @@ class Runner:
 
     def run(self, setting: Setting, samples: int | None = None) -> Texts:
         """Generate under `setting`, or read what was generated before."""
-        path = self.folder / f"{re.sub(r'[^a-z0-9.]+', '-', setting.name.lower()).strip('-')}.json"
+        path = self.folder / f"{_slug(setting.name)}.json"
         if path.exists():
             return Texts(**json.loads(path.read_text(encoding="utf-8")))
         texts, samples = Texts(), samples or self.samples
@@ -135,6 +135,11 @@ class Runner:
         texts.interventions += output.interventions.sum(dim=1).tolist()
         texts.values += [row[:count] for row, count in zip(output.values.tolist(), counts, strict=True)]
         texts.prompt_values += output.prompt_values.tolist()
+
+
+def _slug(name: str) -> str:
+    """A name as that of a file; signs stay, so that m=-0.5 and m=0.5 are two runs."""
+    return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")
 
 
 def watch(head: ValueHead) -> Setting:

@@ -6,7 +6,7 @@ from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.evaluation.measures import Measures, negative_log_likelihood
 from hf_value_steer.evaluation.metrics import Bootstrap, compare_perplexity, compare_rates, distinct, interval
 from hf_value_steer.evaluation.outcome import coverage
-from hf_value_steer.evaluation.runs import Texts, shuffled, worst_value
+from hf_value_steer.evaluation.runs import Runner, Setting, Texts, shuffled, worst_value
 from hf_value_steer.training.prompts import Formatter, Prompt
 from tests.tiny_text import save_tiny_model
 
@@ -113,3 +113,13 @@ def test_the_worst_value_follows_the_polarity():
     for polarity, worst in (("undesirable", 0.9), ("desirable", 0.8)):
         head = ValueHead(ValueHeadConfig(hidden_size=2, polarity=polarity))
         assert worst_value([0.2, 0.9], head) == pytest.approx(worst)
+
+
+def test_runs_whose_names_differ_by_a_sign_are_two(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Runner, "_batch", lambda _self, setting, *_: made.append(setting.name))
+    runner = Runner(None, None, ["prompt"], {}, samples=1, max_new_tokens=1, batch_size=1, seed=0, folder=tmp_path)
+    for name in ("m=-0.5", "m=0.5", "filter K=8", "m=0.5"):
+        runner.run(Setting(name, "other"))
+    assert made == ["m=-0.5", "m=0.5", "filter K=8"]
+    assert (tmp_path / "filter-k-8.json").exists()
