@@ -99,8 +99,8 @@ def main() -> None:
                     else allowed_exceedances(mode, size, alpha, DELTA if confident else None)  # type: ignore[arg-type]
                 )
                 found = rates(grown if mode == "martingale" else worst, owners, size, allowed, random)
-                error = float(found.std() / math.sqrt(DRAWS))
-                number = float((found > alpha).mean()) if confident else float(found.mean())
+                promised = found > alpha if confident else found
+                number, error = float(promised.mean()), float(promised.std() / math.sqrt(DRAWS))
                 cases.append(
                     {
                         "mode": mode, "n": size, "alpha": alpha, "mean_rate": round(float(found.mean()), 4),
