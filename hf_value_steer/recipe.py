@@ -24,7 +24,7 @@ from hf_value_steer.training.train import TrainArguments, train
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push")
 # What later steps take from `collect` unless they say otherwise.
-_SHARED = ("model", "chat", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
+_SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
 T = TypeVar("T")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -27,6 +28,9 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    if find_spec("vllm") is None:
+        print('hf-value-steer serve: vLLM is not installed: pip install "hf-value-steer[vllm]"', file=sys.stderr)
+        return 2
     try:
         from hf_value_steer.vllm.server import serve
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
 from hf_value_steer.cli import main
-from hf_value_steer.recipe import run_recipe
+from hf_value_steer.recipe import _Steps, run_recipe
 from hf_value_steer.training.collect import CollectArguments, collect
 from hf_value_steer.training.label import LabelArguments, Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
@@ -204,7 +204,7 @@ def test_cross_fitting_steers_every_prompt_with_a_head_that_never_saw_it(world, 
 
 KILLED = """
 import sys, torch, yaml
-from hf_value_steer.recipe import run_recipe
+from hf_value_steer.recipe import _Steps, run_recipe
 torch.set_num_threads(1)
 run_recipe(yaml.safe_load(open(sys.argv[1])))
 """
@@ -385,3 +385,16 @@ def test_help_teaches(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0 and len(capsys.readouterr().out) > 400
+
+
+def test_evaluate_reads_prompts_as_collect_does():
+    steps = _Steps(
+        {
+            "output": "run",
+            "collect": {"model": "org/backbone", "prompts": "org/questions", "prompt_column": "question"},
+            "label": {"judges": ["lexicon:words.txt"]},
+            "train": {"attribute": "rude"},
+            "evaluate": {"prompts": "org/others", "judges": ["lexicon:other.txt"]},
+        }
+    )
+    assert steps.evaluate.prompt_column == steps.collect.prompt_column == "question"
