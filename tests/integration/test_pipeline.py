@@ -204,7 +204,7 @@ def test_cross_fitting_steers_every_prompt_with_a_head_that_never_saw_it(world, 
 
 KILLED = """
 import sys, torch, yaml
-from hf_value_steer.recipe import _Steps, run_recipe
+from hf_value_steer.recipe import run_recipe
 torch.set_num_threads(1)
 run_recipe(yaml.safe_load(open(sys.argv[1])))
 """
