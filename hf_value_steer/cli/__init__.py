@@ -19,9 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_svgt(commands)
     add_vectors(commands)
     add_serve(commands)
-    parser.set_defaults(takes_others=False)
     arguments, others = parser.parse_known_args(argv)
-    if others and not arguments.takes_others:
+    if "others" in arguments:
+        arguments.others = others
+    elif others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    arguments.others = others
     return int(arguments.run(arguments))

@@ -24,7 +24,7 @@ def add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.add_argument(
         "--value-steer", metavar="JSON", type=json.loads, help="instead of all these: a configuration, or a list"
     )
-    parser.set_defaults(run=_serve, takes_others=True)
+    parser.set_defaults(run=_serve, others=[])
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -322,3 +322,16 @@ def test_what_cannot_be_right_is_refused(run):
     (head / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"but .*model\.safetensors is not there"):
         push_head(head, "org/head", **options)
+
+
+def test_the_command_line_hands_on_what_was_said_and_nothing_else(monkeypatch):
+    from hf_value_steer.cli import main
+
+    said = []
+    monkeypatch.setattr("hf_value_steer.cli.pipeline.push_head", lambda *args, **options: said.append((args, options)))
+    assert main(["push", "head", "org/head", "--private"]) == 0
+    ((args, options),) = said
+    assert args == ("head", "org/head") and options.pop("private") is True
+    assert set(options) <= {"evaluation", "limits", "accept_limits", "datasets", "license", "dry_run"}
+    with pytest.raises(SystemExit):
+        main(["push", "head", "org/head", "--privat3"])
