@@ -6,7 +6,6 @@ that an idle machine would take: what else this one does hardly disturbs them, a
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -22,7 +21,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 import vllm
 
-from benchmarks.environment import describe
+from benchmarks.environment import describe, save
 from examples.smollm2 import backbone_folder
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.vllm import steered_engine_args
@@ -127,7 +126,7 @@ def main() -> None:
     rows = measure(arguments.rounds)
     command = f"python -m benchmarks.serving {' '.join(sys.argv[1:])}"
     result = {**facts, "command": command, "model": "SmolLM2-135M-Instruct, bfloat16", "rows": rows}
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save(result, arguments.output)
 
 
 if __name__ == "__main__":

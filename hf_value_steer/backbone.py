@@ -91,14 +91,29 @@ def refuse_other_backbone(name: str, config: PreTrainedConfig, model: PreTrained
         )
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order.
+def layers_path(model: PreTrainedModel) -> str:
+    """Dotted name of the `nn.ModuleList` that holds the decoder layers.
 
     Raises:
-        ValueError: if there is no list of as many modules as the config has layers.
+        ValueError: if the model has no such list, or more than one.
     """
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ValueError(f"{type(model).__name__} has no list of {count} decoder layers.")
+    depth = num_layers(model)
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name in lists if len(model.get_submodule(name)) == depth]
+    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        raise ValueError(
+            f"{type(model).__name__} cannot be steered in its layers: it should have one list of {depth} decoder "
+            f"layers, found {len(outermost)} ({', '.join(outermost)})."
+        )
+    return str(outermost[0])
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers; layer `l` is counted from 0, and its *residual* is what it hands on."""
+    layers: nn.ModuleList = model.get_submodule(layers_path(model))
+    return layers
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config(decoder=True).num_hidden_layers)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_value_steer.activation.residual import decoder_layers, residual
+from hf_value_steer.activation.residual import residual
+from hf_value_steer.backbone import decoder_layers
 
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_value_steer.activation.residual import layer_range, num_layers, read_residuals, residual_width
+from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
 from hf_value_steer.activation.vectors import SteeringVectors
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.backbone import fingerprint, num_layers
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.training.judges.base import import_optional

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.activation.residual import num_layers, read_residuals
+from hf_value_steer.activation.residual import read_residuals
+from hf_value_steer.backbone import num_layers
 
 
 if TYPE_CHECKING:

@@ -9,33 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-
-def layers_path(model: PreTrainedModel) -> str:
-    """Dotted name of the `nn.ModuleList` that holds the decoder layers.
-
-    Raises:
-        ValueError: if the model has no such list, or more than one.
-    """
-    depth = num_layers(model)
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = [name for name in lists if len(model.get_submodule(name)) == depth]
-    outermost = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    if len(outermost) != 1:
-        raise ValueError(
-            f"{type(model).__name__} cannot be steered by activations: it should have one list of {depth} decoder "
-            f"layers, found {len(outermost)} ({', '.join(outermost)})."
-        )
-    return str(outermost[0])
-
-
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers; layer `l` is counted from 0, and its *residual* is what it hands on."""
-    layers: nn.ModuleList = model.get_submodule(layers_path(model))
-    return layers
-
-
-def num_layers(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+from hf_value_steer.backbone import decoder_layers
 
 
 def residual_width(model: PreTrainedModel) -> int:

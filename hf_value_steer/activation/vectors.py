@@ -19,8 +19,8 @@ from transformers.utils.hub import cached_file
 from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
-from hf_value_steer.activation.residual import num_layers, residual_width
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.activation.residual import residual_width
+from hf_value_steer.backbone import fingerprint, num_layers
 from hf_value_steer.files import write_atomically, write_json
 from hf_value_steer.hub import push
 

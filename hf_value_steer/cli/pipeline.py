@@ -2,15 +2,9 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-import transformers
-from transformers import HfArgumentParser
-
+from hf_value_steer.cli.command import add_command, guarded
 from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.evaluation.markdown import results_markdown
@@ -24,52 +18,26 @@ from hf_value_steer.training.train import TrainArguments, train
 
 def add_pipeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands."""
-    _add(commands, "collect", "continue prompts, keep the features, and let judges label them", _collect)
-    _add(commands, "train", "train a value head on a labelled collection", _train)
-    _add(commands, "calibrate", "thresholds from generations that training never saw", _calibrate)
-    _add(commands, "evaluate", "base against steered, on unseen prompts, by other judges", _evaluate)
+    add_command(
+        commands,
+        "collect",
+        "continue prompts, keep the features, and let judges label them",
+        _collect,
+        CollectArguments,
+        LabelArguments,
+    )
+    add_command(commands, "train", "train a value head on a labelled collection", _train, TrainArguments)
+    add_command(
+        commands, "calibrate", "thresholds from generations that training never saw", _calibrate, CalibrateArguments
+    )
+    add_command(
+        commands, "evaluate", "base against steered, on unseen prompts, by other judges", _evaluate, EvaluateArguments
+    )
     _add_push(commands)
     parser = commands.add_parser("run", help="all of it from one recipe", description=run_recipe.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("recipe", help="a YAML file")
     parser.set_defaults(run=guarded(lambda arguments: print(f"head: {run_recipe(arguments.recipe)}")))
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults, where there are any."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return super()._get_help_string(action) if action.default else action.help
-
-
-_ARGUMENTS: dict[str, tuple[type[Any], ...]] = {
-    "collect": (CollectArguments, LabelArguments),
-    "train": (TrainArguments,),
-    "calibrate": (CalibrateArguments,),
-    "evaluate": (EvaluateArguments,),
-}
-
-
-def _add(
-    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    summary: str,
-    function: Callable[..., None],
-) -> None:
-    kinds = _ARGUMENTS[name]
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}.",
-        parents=[HfArgumentParser(kinds, add_help=False)],
-        formatter_class=Help,
-    )
-
-    def run(namespace: argparse.Namespace) -> None:
-        given = vars(namespace)
-        function(*(kind(**{field.name: given[field.name] for field in fields(kind)}) for kind in kinds))
-
-    parser.set_defaults(run=guarded(run))
 
 
 def _add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -91,21 +59,6 @@ def _add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _push(arguments: argparse.Namespace) -> None:
     options = {name: choice for name, choice in vars(arguments).items() if name != "run"}
     print(push_head(options.pop("folder"), options.pop("repo_id"), **options))
-
-
-def guarded(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
-    """What a user can mend is said in one line."""
-
-    def run(namespace: argparse.Namespace) -> int:
-        transformers.logging.set_verbosity_error()
-        try:
-            function(namespace)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            print(f"hf-value-steer: {error}", file=sys.stderr)
-            return 2
-        return 0
-
-    return run
 
 
 def _collect(arguments: CollectArguments, labels: LabelArguments) -> None:

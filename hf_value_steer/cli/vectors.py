@@ -2,20 +2,20 @@
 
 import argparse
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.activation.extract import vectors_from_collection, vectors_from_pairs, vectors_from_value_head
 from hf_value_steer.activation.interop import vectors_from_file
-from hf_value_steer.activation.residual import layer_range, num_layers
+from hf_value_steer.activation.residual import layer_range
 from hf_value_steer.activation.sweep import SweepArguments, sweep
 from hf_value_steer.activation.vectors import SteeringVectors
-from hf_value_steer.cli.pipeline import Help, guarded
+from hf_value_steer.backbone import num_layers
+from hf_value_steer.cli.command import add_command
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.training.collect import SamplingArguments, load_backbone
 from hf_value_steer.training.prompts import Formatter, load_prompts
@@ -95,32 +95,14 @@ def add_vectors(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     summary = "steering vectors: directions of the residual stream"
     parser = commands.add_parser("vectors", help=summary, description=__doc__)
     steps = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add(steps, "extract", "directions from texts, labelled generations or a value head", ExtractArguments, _extract)
-    _add(steps, "calibrate", "strengths from the norms of the model", CalibrateVectorsArguments, _calibrate)
-    _add(steps, "sweep", "which multipliers work, by judges and perplexity", SweepArguments, _sweep)
-    _add(steps, "apply", "texts with and without the vectors", ApplyArguments, _apply)
-    _add(steps, "bake", "a checkpoint that carries the vectors in its weights", BakeArguments, _bake)
-
-
-def _add(
-    steps: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    summary: str,
-    kind: type[Any],
-    function: Callable[[Any], None],
-) -> None:
-    parser = steps.add_parser(
-        name,
-        help=summary,
-        description=kind.__doc__,
-        parents=[HfArgumentParser(kind, add_help=False)],
-        formatter_class=Help,
-    )
-
-    def run(namespace: argparse.Namespace) -> None:
-        function(kind(**{each.name: getattr(namespace, each.name) for each in fields(kind)}))
-
-    parser.set_defaults(run=guarded(run))
+    for name, summary, function, kind in (
+        ("extract", "directions from texts, labelled generations or a value head", _extract, ExtractArguments),
+        ("calibrate", "strengths from the norms of the model", _calibrate, CalibrateVectorsArguments),
+        ("sweep", "which multipliers work, by judges and perplexity", _sweep, SweepArguments),
+        ("apply", "texts with and without the vectors", _apply, ApplyArguments),
+        ("bake", "a checkpoint that carries the vectors in its weights", _bake, BakeArguments),
+    ):
+        add_command(steps, name, summary, function, kind, description=kind.__doc__)
 
 
 def _extract(arguments: ExtractArguments) -> None:

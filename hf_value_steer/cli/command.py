@@ -1,0 +1,56 @@
+"""From dataclasses of arguments to commands."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import transformers
+from transformers import HfArgumentParser
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    summary: str,
+    function: Callable[..., None],
+    *kinds: type[Any],
+    description: str | None = None,
+) -> None:
+    """Add a command that calls `function` with one dataclass of each of `kinds`, read from the command line."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=description or f"{summary[0].upper()}{summary[1:]}.",
+        parents=[HfArgumentParser(kinds, add_help=False)],
+        formatter_class=Help,
+    )
+
+    def run(namespace: argparse.Namespace) -> None:
+        given = vars(namespace)
+        function(*(kind(**{field.name: given[field.name] for field in fields(kind)}) for kind in kinds))
+
+    parser.set_defaults(run=guarded(run))
+
+
+def guarded(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+    """What a user can mend is said in one line."""
+
+    def run(namespace: argparse.Namespace) -> int:
+        transformers.logging.set_verbosity_error()
+        try:
+            function(namespace)
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            print(f"hf-value-steer: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    return run
