@@ -162,12 +162,13 @@ def main() -> None:
         "influence": influence(model, vectors, sequences),
     }
     print(document["influence"], flush=True)
+    head = ValueHead.from_pretrained(arguments.run / "evaluation" / f"fold-{FOLD}" / "head")
     runner = Runner(
         model, Formatter(tokenizer, False), prompts, SAMPLING, samples=arguments.samples, max_new_tokens=32,
         batch_size=len(prompts), seed=0, folder=arguments.work / "runs",
+        conditions={"vectors": vectors.fingerprint(), "value_head": head.fingerprint()},
     )  # fmt: skip
     sweeper = Sweeper(runner, vectors, JUDGES)
-    head = ValueHead.from_pretrained(arguments.run / "evaluation" / f"fold-{FOLD}" / "head")
     strong = arguments.main
     planned = [(m, "broadcast") for m in sorted(arguments.multipliers, key=abs)]
     planned += [(m, "last_token") for m in (-strong, strong, -2 * strong, 2 * strong)]

@@ -63,7 +63,8 @@ def main() -> None:
     prompts = [Prompt(text) for text in load_prompts("all") if share(text) < arguments.held_out][: arguments.limit]
     formatter = Formatter(tokenizer, False)
     sizes = {"samples": arguments.samples, "max_new_tokens": 32, "batch_size": 24, "seed": 0}
-    runner = Runner(model, formatter, prompts, SAMPLING, **sizes, folder=arguments.work)
+    asked = {name: getattr(arguments, name) for name in ("module", "inject", "head", "guide")}
+    runner = Runner(model, formatter, prompts, SAMPLING, **sizes, folder=arguments.work, conditions=asked)
     owners = [prompt for prompt in prompts for _ in range(arguments.samples)]
     judges = {name: load_judge(name) for name in JUDGES}
     runs = [(setting, runner.run(setting)) for setting in settings(arguments)]

@@ -69,6 +69,7 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         folder=folder / "runs",
+        conditions={"vectors": vectors.fingerprint()},
     )
     sweeper = Sweeper(runner, vectors, arguments.judges)
     for multiplier in sorted(set(arguments.multipliers) - {0.0}):

@@ -20,7 +20,7 @@ from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import residual_width
-from hf_value_steer.backbone import fingerprint, num_layers
+from hf_value_steer.backbone import fingerprint, fingerprint_of, num_layers
 from hf_value_steer.files import write_atomically, write_json
 from hf_value_steer.hub import push
 
@@ -216,6 +216,11 @@ class SteeringVectors:
     ) -> dict[str, Any]:
         """Write a checkpoint that is steered by itself; see [`~hf_value_steer.activation.bake.bake`]."""
         return bake(model, self, multiplier, output_dir, **options)
+
+    def fingerprint(self) -> str:
+        """Identity of what a multiplier of 1 adds at which layer."""
+        offsets = self.directions * self.strengths[:, None]
+        return fingerprint_of((f"layers.{layer}", offset) for layer, offset in zip(self.layers, offsets, strict=True))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write `steering_vectors.json`, `steering_vectors.safetensors` and, unless there is one, a `README.md`."""

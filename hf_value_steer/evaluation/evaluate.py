@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import fingerprint
 from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.document import FORMAT, main_run
 from hf_value_steer.evaluation.examples import examples, masking
@@ -19,12 +17,12 @@ from hf_value_steer.evaluation.outcome import coverage, value_reliability
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
 from hf_value_steer.evaluation.settings import filter_runs
-from hf_value_steer.files import claim, write_atomically, write_json
+from hf_value_steer.files import write_atomically, write_json
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest
+from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
 
 
 @dataclass
@@ -71,7 +69,6 @@ class Evaluation:
         """Generate for some prompts under every setting; `folder` keeps the runs."""
         arguments = self.arguments
         check_fit(head, self.model)
-        claim(folder / "runs.json", _conditions(arguments, head, self.model, prompts))
         runner = Runner(
             self.model,
             self.formatter,
@@ -82,6 +79,7 @@ class Evaluation:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             folder=folder,
+            conditions=_conditions(arguments, head),
         )
         base, watched = runner.run(Setting("base", "base")), runner.run(watch(head))
         if base.ids != watched.ids:
@@ -157,16 +155,10 @@ def _pooled(runs: Sequence[tuple[Setting, Texts]]) -> tuple[Setting, Texts]:
     return setting, Texts.joined(texts)
 
 
-def _conditions(
-    arguments: EvaluateArguments, head: ValueHead, model: PreTrainedModel, prompts: Sequence[Prompt]
-) -> dict[str, Any]:
-    """What has to be the same for runs that are there already to be used again."""
+def _conditions(arguments: EvaluateArguments, head: ValueHead) -> dict[str, Any]:
+    """What has to be the same, besides prompts and sampling, for runs that are there already to be used again."""
     return {
-        "prompts": prompts_digest(prompts),
         "value_head": head.fingerprint(),
-        "backbone": fingerprint(model),
-        **{name: getattr(arguments, name) for name in ("chat", "samples", "max_new_tokens", "batch_size", "seed")},
-        "sampling": arguments.sampling(),
         "thresholds": arguments.thresholds or head.config.threshold,
         "baselines": [arguments.bad_words, arguments.system_prompt, arguments.best_of],
     }

@@ -13,13 +13,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_value_steer.backbone import fingerprint
 from hf_value_steer.configuration import ValueFilterConfig
-from hf_value_steer.files import write_json
+from hf_value_steer.files import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import undesirability
 from hf_value_steer.training.collect import until_end
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
 
 
 PLACEBO_PROMPTS = 32  # on which a placebo's threshold is found
@@ -72,6 +73,10 @@ class Runner:
         prompts: to continue, `samples` times each.
         sampling (`dict`): arguments of `generate` that say how tokens are drawn.
         folder: where each run is kept; a run that is there is not made again.
+        conditions (`dict`): what else has to be the same for such a run to be used again.
+
+    Raises:
+        ValueError: if the folder holds runs that were made under other conditions.
     """
 
     def __init__(
@@ -86,7 +91,11 @@ class Runner:
         batch_size: int,
         seed: int,
         folder: Path,
+        conditions: dict[str, Any],
     ):
+        sizes = {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+        of = {"prompts": prompts_digest(prompts), "backbone": fingerprint(model), "chat": formatter.chat}
+        claim(folder / "runs.json", {**of, **sizes, "sampling": sampling, **conditions})
         self.model, self.formatter, self.prompts, self.sampling = model, formatter, prompts, sampling
         self.samples, self.max_new_tokens, self.batch_size = samples, max_new_tokens, batch_size
         self.seed, self.folder = seed, folder

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -115,10 +117,24 @@ def test_the_worst_value_follows_the_polarity():
         assert worst_value([0.2, 0.9], head) == pytest.approx(worst)
 
 
+def make_runner(folder, **conditions):
+    sizes = {"samples": 1, "max_new_tokens": 1, "batch_size": 1, "seed": 0}
+    model, formatter = torch.nn.Linear(1, 1, bias=False), Formatter(SimpleNamespace(pad_token="."), chat=False)
+    torch.nn.init.ones_(model.weight)
+    return Runner(model, formatter, [Prompt("a prompt")], {}, **sizes, folder=folder, conditions=conditions)
+
+
+def test_runs_of_another_steering_are_not_taken_for_these(tmp_path):
+    make_runner(tmp_path, vectors="one")
+    make_runner(tmp_path, vectors="one")
+    with pytest.raises(ValueError, match="vectors = 'one', now it is 'other'"):
+        make_runner(tmp_path, vectors="other")
+
+
 def test_runs_whose_names_differ_by_a_sign_are_two(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(Runner, "_batch", lambda _self, setting, *_: made.append(setting.name))
-    runner = Runner(None, None, ["prompt"], {}, samples=1, max_new_tokens=1, batch_size=1, seed=0, folder=tmp_path)
+    runner = make_runner(tmp_path)
     for name in ("m=-0.5", "m=0.5", "filter K=8", "m=0.5"):
         runner.run(Setting(name, "other"))
     assert made == ["m=-0.5", "m=0.5", "filter K=8"]
