@@ -1,6 +1,7 @@
 """Norm-calibrated steering of SmolLM2: relative influence, the working window, gating by a value head, baking, speed.
 
-    python -m benchmarks.activation --output benchmarks/results/activation-toxicity.json
+    python -m benchmarks.activation --output benchmarks/results/activation-toxicity.json \
+        --page docs/activation-toxicity.html
 
 Reads what `hf-value-steer run examples/recipes/smollm2-toxicity.yaml` left: directions come from its labelled
 generations, and everything is judged on the prompts of one of its folds, which neither the directions nor the head of
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--page", type=Path, help="where the charts go")
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(torch.bfloat16)
     vectors = make_vectors(model, tokenizer, arguments.run, arguments.work / "vectors")
@@ -159,9 +161,10 @@ def main() -> None:
         "prompts": len(prompts),
         "generations": len(prompts) * arguments.samples,
         "vectors": vectors.provenance,
-        "influence": influence(model, vectors, sequences),
+        "influence": influence(load_backbone(torch.float32)[0], vectors, sequences),
+        "influence_bfloat16": influence(model, vectors, sequences),
     }
-    print(document["influence"], flush=True)
+    print(document["influence"], document["influence_bfloat16"], flush=True)
     head = ValueHead.from_pretrained(arguments.run / "evaluation" / f"fold-{FOLD}" / "head")
     runner = Runner(
         model, Formatter(tokenizer, False), prompts, SAMPLING, samples=arguments.samples, max_new_tokens=32,
@@ -183,7 +186,8 @@ def main() -> None:
     document["baking"] = baking(vectors, strong, sequences[:8])
     if arguments.output:
         save(document, arguments.output)
-        arguments.output.with_suffix(".html").write_text(sweep_page(document), encoding="utf-8")
+    if arguments.page:
+        arguments.page.write_text(sweep_page(document), encoding="utf-8")
 
 
 def show(run: dict[str, Any]) -> None:

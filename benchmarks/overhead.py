@@ -22,9 +22,9 @@ from hf_value_steer import ValueFilterConfig, enable_value_steer
 
 
 CASES = [
-    Case("lazy, no interventions, batch 1", limit=1.03),
-    Case("lazy, no interventions, batch 8", batch=8, limit=1.05),
-    Case("lazy, no interventions, batch 16", batch=16, limit=1.03),
+    Case("lazy, no interventions, batch 1", new_tokens=128, limit=1.03),
+    Case("lazy, no interventions, batch 8", batch=8, new_tokens=128, limit=1.05),
+    Case("lazy, no interventions, batch 16", batch=16, new_tokens=128, limit=1.03),
     Case("lazy, 5 % interventions, batch 1", rate=0.05, limit=1.12),
     Case("lazy, 5 % interventions, batch 8", batch=8, rate=0.05, limit=1.45),
     Case("lazy, 5 % interventions, batch 16", batch=16, rate=0.05, limit=1.30),

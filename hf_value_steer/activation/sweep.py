@@ -115,7 +115,14 @@ class Sweeper:
         """All runs, and the window of the multipliers under which the text stays within the budget."""
         for run in self.runs:
             run["collapsed"] = collapsed(run, self.runs[0], budget)
-        return {"budget": budget, "runs": self.runs, "window": window(swept(self.runs))}
+        norms = self.vectors.norms
+        return {
+            "budget": budget,
+            "runs": self.runs,
+            "window": window(swept(self.runs)),
+            "layers": list(self.vectors.layers),
+            "norms": None if norms is None else [round(norm, 2) for norm in norms.tolist()],
+        }
 
 
 def swept(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -141,7 +148,7 @@ def window(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def sweep_page(document: Mapping[str, Any]) -> str:
-    """Rate by each judge, and perplexity, over the multiplier: one page of HTML and SVG without script."""
+    """Rates and perplexity over the multiplier, and norms by layer: one page of HTML and SVG without script."""
     runs = swept(document["runs"])
     low, high = document["window"]
     charts = [
@@ -151,11 +158,30 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     note = f"Of the steered text under the unsteered model. Window for x{document['budget']:g}: {low:g} to {high:g}."
     ratios = [run["perplexity_ratio"] for run in runs]
     charts.append(_chart("perplexity", note, runs, ratios, "perplexity", Rule("budget", document["budget"])))
+    if document["norms"]:
+        charts.append(norm_chart(document["layers"], document["norms"]))
     return (
         f"<!doctype html><meta charset='utf-8'><title>Sweep</title><style>{packaged('page.css')}</style>"
         f"<main><h1>Working window: {low:g} to {high:g}</h1>"
         f"<div class='grid'>{''.join(map(figure, charts))}</div></main>\n"
     )
+
+
+def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
+    """Why the strength follows the norm: how the residual grows with depth, and what is left of a flat strength.
+
+    Args:
+        layers, norms: the steered layers, and the mean norm of the residual behind each.
+    """
+    left = norms[0] / norms[-1]
+    note = (
+        f"The strength follows it. A flat one would have {100 * left:.0f} % of its relative influence at layer "
+        f"{layers[0]} left at layer {layers[-1]}."
+    )
+    points = [Point(layer, norm, f"layer {layer}: {norm:.3g}") for layer, norm in zip(layers, norms, strict=True)]
+    x = linear("layer", layers, lambda value: f"{value:g}", tight=True)
+    y = logarithmic("mean norm", norms, lambda value: f"{value:g}")
+    return Chart("norms", "Norm of the residual stream", note, x, y, [Series("", points)])
 
 
 def _chart(

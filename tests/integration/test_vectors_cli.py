@@ -66,7 +66,7 @@ def test_sweep(world, to_bad, capsys):
         assert less["judges"][judge]["difference_interval"][1] < 0 < more["judges"][judge]["difference_interval"][0]
     assert not more["collapsed"] and not less["collapsed"]
     page = (world / "sweep" / "sweep.html").read_text()
-    assert "Working window" in page and page.count("<figure") == 2
+    assert "Working window" in page and page.count("<figure") == 3 and "Norm of the residual stream" in page
 
 
 def test_apply_and_bake(world, to_bad, capsys):

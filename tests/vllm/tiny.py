@@ -1,34 +1,35 @@
 """A tiny model that vLLM runs on a CPU, its tokenizer of words, and heads for it, as folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_value_steer import ValueHead, ValueHeadConfig
 
 
 VOCABULARY, WIDTH, EOS = 203, 64, 2
-CONFIG = LlamaConfig(
-    vocab_size=VOCABULARY,
-    bos_token_id=1,
-    eos_token_id=EOS,
-    pad_token_id=0,
-    hidden_size=WIDTH,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=32,
-    max_position_embeddings=256,
-)
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "pad_token_id": 0,
+    "hidden_size": WIDTH,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
 
 
-def build() -> PreTrainedModel:
+def build(kind: type[PreTrainedConfig] = LlamaConfig, **options: Any) -> PreTrainedModel:
     """Weights large enough that the next-token distribution is far from uniform, and EOS is rare but possible."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(kind(**SIZES, **options), dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
