@@ -99,7 +99,7 @@ def baking(vectors: SteeringVectors, multiplier: float, sequences: Sequences) ->
             report["same_generation"] = bool(torch.equal(hooked, baked.generate(ids, **options)))
             if dtype == torch.float32:
                 found["speed"] = speed(model, baked, vectors, ids)
-        found[str(dtype).removeprefix("torch.")] = {k: v for k, v in report.items() if k not in ("original", "layers")}
+        found[str(dtype).removeprefix("torch.")] = {name: value for name, value in report.items() if name != "layers"}
     return found
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead --dtype float32 --output benchmarks/results/overhead-float32.json
 
-Every case is timed in pairs, reference then steered, and the median of the pairs' ratios is reported. The prompt is in
-the cache before the clock starts. The head's values are prescribed (a stand-in head that rejects a set share of
-natural samples), so that the intervention rate is what the case says and does not depend on any training.
+Every case is timed in pairs, reference and steered taking turns, and the median of the pairs' ratios is reported. The
+prompt is in the cache before the clock starts. The head's values are prescribed (a stand-in head that rejects a set
+share of natural samples), so that the intervention rate is what the case says and does not depend on any training.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def generate_once(dtype: torch.dtype, steer: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

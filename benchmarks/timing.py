@@ -4,16 +4,21 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StoppingCriteria
 
 from benchmarks.baselines import repeated_cache
 from hf_value_steer import BlockCache, ValueFilterConfig, ValueHead, ValueHeadConfig, value_steer_generate
 from hf_value_steer.backbone import feature_width
 from hf_value_steer.modeling import ValueHeadOutput
+
+
+WARM_UP = 8  # tokens
 
 
 class RejectingHead(ValueHead):
@@ -98,36 +103,65 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+class Turns(StoppingCriteria):
+    """Hands over after every token."""
+
+    def __init__(self, hand_over: Callable[[], Any]):
+        self.hand_over = hand_over
+
+    def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        self.hand_over()
+        return input_ids.new_zeros(len(input_ids), dtype=torch.bool)
+
+
+@torch.no_grad()
+def in_turns(*runs: Callable[[Turns], Any]) -> list[float]:
+    """Seconds of each run, all of them under way at once and taking turns, a token each.
+
+    What slows the machine for a while slows all of them, so that their ratio is steadier than that of times taken one
+    after the other. Each run passes the [`Turns`] that it is given to `generate`.
+    """
+    host, taken = getcurrent(), [0.0] * len(runs)
+    players = [greenlet(run) for run in runs]
+    while any(not player.dead for player in players):
+        for index, player in enumerate(players):
+            if not player.dead:
+                start = time.perf_counter()
+                player.switch(Turns(host.switch))
+                taken[index] += time.perf_counter() - start
+    return taken
+
+
 def compare(model: PreTrainedModel, case: Case, pairs: int, prompt: Prompt | None = None) -> dict[str, Any]:
-    """Times of `case` in pairs, reference then steered, after one pair that does not count."""
+    """Times of `case` in pairs, reference and steered taking turns, after a short pair that does not count."""
     prompt = prompt or Prompt(model, case.batch, case.prompt)
     head = make_head(model, case.rate)
     config = ValueFilterConfig(
         value_head=head, num_candidates=case.count, evaluation=case.evaluation, lookahead=case.lookahead
     )
     arguments = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "eos_token_id": None}
-    arguments["max_new_tokens"] = case.new_tokens
     steer = {"custom_generate": value_steer_generate, "value_steer": config}
     rates = []
 
-    def reference() -> float:
-        inputs = prompt.inputs("dynamic")
+    def reference(inputs: dict[str, Any], new_tokens: int, turns: Turns) -> None:
         if case.against == "plain":
-            return seconds(lambda: model.generate(**inputs, **arguments))
-        cache = inputs["past_key_values"]
-        count = case.count
-        return seconds(lambda: repeated_cache.generate(model, head, prompt.input_ids, cache, case.new_tokens, count))
+            model.generate(**inputs, **arguments, max_new_tokens=new_tokens, stopping_criteria=[turns])
+            return
+        cache, sizes = inputs["past_key_values"], (new_tokens, case.count)
+        repeated_cache.generate(model, head, prompt.input_ids, cache, *sizes, turns.hand_over)
 
-    def steered() -> float:
-        inputs = prompt.inputs(case.cache)
-        outputs = []
-        taken = seconds(lambda: outputs.append(model.generate(**inputs, **arguments, **steer)))
-        rates.append(outputs[0].interventions.float().mean().item())
-        return taken
+    def steered(inputs: dict[str, Any], new_tokens: int, turns: Turns) -> None:
+        length = {"max_new_tokens": new_tokens, "stopping_criteria": [turns]}
+        output = model.generate(**inputs, **arguments, **steer, **length)
+        rates.append(output.interventions.float().mean().item())
+
+    def pair(new_tokens: int) -> list[float]:
+        caches = prompt.inputs("dynamic"), prompt.inputs(case.cache)
+        return in_turns(partial(reference, caches[0], new_tokens), partial(steered, caches[1], new_tokens))
 
     torch.manual_seed(0)
-    reference(), steered()
-    times = [(reference(), steered()) for _ in range(pairs)]
+    pair(WARM_UP)
+    times = [pair(case.new_tokens) for _ in range(pairs)]
     ratios = [mine / base for base, mine in times]
     tokens = case.new_tokens * case.batch
     return {

@@ -274,7 +274,8 @@ class ValueFilterConfig(SteeringConfig):
         output_candidates (`bool`): return the candidates and their values.
         lookahead (`str`): how candidates are forwarded: `"shared_prefix"` (the prefix is read once for all of them,
             without a mask), `"masked"` (along the query dimension, under a 4-D mask), `"expanded"` (along the batch
-            dimension, any model and cache), or with `"auto"` the best that was verified for the model.
+            dimension, any model and cache), or with `"auto"` the best that was verified for the model. Where the step
+            is compiled, so is the look-ahead with `"auto"` and `"masked"`.
         seed (`int`, *optional*): seed of the alternatives; by default it follows the global generator's state.
     """
 

@@ -1,5 +1,6 @@
 """Value-filtered decoding as one writes it by hand: repeat the cache K times, forward K rows, keep one of them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +10,18 @@ from transformers import Cache, PreTrainedModel
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, head: Any, input_ids: Tensor, cache: Cache, new_tokens: int, count: int
+    model: PreTrainedModel,
+    head: Any,
+    input_ids: Tensor,
+    cache: Cache,
+    new_tokens: int,
+    count: int,
+    hand_over: Callable[[], Any],
 ) -> Tensor:
     """Sample `new_tokens` tokens after `input_ids` `(1, length)`, all but the last of which `cache` holds.
 
     Takes the first of `count` candidates whose value lies below the head's threshold, else the one with the lowest.
+    Calls `hand_over` after every token.
     """
     logits = model(input_ids[:, -1:], past_key_values=cache).logits[:, -1]
     for _ in range(new_tokens):
@@ -26,4 +34,5 @@ def generate(
         cache.batch_select_indices(chosen)
         logits = output.logits[chosen, -1]
         input_ids = torch.cat([input_ids, candidates[chosen][None]], dim=1)
+        hand_over()
     return input_ids

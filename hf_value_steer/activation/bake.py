@@ -93,7 +93,8 @@ def bake(
 
     Returns:
         The report: `kind`, `offset_rounding` (largest relative error of an offset in the model's dtype),
-        `max_logit_difference`, `max_logit_change` (by steering), `relative_difference`, `same_greedy_tokens`, ...
+        `max_logit_difference`, `max_logit_change` (by steering), `relative_difference`, `same_greedy_tokens`, ... In
+        `steering/report.json` there is also what [`unbake`] needs.
 
     Raises:
         ValueError: for vectors that do not fit, a quantised, offloaded or steered model, a folder that is there, and
@@ -122,14 +123,14 @@ def bake(
             "offset_rounding": rounding,
             "dtype": str(model.dtype).removeprefix("torch."),
             **_compare(model, folder, export, sequences, expected),
-            "original": {
-                "class": type(model).__name__,
-                "config": json.loads(model.config.to_json_string(use_diff=False)),
-                "sha256": _digest(original),
-                "sources": sources,
-            },
         }
-        write_json(folder / _REPORT, report)
+        restoring = {
+            "class": type(model).__name__,
+            "config": json.loads(model.config.to_json_string(use_diff=False)),
+            "sha256": _digest(original),
+            "sources": sources,
+        }
+        write_json(folder / _REPORT, {**report, "original": restoring})
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         os.rename(folder, target)

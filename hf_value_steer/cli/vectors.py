@@ -169,6 +169,6 @@ def _bake(arguments: BakeArguments) -> None:
     sequences = arguments.encoded(tokenizer, arguments.texts) if arguments.texts else None
     vectors = SteeringVectors.from_pretrained(arguments.vectors)
     report = vectors.bake(model, arguments.multiplier, arguments.output, sequences=sequences, tokenizer=tokenizer)
-    print(json.dumps({name: fact for name, fact in report.items() if name != "original"}, indent=2))
+    print(json.dumps(report, indent=2))
     if report["kind"] == "custom code":
         print("No plain export of this family is exact: load this checkpoint with trust_remote_code=True.")

@@ -143,7 +143,8 @@ class _Loop:
         make_room(model_kwargs[cache_name(model_kwargs)], model.config)
         mask = model_kwargs.get("attention_mask")
         chosen = choose_kernel(kernel, model, mask, bool(config.output_attentions))
-        self.engine = Engine(model, model_kwargs, chosen, steering, self.guidance)
+        compilable = kernel in ("auto", "masked")
+        self.engine = Engine(model, model_kwargs, chosen, steering, self.guidance, compilable)
         self.record = Record()
         self.stops = Stops.none(len(input_ids), input_ids.device)
         self.filter: ValueFilter | None = None

@@ -54,6 +54,7 @@ class Engine:
         kernel: how candidates are forwarded; with `guidance`, along the batch dimension.
         steering (*optional*): vectors that are applied to `model`; it is told what each forward reads.
         guidance (*optional*): the value module that takes part in every forward.
+        compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Engine:
         kernel: Kernel,
         steering: Steering | None = None,
         guidance: Guidance | None = None,
+        compilable: bool = True,
     ):
-        self.model, self.model_kwargs, self.kernel = model, model_kwargs, kernel
+        self.model, self.model_kwargs, self.kernel, self.compilable = model, model_kwargs, kernel, compilable
         self.steering, self.guidance = steering, guidance
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
         self.compiled: CompiledForwards | None = None
@@ -81,7 +83,7 @@ class Engine:
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
         self.live.start()
         self.compiled = compiled_forwards(self.model, config, self.model_kwargs)
-        if self.compiled is not None:
+        if self.compiled is not None and self.compilable:
             self.kernel = compilable_kernel(self.kernel, self.model, self.live)
         return self._state(outputs, feature[:, -1], input_ids.device)
 

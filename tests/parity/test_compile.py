@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, set_seed
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer.generation.kernels import Whole
 from tests.families import accepting_head, build, prompts, random_head
 
 
@@ -64,3 +65,15 @@ def test_the_look_ahead_is_compiled_once_and_commits_the_same(family, evaluation
     counters.clear()
     generate(model, compile_config, **steer)
     assert counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("lookahead", ["shared_prefix", "expanded"])
+def test_a_kernel_that_was_asked_for_is_used_beside_the_compiled_step(lookahead, compile_config, monkeypatch):
+    model = build("qwen3")
+    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4, lookahead=lookahead)
+    steer = {"custom_generate": value_steer_generate, "value_steer": config}
+    ordinary = generate(model, None, **steer)
+    monkeypatch.setattr(Whole, "inputs", None)
+    compiled = generate(model, compile_config, **steer)
+    assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
+    assert counters["stats"]["unique_graphs"] > 0
