@@ -31,7 +31,7 @@ CASES = [
     Case("eager K=8, batch 1", evaluation="eager", limit=1.60),
     Case("eager K=8 against a repeated cache, 2,048-token prompt", prompt=2048, new_tokens=32, evaluation="eager",
          against="repeated", limit=1 / 3),
-    Case("lazy, 5 % interventions, BlockCache, 8,000-token prompt", prompt=8000, new_tokens=32, rate=0.05,
+    Case("lazy, 5 % interventions, BlockCache, 8,000-token prompt", prompt=8000, new_tokens=40, rate=0.05,
          cache="block", limit=1.0),
 ]  # fmt: skip
 MEMORY_PROMPT = 8000

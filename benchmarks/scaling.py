@@ -24,7 +24,7 @@ KERNELS = ("shared_prefix", "masked", "expanded", "repeated cache")
 
 def ratio(model: Any, pairs: int, prompt: Prompt, **options: Any) -> float:
     """Time relative to plain `generate`."""
-    case = {"prompt": prompt.input_ids.shape[1], "new_tokens": 16, "evaluation": "eager", **options}
+    case = {"prompt": prompt.input_ids.shape[1], "new_tokens": 20, "evaluation": "eager", **options}
     if case.get("lookahead") != "repeated cache":
         return float(compare(model, Case("", **case), pairs, prompt)["ratio_median"])
     case["lookahead"] = "auto"

@@ -24,17 +24,28 @@ WARM_UP = 8  # tokens
 class RejectingHead(ValueHead):
     """A real MLP head whose values are then replaced: natural samples are rejected at `rate`, alternatives never.
 
-    Natural samples are the features of shape `(rows, width)`, alternatives those of `(rows, K, width)`.
+    Of every `1 / rate` natural samples of a row it rejects one, at a random place, so that even short texts have the
+    rate that they should. Natural samples are the features of shape `(rows, width)`, alternatives those of
+    `(rows, K, width)`.
     """
 
     rate: float = 0.0
+    step: int = -1  # the first value is that of the prompt
 
     def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
         output = super().forward(hidden_states, labels)
-        natural = hidden_states.dim() == 2
-        draws = torch.rand(output.values.shape, generator=self.generator, device=output.values.device)
-        output.values = torch.where(draws < (self.rate if natural else 0.0), 0.9, 0.1)
+        rejected = self._rejected(output.values) if hidden_states.dim() == 2 else torch.zeros_like(output.values)
+        output.values = torch.where(rejected > 0, 0.9, 0.1)
         return output
+
+    def _rejected(self, values: Tensor) -> Tensor:
+        step, self.step = self.step, self.step + 1
+        if self.rate == 0 or step < 0:
+            return torch.zeros_like(values)
+        span = round(1 / self.rate)
+        if step % span == 0:
+            self.places = torch.randint(span, values.shape, generator=self.generator, device=values.device)
+        return (self.places == step % span).to(values.dtype)
 
 
 def make_head(model: PreTrainedModel, rate: float) -> RejectingHead:
@@ -59,7 +70,7 @@ class Case:
     name: str
     batch: int = 1
     prompt: int = 64
-    new_tokens: int = 64
+    new_tokens: int = 60
     evaluation: str = "lazy"
     rate: float = 0.0
     count: int = 8
@@ -152,6 +163,7 @@ def compare(model: PreTrainedModel, case: Case, pairs: int, prompt: Prompt | Non
 
     def steered(inputs: dict[str, Any], new_tokens: int, turns: Turns) -> None:
         length = {"max_new_tokens": new_tokens, "stopping_criteria": [turns]}
+        head.step = -1
         output = model.generate(**inputs, **arguments, **steer, **length)
         rates.append(output.interventions.float().mean().item())
 

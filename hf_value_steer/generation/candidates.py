@@ -23,7 +23,8 @@ def natural_sample(scores: Tensor, do_sample: bool) -> tuple[Tensor, Tensor]:
         return tokens, scores.gather(1, tokens[:, None]).squeeze(1) > -torch.inf
     probabilities = scores.softmax(dim=-1)
     possible = ~probabilities[:, 0].isnan()
-    probabilities.masked_fill_(~possible[:, None], 1.0)
+    if possible.device.type != "cpu" or not possible.all():  # elsewhere the host would have to wait for the answer
+        probabilities.masked_fill_(~possible[:, None], 1.0)
     return torch.multinomial(probabilities, num_samples=1).squeeze(1), possible
 
 
