@@ -3,11 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 
 SAMPLES_PER_PARAMETER = 16
@@ -77,16 +78,26 @@ def fingerprint_of(parameters: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def refuse_other_backbone(name: str, config: PreTrainedConfig, model: PreTrainedModel) -> None:
+class OfBackbone(Protocol):
+    """What says which backbone it was made for: `None` where it does not know."""
+
+    @property
+    def backbone(self) -> str | None: ...
+
+    @property
+    def backbone_fingerprint(self) -> str | None: ...
+
+
+def refuse_other_backbone(name: str, made_for: OfBackbone, model: PreTrainedModel) -> None:
     """Raise a `ValueError` if what argument `name` holds was trained on other weights than those of `model`.
 
-    Its `config` is let through if it names no `backbone_fingerprint`.
+    It is let through if it names no `backbone_fingerprint`.
     """
-    expected = config.backbone_fingerprint
+    expected = made_for.backbone_fingerprint
     if expected and (found := fingerprint(model)) != expected:
         raise ValueError(
-            f"`{name}` was trained on backbone {config.backbone!r} with fingerprint {expected}, but this "
-            f"model ({model.name_or_path!r}) has {found}: its values would mean nothing. Load the matching one or "
+            f"`{name}` was trained on backbone {made_for.backbone!r} with fingerprint {expected}, but "
+            f"this model ({model.name_or_path!r}) has {found}: it would mean nothing here. Load the matching one or "
             "backbone, or pass `allow_backbone_mismatch=True` if you know that they fit."
         )
 

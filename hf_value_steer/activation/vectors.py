@@ -20,7 +20,7 @@ from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import residual_width
-from hf_value_steer.backbone import fingerprint, fingerprint_of, num_layers
+from hf_value_steer.backbone import fingerprint_of, num_layers, refuse_other_backbone
 from hf_value_steer.files import write_atomically, write_json
 from hf_value_steer.hub import push
 
@@ -186,13 +186,8 @@ class SteeringVectors:
             )
         if self.num_layers not in (None, depth):
             raise ValueError(f"These vectors are of a model with {self.num_layers} layers, this one has {depth}.")
-        expected = self.backbone_fingerprint
-        if expected and not allow_backbone_mismatch and (found := fingerprint(model)) != expected:
-            raise ValueError(
-                f"These vectors are of backbone {self.backbone!r} with fingerprint {expected}, but this model "
-                f"({model.name_or_path!r}) has {found}: its directions are others. Load the matching vectors, or pass "
-                "`allow_backbone_mismatch=True` if you know that they fit."
-            )
+        if not allow_backbone_mismatch:
+            refuse_other_backbone("vectors", self, model)
 
     def apply(
         self,
