@@ -38,16 +38,17 @@ BUDGET, TEXTS, CALIBRATION_TEXTS = 1.5, 60, 60
 Sequences = list[list[int]]
 
 
-def make_vectors(model: PreTrainedModel, tokenizer: Any, run: Path, folder: Path) -> SteeringVectors:
-    """Directions and norms from prompts outside the fold; kept in `folder`."""
+def make_vectors(
+    model: PreTrainedModel, tokenizer: Any, run: Path, sequences: Sequences, folder: Path
+) -> SteeringVectors:
+    """Directions from generations to prompts outside the fold, norms on `sequences`; kept in `folder`."""
     if not (folder / "steering_vectors.json").exists():
         collection = Collection(run / "collection")
-        known = [prompt.text for prompt in collection.prompts if not unseen(prompt)]
+        known = [prompt.text for prompt in collection.prompts if not unseen(prompt)][:TEXTS]
         vectors = vectors_from_collection(
-            model, tokenizer, collection, LABELS, prompts=set(known[:TEXTS]), attribute="toxicity", batch_size=32
+            model, tokenizer, collection, LABELS, prompts=set(known), attribute="toxicity", batch_size=32
         )
-        texts = known[TEXTS : TEXTS + CALIBRATION_TEXTS]
-        calibrated = vectors.calibrate(model, [tokenizer(text)["input_ids"] for text in texts])
+        calibrated = vectors.calibrate(model, sequences)
         dataclasses.replace(calibrated, backbone=BACKBONE_ID).save_pretrained(folder)
     return SteeringVectors.from_pretrained(folder)
 
@@ -58,7 +59,7 @@ def unseen(prompt: Prompt) -> bool:
 
 
 def influence(model: PreTrainedModel, vectors: SteeringVectors, sequences: Sequences) -> dict[str, Any]:
-    """Relative influence on texts that the calibration did not see; calibrated, and with one strength for all."""
+    """Relative influence on some texts; calibrated, and with one strength for all layers."""
     flat = dataclasses.replace(vectors, strengths=torch.full_like(vectors.strengths, vectors.strengths[0].item()))
     ends = flat.only([vectors.layers[0], vectors.layers[-1]])
     rho = vectors.rho[0].item()
@@ -144,27 +145,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/smollm2-toxicity"))
     parser.add_argument("--work", type=Path, default=Path("runs/activation-toxicity"))
-    parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, -0.25, 0.25, 0.5, 1, 2])
+    parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, 0.5, 1, 2])
     parser.add_argument("--main", type=float, default=0.5, help="the m that is compared with its negative")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
-    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--page", type=Path, help="where the charts go")
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(torch.bfloat16)
-    vectors = make_vectors(model, tokenizer, arguments.run, arguments.work / "vectors")
-    prompts = [prompt for prompt in Collection(arguments.run / "collection").prompts if unseen(prompt)]
-    sequences = [tokenizer(prompt.text)["input_ids"] for prompt in prompts]
+    every = Collection(arguments.run / "collection").prompts
+    prompts, others = (
+        [prompt for prompt in every if unseen(prompt)],
+        [prompt for prompt in every if not unseen(prompt)],
+    )
+    sequences, calibration = (
+        [tokenizer(prompt.text)["input_ids"] for prompt in some]
+        for some in (prompts, others[TEXTS : TEXTS + CALIBRATION_TEXTS])
+    )
+    vectors = make_vectors(model, tokenizer, arguments.run, calibration, arguments.work / "vectors")
+    exact = load_backbone(torch.float32)[0]
     document: dict[str, Any] = {
         "command": "python -m benchmarks.activation",
         **describe(),
         "prompts": len(prompts),
         "generations": len(prompts) * arguments.samples,
         "vectors": vectors.provenance,
-        "influence": influence(load_backbone(torch.float32)[0], vectors, sequences),
-        "influence_bfloat16": influence(model, vectors, sequences),
+        "influence_on_calibration_texts": influence(exact, vectors, calibration),
+        "influence_on_other_texts": influence(exact, vectors, sequences),
     }
-    print(document["influence"], document["influence_bfloat16"], flush=True)
+    print(document, flush=True)
     head = ValueHead.from_pretrained(arguments.run / "evaluation" / f"fold-{FOLD}" / "head")
     runner = Runner(
         model, Formatter(tokenizer, False), prompts, SAMPLING, samples=arguments.samples, max_new_tokens=32,
