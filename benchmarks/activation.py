@@ -9,10 +9,12 @@ the fold have seen, by judges that gave no label. What was generated is kept, an
 """
 
 import argparse
+import copy
 import dataclasses
+import itertools
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.environment import describe, save
+from benchmarks.timing import Turns, in_turns
 from examples.smollm2 import BACKBONE_ID, load_backbone
 from examples.toxicity import SAMPLING
 from hf_value_steer import ActivationConfig, SteeringVectors, ValueHead, value_steer_generate
@@ -105,29 +108,29 @@ def baking(vectors: SteeringVectors, multiplier: float, sequences: Sequences) ->
 
 
 def speed(
-    model: PreTrainedModel, baked: PreTrainedModel, vectors: SteeringVectors, ids: torch.Tensor, pairs: int = 9
+    model: PreTrainedModel, baked: PreTrainedModel, vectors: SteeringVectors, ids: torch.Tensor, rounds: int = 5
 ) -> dict[str, Any]:
-    """Time of a generation relative to plain `generate`, in pairs, of the hooked and of the baked model."""
-    options = {"do_sample": False, "min_new_tokens": 48, "max_new_tokens": 48}
+    """Time of a generation relative to plain `generate`, all of them taking turns."""
     config = ActivationConfig(vectors=vectors, multiplier=1.0, allow_backbone_mismatch=True)
+    hooked, steered = copy.deepcopy(model), copy.deepcopy(model)
 
-    def seconds(run: PreTrainedModel, **extra: Any) -> float:
-        start = time.process_time()
-        run.generate(ids, **options, **extra)
-        return time.process_time() - start
+    def run(which: PreTrainedModel, turns: Turns, **extra: Any) -> None:
+        which.generate(ids, do_sample=False, min_new_tokens=64, max_new_tokens=64, stopping_criteria=[turns], **extra)
 
-    ratios: dict[str, list[float]] = {"hooks": [], "generate(value_steer=)": [], "baked": []}
-    for _ in range(pairs):
-        plain = seconds(model)
-        with vectors.apply(model, 1.0):
-            ratios["hooks"].append(seconds(model) / plain)
-        steer = {"custom_generate": value_steer_generate, "value_steer": config}
-        ratios["generate(value_steer=)"].append(seconds(model, **steer) / plain)
-        ratios["baked"].append(seconds(baked) / plain)
-    return {
-        name: {"median": round(statistics.median(each), 4), "all": [round(ratio, 4) for ratio in sorted(each)]}
-        for name, each in ratios.items()
+    players = {
+        "plain": partial(run, model),
+        "hooks": partial(run, hooked),
+        "generate(value_steer=)": partial(run, steered, custom_generate=value_steer_generate, value_steer=config),
+        "baked": partial(run, baked),
     }
+    with vectors.apply(hooked, 1.0):
+        in_turns(*players.values())
+        times = [in_turns(*players.values()) for _ in range(rounds)]
+    found = {}
+    for index, name in enumerate(players):
+        ratios = sorted(each[index] / each[0] for each in times)
+        found[name] = {"median": round(statistics.median(ratios), 4), "all": [round(ratio, 4) for ratio in ratios]}
+    return found
 
 
 def against(sweeper: Sweeper, one: str, other: str) -> dict[str, Any]:
@@ -145,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/smollm2-toxicity"))
     parser.add_argument("--work", type=Path, default=Path("runs/activation-toxicity"))
-    parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, 0.5, 1, 2])
+    parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, -0.25, 0.25, 0.5, 1, 2])
     parser.add_argument("--main", type=float, default=0.5, help="the m that is compared with its negative")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
     parser.add_argument("--samples", type=int, default=3)
@@ -190,8 +193,9 @@ def main() -> None:
         for multiplier in (-strong, -2 * strong):
             show(gating(sweeper, head, multiplier, threshold))
     document |= sweeper.document(BUDGET)
-    names = [f"gated m={-strong:g} c={c:g}" for c in arguments.thresholds]
-    document["against"] = [against(sweeper, name, f"broadcast m={-strong:g}") for name in names]
+    always = [f"broadcast m={-multiplier:g}" for multiplier in (strong, strong / 2)]
+    gated = [f"gated m={-strong:g} c={c:g}" for c in arguments.thresholds]
+    document["against"] = [against(sweeper, one, other) for one, other in itertools.product(gated, always)]
     document["baking"] = baking(vectors, strong, sequences[:8])
     if arguments.output:
         save(document, arguments.output)
