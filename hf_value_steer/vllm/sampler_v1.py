@@ -1,4 +1,4 @@
-"""vLLM's sampler, which also says what it drew from."""
+"""The sampler of vLLM's V1 model runner, which also says what it drew from."""
 
 from typing import Any
 
