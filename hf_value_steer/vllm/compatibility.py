@@ -44,6 +44,7 @@ PARAMETERS = {
     f"{_SCHEDULER}.update_from_output": "scheduler_output model_runner_output",
     f"{_SCHEDULER}.finish_requests": "request_ids finished_status",
     f"{_SCHEDULER}._free_request": "request",
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.worker.utils:AttentionGroup.build_metadata": "common_attn_metadata kwargs",
     "vllm.v1.worker.utils:copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
@@ -81,6 +82,7 @@ ATTRIBUTES = {
     "vllm.v1.worker.gpu.sample.penalties:PenaltiesState": "output_bin_counts",
     "vllm.v1.worker.gpu.block_table:BlockTables": "block_tables block_sizes",
     "vllm.v1.worker.gpu.async_utils:AsyncOutput": "model_runner_output",
+    "vllm.v1.request:Request": "drop_stale_output num_stale_output_tokens",
     _SCHEDULER: "num_lookahead_tokens requests block_size max_model_len",
     "vllm.v1.worker.gpu_input_batch:InputBatch": (
         "token_ids_cpu is_token_ids num_tokens_no_spec generators block_table logitsprocs sampling_metadata"

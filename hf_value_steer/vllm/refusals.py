@@ -21,7 +21,8 @@ def refuse_engine(config: VllmConfig) -> None:
     """Raise a `ValueError` that names everything in the configuration that steering cannot honour."""
     model, parallel = config.model_config, config.parallel_config
     found = {
-        "async scheduling": config.scheduler_config.async_scheduling,
+        "async scheduling with the V1 model runner": config.scheduler_config.async_scheduling
+        and not config.use_v2_model_runner,
         "speculative decoding": config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1

@@ -48,7 +48,10 @@ def test_another_version_and_async_scheduling(folder: Path, monkeypatch: pytest.
         patch.setenv("HF_VALUE_STEER_ANY_VLLM", "1")
         refuse_engine(config)
     config.scheduler_config.async_scheduling = True
-    with pytest.raises(ValueError, match="async scheduling"):
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    refuse_engine(config)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", False)
+    with pytest.raises(ValueError, match="async scheduling with the V1 model runner"):
         refuse_engine(config)
 
 
