@@ -25,7 +25,7 @@ def _params(kind: str) -> list[Any]:
     for index, length in enumerate(LENGTHS):
         chosen = {"seed": index, "max_tokens": length, "logprobs": index % 3 or None, **options[kind]}
         if kind == "mixed":
-            chosen["temperature"] = index % 2
+            chosen |= {"temperature": index % 2, "prompt_logprobs": 1}
         if kind == "greedy":
             del chosen["seed"]
         chosen["min_tokens"] = min(length, chosen.get("min_tokens", 0))
@@ -34,8 +34,12 @@ def _params(kind: str) -> list[Any]:
 
 
 def _logprobs(outputs: list[Any]) -> list[Any]:
+    """Of prompts, where they are asked for, and of new tokens."""
     return [
-        [{token: entry.logprob for token, entry in step.items()} for step in each.outputs[0].logprobs or ()]
+        [
+            {token: entry.logprob for token, entry in (step or {}).items()}
+            for step in [*(each.prompt_logprobs or ()), *(each.outputs[0].logprobs or ())]
+        ]
         for each in outputs
     ]
 
