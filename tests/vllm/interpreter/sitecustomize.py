@@ -10,5 +10,6 @@ from types import SimpleNamespace
 
 
 os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it while it is imported
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Inductor would compile what vLLM needs for several ranks with this backend
 active = SimpleNamespace(is_active=lambda: True)
 import_module("triton.backends").backends["cpu"] = SimpleNamespace(driver=active, compiler=None)
