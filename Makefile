@@ -35,6 +35,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt requirements-data.txt
 
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_BIN)/python -m pytest tests/vllm
+	VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=$(CURDIR)/tests/vllm/interpreter \
+		$(VLLM_BIN)/python -m pytest tests/vllm --ignore tests/vllm/test_load.py --ignore tests/vllm/test_refusals.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from hf_value_steer.configuration import ValueSteer, parse_value_steer
 
 WORKER = "hf_value_steer.vllm.worker.SteeredWorker"
 SCHEDULER = "hf_value_steer.vllm.scheduler.SteeredScheduler"
+ASYNC_SCHEDULER = "hf_value_steer.vllm.scheduler.AsyncSteeredScheduler"
 ADMISSION = "hf_value_steer.vllm.admission:Admission"
 
 
@@ -17,7 +18,8 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
         model (`str`): the backbone, a Hub id or a folder.
         value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], their dict form, or a list of both. Heads are
             named by Hub id or folder.
-        engine_args: further arguments of vLLM.
+        engine_args: further arguments of vLLM. `async_scheduling` is off unless it is given; it needs the V2 model
+            runner.
 
     Raises:
         ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
@@ -30,8 +32,7 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
     ours = {
         "model": model,
         "worker_cls": WORKER,
-        "scheduler_cls": SCHEDULER,
-        "async_scheduling": False,
+        "scheduler_cls": ASYNC_SCHEDULER if engine_args.get("async_scheduling") else SCHEDULER,
         "disable_hybrid_kv_cache_manager": True,  # one group of blocks, also for models with sliding windows
     }
     taken = sorted(set(ours) & set(engine_args))
@@ -39,4 +40,5 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
         raise ValueError(f"{', '.join(f'`{name}`' for name in taken)} cannot be given: value steering sets them.")
     additional = {**engine_args.pop("additional_config", {}), "value_steer": configs}
     processors = [ADMISSION, *(engine_args.pop("logits_processors", None) or ())]
-    return {**ours, **engine_args, "additional_config": additional, "logits_processors": processors}
+    chosen = {"async_scheduling": False, **engine_args}
+    return {**ours, **chosen, "additional_config": additional, "logits_processors": processors}

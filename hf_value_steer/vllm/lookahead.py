@@ -22,7 +22,7 @@ def scratch_blocks(num_blocks: int) -> range:
 
 
 class Lookahead:
-    """The extra forwards of the V1 model runner, over a cache of one group.
+    """The extra forwards of a model runner, over a cache of one group.
 
     Args:
         runner: the model runner; its block tables and cache are read when they are needed.
@@ -57,11 +57,10 @@ class Lookahead:
     def commit(self, chosen: Sequence[int]) -> None:
         """Put the keys and values of the chosen jobs into the place of their rows."""
         held = [job for job in chosen if job in self.held]
-        places = [self.jobs[job][0] for job in held]
-        self._copy(
-            [self.held[job] for job in held],
-            self._blocks([place.row for place in places], [place.position for place in places]),
-        )
+        if held:
+            places = [self.jobs[job][0] for job in held]
+            targets = self._blocks([place.row for place in places], [place.position for place in places])
+            self._copy([self.held[job] for job in held], targets)
         again = [self.jobs[job] for job in chosen if job not in self.held]
         if again:
             pending = [place for place, _ in again]
@@ -76,9 +75,10 @@ class Lookahead:
 
     def _blocks(self, rows: Sequence[int], positions: Sequence[int]) -> list[int]:
         """The block that holds each position."""
-        table = self.runner.input_batch.block_table[0]
-        ids = table.get_numpy_array()
-        return [int(ids[row, position // table.block_size]) for row, position in zip(rows, positions, strict=True)]
+        tables, size = self.runner.block_tables_of(rows)
+        columns = torch.tensor(positions, device=tables.device)[:, None] // size
+        blocks: list[int] = tables.gather(1, columns).squeeze(1).tolist()
+        return blocks
 
     def _copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         pairs = [KVCacheBlockCopy(*pair) for pair in zip(sources, targets, strict=True)]
@@ -89,12 +89,11 @@ class Lookahead:
     ) -> Tensor:
         """One decode step of `len(rows)` sequences, each written to the block that is given for it."""
         runner, device, count = self.runner, self.runner.device, len(rows)
-        table = runner.input_batch.block_table[0]
+        tables, size = runner.block_tables_of(rows)
         places = torch.tensor(positions, dtype=torch.long, device=device)
         written = torch.tensor(blocks, dtype=torch.long, device=device)
-        tables = table.get_device_tensor(runner.input_batch.num_reqs)[torch.tensor(rows, device=device)]
-        tables[torch.arange(count, device=device), places // table.block_size] = written.to(tables.dtype)
-        slots = written * table.block_size + places % table.block_size
+        tables[torch.arange(count, device=device), places // size] = written.to(tables.dtype)
+        slots = written * size + places % size
         lengths = (places + 1).to(torch.int32)
         starts = torch.arange(count + 1, dtype=torch.int32)
         common = CommonAttentionMetadata(
@@ -120,5 +119,7 @@ class Lookahead:
             attention, runner.vllm_config, num_tokens=count, slot_mapping=dict.fromkeys(layers, slots)
         ):
             ids = torch.tensor(tokens, dtype=torch.int32, device=device)
-            features: Tensor = runner._model_forward(input_ids=ids, positions=places)
+            features: Tensor = runner.model(
+                input_ids=ids, positions=places, intermediate_tensors=None, inputs_embeds=None
+            )
             return features

@@ -21,8 +21,8 @@ def refuse_engine(config: VllmConfig) -> None:
     """Raise a `ValueError` that names everything in the configuration that steering cannot honour."""
     model, parallel = config.model_config, config.parallel_config
     found = {
-        "the V2 model runner (set VLLM_USE_V2_MODEL_RUNNER=0)": config.use_v2_model_runner,
-        "async scheduling": config.scheduler_config.async_scheduling,
+        "async scheduling with the V1 model runner": config.scheduler_config.async_scheduling
+        and not config.use_v2_model_runner,
         "speculative decoding": config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "decode or prefill context parallelism": parallel.decode_context_parallel_size > 1
@@ -36,6 +36,10 @@ def refuse_engine(config: VllmConfig) -> None:
         "prompt embeddings": model.enable_prompt_embeds,
         "a pooling model": model.runner_type == "pooling",
         "a replayed sampling distribution": model.return_sampling_mask,
+        "replayed tokens": model.enable_trace_replay,
+        "watermarks": config.watermark_config is not None,
+        "sampling that is sharded over the ranks": parallel.enable_batch_sharded_sampling,
+        "dual-batch overlap": parallel.use_ubatching,
     }
     refused = [name for name, there in found.items() if there]
     if refused:

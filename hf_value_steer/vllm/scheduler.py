@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -37,7 +38,7 @@ class SteeredScheduler(Scheduler):  # type: ignore[misc]
     ) -> dict[int, EngineCoreOutputs]:
         told: StepReport = getattr(model_runner_output, "value_steer", StepReport())
         for request_id, record in told.records.items():
-            if request_id in self.requests:
+            if request_id in self.requests and not _is_dropped(self.requests[request_id]):
                 self.steering_reports.setdefault(request_id, SteeringReport()).add(record)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for each in (output for group in outputs.values() for output in group.outputs):
@@ -78,3 +79,12 @@ class SteeredScheduler(Scheduler):  # type: ignore[misc]
     @staticmethod
     def _told(report: SteeringReport) -> dict[str, Any]:
         return {"value_steer": report.to_dict()}
+
+
+class AsyncSteeredScheduler(SteeredScheduler, AsyncScheduler):  # type: ignore[misc]
+    """The same for async scheduling: a step is ordered before the tokens of the step before it are known."""
+
+
+def _is_dropped(request: Request) -> bool:
+    """Whether vLLM drops what is in flight of a request that was sent back to the start meanwhile."""
+    return bool(request.drop_stale_output and request.num_stale_output_tokens > 0)

@@ -1,6 +1,5 @@
 """vLLM's OpenAI-compatible server with a steered engine."""
 
-import os
 from collections.abc import Sequence
 
 import uvloop
@@ -30,7 +29,6 @@ def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) ->
     Raises:
         ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
     """
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hf-value-steer serve"))
     args = parser.parse_args(["--model", model, *arguments])

@@ -1,9 +1,10 @@
 """The worker of vLLM whose model runner is steered: `--worker-cls hf_value_steer.vllm.worker.SteeredWorker`."""
 
+from typing import Any
+
 from vllm.platforms import current_platform
 
 from hf_value_steer.vllm.refusals import refuse_engine, refuse_head
-from hf_value_steer.vllm.runner import SteeredModelRunner
 from hf_value_steer.vllm.steering import Steering
 
 
@@ -14,16 +15,24 @@ else:
 
 
 class SteeredWorker(Worker):  # type: ignore[misc]
-    """Builds the runner that stock vLLM would build, and gives it [`SteeredModelRunner`] as a base."""
+    """Builds the runner that stock vLLM would build, and gives it the mixin of its generation as a base."""
 
     def init_device(self) -> None:
         refuse_engine(self.vllm_config)
-        steering = Steering.load(self.vllm_config.additional_config["value_steer"])
-        refuse_head(steering, self.vllm_config.model_config)
+        self.steering = Steering.load(self.vllm_config.additional_config["value_steer"])
+        refuse_head(self.steering, self.vllm_config.model_config)
         super().init_device()
-        runner = self.model_runner
-        for head in steering.heads.values():
+        for head in self.steering.heads.values():
             head.to(self.device)
-        kind = type(runner)
-        runner.__class__ = type(f"Steered{kind.__name__}", (SteeredModelRunner, kind), {})
-        runner.attach(steering)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up as it is, on requests of vLLM's own that nobody scheduled, and steer from then on."""
+        if self.vllm_config.use_v2_model_runner:
+            from hf_value_steer.vllm.runner_v2 import SteeredModelRunner
+        else:
+            from hf_value_steer.vllm.runner_v1 import SteeredModelRunner
+        times = super().compile_or_warm_up_model()
+        kind = type(self.model_runner)
+        self.model_runner.__class__ = type(f"Steered{kind.__name__}", (SteeredModelRunner, kind), {})
+        self.model_runner.attach(self.steering)
+        return times

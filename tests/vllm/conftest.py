@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm import tiny
+from tests.vllm import runners, tiny
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,6 +67,8 @@ def engine(folder: Path) -> Iterator[Callable[..., Any]]:
 
     All are kept to the end, since one that is collected takes the process groups of the others with it.
     """
+    if runners.INTERPRETED:
+        runners.avoid_what_cannot_be_interpreted()
     from vllm import LLM
 
     from hf_value_steer.vllm import steered_engine_args

@@ -12,16 +12,18 @@ def test_the_installed_vllm_is_compatible(capsys: pytest.CaptureFixture[str]) ->
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm
+    from vllm.v1.worker.gpu.sample.sampler import Sampler as V2Sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from hf_value_steer.vllm import compatibility
 
     monkeypatch.setattr(GPUModelRunner, "_sample", lambda _runner, _scores: None)
+    monkeypatch.setattr(V2Sampler, "_sample_random", lambda _sampler, _scores: None)
     monkeypatch.setattr(vllm, "__version__", "0.31.0")
     monkeypatch.setitem(compatibility.FIELDS, "vllm.v1.outputs:ModelRunnerOutput", "sampled_tokens")
     monkeypatch.setitem(compatibility.ATTRIBUTES, "vllm.v1.worker.block_table:BlockTable", "size_of_block")
     checks = compatibility.check_vllm()
     assert [check.status for check in checks] == ["FAIL"] * 4
     said = " ".join(check.detail for check in checks)
-    for name in ("0.31.0", "_sample logits", "sampled_tokens", "size_of_block"):
+    for name in ("0.31.0", "_sample logits", "_sample_random processed_logits", "sampled_tokens", "size_of_block"):
         assert name in said

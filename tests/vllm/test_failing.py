@@ -26,7 +26,7 @@ def _params() -> list[Any]:
     return [SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, extra_args=each) for each in off]
 
 
-def _break_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, after: int) -> None:
+def break_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, after: int) -> None:
     """From the call after `after` others on, the head raises, or answers NaN to its first row."""
     head = runner(llm).steering.heads["filter"]
     forward, calls = head.forward, []
@@ -49,7 +49,7 @@ def test_a_broken_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, aft
     prompts, params = tiny.prompts(COUNT), _params()
     right = run(llm, prompts, params)
     with monkeypatch.context() as patch:
-        _break_head(llm, patch, kind, after)
+        break_head(llm, patch, kind, after)
         broken = run(llm, prompts, params)
     for index, (good, bad) in enumerate(zip(right, broken, strict=True)):
         if index % 2:

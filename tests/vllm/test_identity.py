@@ -6,9 +6,10 @@ import pytest
 
 from tests.vllm import tiny
 from tests.vllm.helpers import reports, run, scheduler, tokens
+from tests.vllm.runners import SCALE
 
 
-LENGTHS = [40, 75, 33, 64, 60, 5, 1, 50, 48, 31, 32, 70]
+LENGTHS = [max(1, length // SCALE) for length in (40, 75, 33, 64, 60, 5, 1, 50, 48, 31, 32, 70)]
 
 
 def _params(kind: str) -> list[Any]:
@@ -24,7 +25,7 @@ def _params(kind: str) -> list[Any]:
     for index, length in enumerate(LENGTHS):
         chosen = {"seed": index, "max_tokens": length, "logprobs": index % 3 or None, **options[kind]}
         if kind == "mixed":
-            chosen["temperature"] = index % 2
+            chosen |= {"temperature": index % 2, "prompt_logprobs": 1}
         if kind == "greedy":
             del chosen["seed"]
         chosen["min_tokens"] = min(length, chosen.get("min_tokens", 0))
@@ -33,8 +34,12 @@ def _params(kind: str) -> list[Any]:
 
 
 def _logprobs(outputs: list[Any]) -> list[Any]:
+    """Of prompts, where they are asked for, and of new tokens."""
     return [
-        [{token: entry.logprob for token, entry in step.items()} for step in each.outputs[0].logprobs or ()]
+        [
+            {token: entry.logprob for token, entry in (step or {}).items()}
+            for step in [*(each.prompt_logprobs or ()), *(each.outputs[0].logprobs or ())]
+        ]
         for each in outputs
     ]
 
@@ -57,7 +62,7 @@ def test_prompts_in_chunks(engine: Any, accepting: dict[str, Any]) -> None:
     assert tokens(run(engine(accepting, **chunks), prompts, params)) == tokens(run(engine(**chunks), prompts, params))
 
 
-def _counted(function: Any, calls: list[Any]) -> Any:
+def counted(function: Any, calls: list[Any]) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return function(*args, **kwargs)
@@ -69,12 +74,14 @@ def test_preemption(engine: Any, accepting: dict[str, Any], monkeypatch: pytest.
     from vllm import SamplingParams
 
     prompts = tiny.prompts(len(LENGTHS), 20, 60)
-    params = [SamplingParams(temperature=0.9, seed=index, max_tokens=60, ignore_eos=True) for index in range(12)]
+    params = [
+        SamplingParams(temperature=0.9, seed=index, max_tokens=60 // SCALE, ignore_eos=True) for index in range(12)
+    ]
     counts, answers = [], []
     for value_steer, blocks in ((None, 14), (accepting, 16)):
         llm = engine(value_steer, num_gpu_blocks_override=blocks)
         preempted: list[Any] = []
-        monkeypatch.setattr(scheduler(llm), "_preempt_request", _counted(scheduler(llm)._preempt_request, preempted))
+        monkeypatch.setattr(scheduler(llm), "_preempt_request", counted(scheduler(llm)._preempt_request, preempted))
         answers.append(tokens(run(llm, prompts, params)))
         counts.append(len(preempted))
     assert min(counts) > 0
@@ -99,10 +106,11 @@ def test_prefix_cache_holds_what_interventions_wrote(engine: Any, spread: str) -
     from vllm import SamplingParams
 
     llm, prompts = engine({"method": "filter", "value_head": spread, "threshold": 0.3}), tiny.prompts(8, 20, 30)
-    written = run(llm, prompts, [SamplingParams(seed=index, max_tokens=70, ignore_eos=True) for index in range(8)])
-    assert sum(len(told["interventions"]) for told in reports(written)) > 100
+    params = [SamplingParams(seed=index, max_tokens=70 // SCALE, ignore_eos=True) for index in range(8)]
+    written = run(llm, prompts, params)
+    assert sum(len(told["interventions"]) for told in reports(written)) > 100 // SCALE
     texts = [[*prompt, *ids] for prompt, ids in zip(prompts, tokens(written), strict=True)]
-    params = [SamplingParams(temperature=0, max_tokens=20, extra_args={"filter": "off"})] * 8
+    params = [SamplingParams(temperature=0, max_tokens=20 // SCALE, extra_args={"filter": "off"})] * 8
     cached = run(llm, texts, params)
     assert sum(each.num_cached_tokens for each in cached) >= 8 * 32
     fresh = engine(enable_prefix_caching=False)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.vllm.test_server import launched
+from tests.vllm.tiny import VOCABULARY
 
 
 REQUESTS, CLIENTS = int(os.environ.get("HF_VALUE_STEER_LOAD", "300")), 64
@@ -34,7 +35,7 @@ def _plan(index: int) -> dict[str, Any]:
     rng = random.Random(index)
     return {
         "kind": rng.choices(["whole", "stream", "aborted", "malformed"], [48, 45, 5, 2])[0],
-        "prompt": [rng.randrange(3, 203) for _ in range(rng.randrange(1, 40))],
+        "prompt": [rng.randrange(3, VOCABULARY) for _ in range(rng.randrange(1, 40))],
         "max_tokens": rng.randrange(1, 48),
         "threshold": rng.choice(THRESHOLDS),
         "count": rng.choice(COUNTS),

@@ -9,6 +9,7 @@ from hf_value_steer import ValueHead, enable_value_steer
 from hf_value_steer.generation.candidates import sampled_alternatives, uniforms
 from tests.vllm import tiny
 from tests.vllm.helpers import reports, run, tokens
+from tests.vllm.runners import SCALE
 
 
 NEW_TOKENS = 32
@@ -67,7 +68,7 @@ CASES: dict[str, tuple[int, list[dict[str, Any]]]] = {
 def test_same_tokens_as_generate(engine: Any, model: Any, spread: str, case: str, record_property: Any) -> None:
     from vllm import SamplingParams
 
-    count, methods = CASES[case]
+    count, methods = CASES[case][0] // SCALE, CASES[case][1]
     value_steer = [{**each, "value_head": spread} for each in methods]
     prompts = tiny.prompts(count)
     ours = run(engine(value_steer), prompts, [SamplingParams(temperature=0, max_tokens=NEW_TOKENS)] * count)
@@ -101,8 +102,8 @@ def test_same_tokens_as_generate(engine: Any, model: Any, spread: str, case: str
 def test_alternatives_take_turns_on_few_blocks(engine: Any, spread: str) -> None:
     from vllm import SamplingParams
 
-    value_steer, prompts = {**FILTER, "value_head": spread}, tiny.prompts(12)
-    params = [SamplingParams(temperature=0, max_tokens=NEW_TOKENS)] * 12
+    value_steer, prompts = {**FILTER, "value_head": spread}, tiny.prompts(12 // SCALE)
+    params = [SamplingParams(temperature=0, max_tokens=NEW_TOKENS)] * len(prompts)
     roomy, tight = engine([value_steer]), engine(value_steer, num_gpu_blocks_override=40)  # 50 blocks against 5
     assert tokens(run(tight, prompts, params)) == tokens(run(roomy, prompts, params))
 
@@ -112,9 +113,9 @@ def test_alternatives_take_turns_on_few_blocks(engine: Any, spread: str) -> None
 def test_logprobs_are_those_of_the_emitted_tokens(engine: Any, model: Any, spread: str, case: str) -> None:
     from vllm import SamplingParams
 
-    value_steer, prompts = [{**each, "value_head": spread} for each in CASES[case][1]], tiny.prompts(12)
+    value_steer, prompts = [{**each, "value_head": spread} for each in CASES[case][1]], tiny.prompts(12 // SCALE)
     options = {"temperature": 0, "max_tokens": NEW_TOKENS, "logprobs": 2}
-    outputs = run(engine(value_steer), prompts, [SamplingParams(**options)] * 12)
+    outputs = run(engine(value_steer), prompts, [SamplingParams(**options)] * len(prompts))
     replaced = 0
     for prompt, ids, output in zip(prompts, tokens(outputs), outputs, strict=True):
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
@@ -125,7 +126,7 @@ def test_logprobs_are_those_of_the_emitted_tokens(engine: Any, model: Any, sprea
         for step, token in enumerate(ids):
             assert told[step][token].rank == 1 + int((expected[step] > expected[step, token]).sum())
             replaced += told[step][token].rank > 1
-    assert replaced > 10
+    assert replaced > 10 // SCALE
 
 
 def test_a_single_candidate_is_only_reported(engine: Any, spread: str) -> None:
@@ -133,7 +134,7 @@ def test_a_single_candidate_is_only_reported(engine: Any, spread: str) -> None:
 
     llm, prompts = engine([{**FILTER, "value_head": spread}]), tiny.prompts(6)
     single, off = (
-        run(llm, prompts, [SamplingParams(temperature=0, max_tokens=NEW_TOKENS, extra_args=extra)] * 6)
+        run(llm, prompts, [SamplingParams(temperature=0, max_tokens=NEW_TOKENS // SCALE, extra_args=extra)] * 6)
         for extra in ({"filter.num_candidates": 1}, {"filter": "off"})
     )
     assert tokens(single) == tokens(off)
@@ -156,8 +157,8 @@ def test_every_decision_recomputed(
 
     folder = spread if polarity == "undesirable" else desirable
     head, sign = ValueHead.from_pretrained(folder), 1 if polarity == "undesirable" else -1
-    prompts = tiny.prompts(24)
-    chosen = [(THRESHOLDS[index % 3], COUNTS[index % 2]) for index in range(24)]
+    prompts = tiny.prompts(24 // SCALE)
+    chosen = [(THRESHOLDS[index % 3], COUNTS[index % 2]) for index in range(len(prompts))]
     params = [
         SamplingParams(
             temperature=0.8,
@@ -200,4 +201,4 @@ def test_every_decision_recomputed(
     record_property("steps", steps)
     record_property("interventions", interventions)
     record_property("fallbacks", fallbacks)
-    assert near <= 1 and steps > 500 and interventions > 100 and fallbacks > 20
+    assert near <= 1 and steps > 500 // SCALE and interventions > 100 // SCALE and fallbacks > 20 // SCALE

@@ -48,7 +48,10 @@ def test_another_version_and_async_scheduling(folder: Path, monkeypatch: pytest.
         patch.setenv("HF_VALUE_STEER_ANY_VLLM", "1")
         refuse_engine(config)
     config.scheduler_config.async_scheduling = True
-    with pytest.raises(ValueError, match="async scheduling"):
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    refuse_engine(config)
+    monkeypatch.setattr(type(config), "use_v2_model_runner", False)
+    with pytest.raises(ValueError, match="async scheduling with the V1 model runner"):
         refuse_engine(config)
 
 
@@ -60,7 +63,7 @@ def test_heads_that_do_not_fit(folder: Path, spread: str, tmp_path: Path, monkey
 
     model = EngineArgs(model=str(folder), max_model_len=128).create_engine_config().model_config
     head = ValueHead.from_pretrained(spread)
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="hidden_size=64, but"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="hidden_size=96, but"):
         patch.setattr(type(model), "get_hidden_size", lambda _: 128)
         refuse_head(Steering.load({"method": "filter", "value_head": spread}), model)
     for expected in (fingerprint(tiny.build()), "0123456789abcdef"):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from hf_value_steer import ValueHead, ValueHeadConfig
 
 
-VOCABULARY, WIDTH, EOS = 203, 64, 2
+VOCABULARY, WIDTH, EOS = 187, 96, 2  # 187, padded to 192, and six heads: two ranks share them, and three do
 SIZES = {
     "vocab_size": VOCABULARY,
     "bos_token_id": 1,
@@ -19,7 +19,7 @@ SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
-    "num_attention_heads": 2,
+    "num_attention_heads": 6,
     "num_key_value_heads": 1,
     "head_dim": 32,
     "max_position_embeddings": 256,

@@ -1,8 +1,9 @@
-"""vLLM's sampler, which also says what it drew from."""
+"""The sampler of vLLM's V1 model runner, which also says what it drew from."""
 
 from typing import Any
 
 from torch import Tensor
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
@@ -22,15 +23,22 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
         super().__init__(like.logprobs_mode, like.use_fp64_gumbel)
         self.scores: Tensor | None = None
         self.logprobs: Tensor | None = None
+        self._gathered_from: Tensor | None = None
         self._draw = self.topk_topp_sampler.forward
         self.topk_topp_sampler.forward = self._filter_and_draw
 
+    def forward(self, *args: Any, **kwargs: Any) -> SamplerOutput:
+        self._gathered_from = None
+        output = super().forward(*args, **kwargs)
+        self.logprobs = self._gathered_from  # those of prompts are gathered after it
+        return output
+
     def sample(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any) -> tuple[Tensor, Tensor | None]:
-        self.scores, self.logprobs = logits, None
+        self.scores = logits
         return super().sample(logits, sampling_metadata, *args)  # type: ignore[no-any-return]
 
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:
-        self.logprobs = logprobs
+        self._gathered_from = logprobs
         return super().gather_logprobs(logprobs, num_logprobs, token_ids)
 
     def _filter_and_draw(self, logits: Tensor, generators: Any, k: Tensor | None, p: Tensor | None) -> Any:

@@ -1,0 +1,49 @@
+"""The sampler of vLLM's V2 model runner, which also says what it drew from."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from vllm.config.model import PROCESSED_LOGPROBS_MODES
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+
+class RecordingSampler(Sampler):  # type: ignore[misc]
+    """Draws the tokens that [`~vllm.v1.worker.gpu.sample.sampler.Sampler`] draws; such a one takes this class.
+
+    Attributes:
+        scores (`torch.FloatTensor` of shape `(rows, vocab)`): scores of the last draw, after every processor,
+            temperature, min-p, top-k and top-p.
+        logprobs (`torch.FloatTensor` of the same shape, *optional*): the logits that its logprobs are read from, where
+            a request asked for them.
+    """
+
+    scores: Tensor
+    logprobs: Tensor | None
+
+    def sample(
+        self, logits: Tensor, slots: Tensor, mapping: Tensor, numbers: np.ndarray, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        drawn, self.scores = super().sample(logits, slots, mapping, numbers, *args, **kwargs)
+        asked = self.get_logprobs_dims(numbers) is not None
+        source = self.scores if self.logprobs_mode in PROCESSED_LOGPROBS_MODES else logits
+        self.logprobs = source if asked else None
+        return drawn, self.scores
+
+    def _sample_random(
+        self, scores: Tensor, slots: Tensor, numbers: np.ndarray, places: Tensor, k: Any, p: Any, fused: bool
+    ) -> tuple[Tensor, Tensor]:
+        drawn, scores = super()._sample_random(scores, slots, numbers, places, k, p, fused)
+        return drawn, apply_top_k_top_p(scores, k, p) if fused else scores  # fused kernels do not say what is left
+
+    def drawn_from(self, row: int) -> tuple[Tensor, Tensor | None]:
+        """What one row of the last draw was drawn from, and its logprobs are read from, both `(vocab,)`."""
+        return self.scores[row].float(), None if self.logprobs is None else self.logprobs[row]
+
+    def logprobs_of(self, logits: Tensor, tokens: Tensor, count: int) -> LogprobsTensors:
+        """Of `tokens` `(n,)` and the `count` most likely ones, from `logits` `(n, vocab)`."""
+        as_they_are = self.logprobs_mode in ("raw_logits", "processed_logits")
+        return compute_topk_scores(logits, count, tokens, logits_mode=as_they_are)
