@@ -17,7 +17,7 @@ from hf_value_steer.svgt.module import ValueGuidanceModule
 from hf_value_steer.svgt.steered import BridgeState, bridged, watched
 
 
-FLOOR = 0.03  # is added to the value of a moment, which says how likely it is chosen
+FLOOR = 0.05  # is added to the value of a moment, which says how likely it is chosen
 
 
 @dataclass

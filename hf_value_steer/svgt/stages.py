@@ -193,7 +193,16 @@ class BridgeStageTrainer(Trainer):  # type: ignore[misc]
     """Stage three."""
 
     def __init__(self, *, model: BridgeStage, collate: ResponseBatch, **kwargs: Any):
-        super().__init__(model=model, data_collator=collate, compute_metrics=_parts, **kwargs)
+        # Gate, biases and norm learn ten times as fast as matrices: they have further to go.
+        rate = kwargs["args"].learning_rate
+        trained = [each for each in model.parameters() if each.requires_grad]
+        groups = [
+            {"params": [each for each in trained if each.ndim > 1], "lr": rate},
+            {"params": [each for each in trained if each.ndim <= 1], "lr": 10 * rate},
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=kwargs["args"].weight_decay)
+        parts = {"data_collator": collate, "compute_metrics": _parts, "optimizers": (optimizer, None)}
+        super().__init__(model=model, **parts, **kwargs)
         self.model_accepts_loss_kwargs = False
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, EvalPrediction
 
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceModule, value_steer_generate
 from hf_value_steer.cli import main
@@ -77,6 +77,24 @@ def test_what_the_judge_read_at_each_step(world):
             else:
                 assert (known[step, :-1] == targets.collection.read("next_tokens", row)[step - 1]).all()
                 assert (rises[step, :-1] == (labels.read("next", row)[step - 1] > 0.5 + before[step - 1])).all()
+
+
+def test_what_the_next_token_risks(world):
+    folder, judge = world
+    collection = Collection(folder / "collection")
+    targets = Targets(collection, [judge], "risk")
+    for row in range(len(targets.responses)):
+        labels, probabilities = targets.labels[0], collection.read("next_probabilities", row).float()
+        before, risk = labels.read("prefixes", row), targets.row(row)[1]
+        for step, scores in enumerate(labels.read("next", row)):
+            by_hand = sum(p * max(s - before[step], 0) for p, s in zip(probabilities[step], scores, strict=True))
+            assert risk[step] == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_a_value_that_finds_the_labels_captures_them():
+    labels, logits = torch.zeros(1, 20), torch.arange(20.0)[None]
+    labels[0, :3] = labels[0, 19] = 0.25
+    assert stages.discrimination(EvalPrediction(logits, labels))["captured"] == 0.25
 
 
 @pytest.fixture(scope="module")
