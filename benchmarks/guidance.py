@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--module", required=True)
     parser.add_argument("--inject", nargs="*", default=[])
     parser.add_argument("--head", default=HEAD, help="of the filter; empty for none")
-    parser.add_argument("--guide", default="{}", help="fields of BridgeGuidanceConfig as JSON")
+    parser.add_argument("--guide", default='{"momentum": 0.0}', help="fields of BridgeGuidanceConfig as JSON")
     parser.add_argument("--also", nargs="*", default=[])
     parser.add_argument("--held-out", type=float, default=0.25)
     parser.add_argument("--samples", type=int, default=4)

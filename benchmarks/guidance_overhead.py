@@ -41,8 +41,8 @@ def run(model: Any, input_ids: Tensor, module: ValueGuidanceModule | None, inter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--layer", type=int, default=13)
-    parser.add_argument("--bridges", type=int, default=4)
+    parser.add_argument("--layer", type=int, default=21)
+    parser.add_argument("--bridges", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()

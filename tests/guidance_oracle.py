@@ -12,14 +12,24 @@ import torch
 
 @torch.no_grad()
 def guided_logits(
-    model: Any, module: Any, tokens: torch.Tensor, prompt: int, interval: int, momentum: float, neutral: bool
+    model: Any,
+    module: Any,
+    tokens: torch.Tensor,
+    prompt: int,
+    interval: int,
+    momentum: float,
+    neutral: bool,
+    read: int | None = None,
 ) -> tuple[torch.Tensor, list[bool]]:
-    """Logits of what comes after each of `tokens[prompt - 1 :]`, and whether a bridge was shown to it."""
+    """Logits of what comes after each of `tokens[prompt - 1 :]`, and whether a bridge was shown to it.
+
+    `read` tokens are what the module takes for the prompt, if not all before those that are guided.
+    """
     count, length, above = module.config.num_bridges, len(tokens), module.config.layer + 1
     hidden, layers = embed(model, tokens)
     for index in range(above):
         hidden = call(model, layers, index, hidden, torch.arange(length), text_mask(model, index, length))
-    bridges, makers, shown, held = all_bridges(module, hidden, prompt, interval, momentum, neutral)
+    bridges, makers, shown, held = all_bridges(module, hidden, prompt, interval, momentum, neutral, read or prompt)
     hidden = torch.cat([hidden, *bridges], dim=1)
     positions = torch.tensor([*range(length), *(maker for maker in makers for _ in range(count))])
     for index in range(above, len(layers)):
@@ -36,10 +46,12 @@ def guided_logits(
     return unembed(model, hidden[0, prompt - 1 : length]), [shown[held[token]] for token in range(prompt - 1, length)]
 
 
-def all_bridges(module: Any, states: Any, prompt: int, interval: int, momentum: float, neutral: bool) -> Any:
+def all_bridges(
+    module: Any, states: Any, prompt: int, interval: int, momentum: float, neutral: bool, read: int
+) -> Any:
     """The bridge of each refresh, the token that it was made from, whether it is shown; and which one a token has."""
     bridges, makers, shown, held = [], [], [], {}
-    memory, everything = module.read_prompt(states[:, :prompt]), torch.ones(1, prompt, dtype=torch.bool)
+    memory, everything = module.read_prompt(states[:, :read]), torch.ones(1, read, dtype=torch.bool)
     for step, token in enumerate(range(prompt - 1, states.shape[1])):
         if step == 0 or (interval and step % interval == 0):
             logits, delta = module.correct(module.encode(states[:, token : token + 1], memory, everything))

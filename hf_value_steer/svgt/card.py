@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from hf_value_steer import BridgeGuidanceConfig, enable_value_steer
 
 model = enable_value_steer(AutoModelForCausalLM.from_pretrained("{{ backbone }}"))
-cfg = BridgeGuidanceConfig(module="{{ repo_id }}")
+cfg = BridgeGuidanceConfig(module="{{ repo_id }}", momentum=0.0)  # as in training
 out = model.generate(**inputs, value_steer=cfg, do_sample=True)
 ```
 

@@ -46,7 +46,12 @@ def join_states(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Responses(Dataset[dict[str, Tensor]]):
-    """Texts for the third stage: of each step, which of the likely next tokens the judge dislikes."""
+    """Texts for the third stage: of each step, which of the likely next tokens the judge dislikes.
+
+    Args:
+        targets: of the kind `"hazard"`.
+        rows: of the collection.
+    """
 
     def __init__(self, targets: Targets, rows: Sequence[int]):
         self.targets, self.rows = targets, rows
@@ -55,22 +60,48 @@ class Responses(Dataset[dict[str, Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row, collection, labels = self.rows[index], self.targets.collection, self.targets.labels[0]
+        row, collection = self.rows[index], self.targets.collection
         tokens = collection.read("tokens", row).long()
         safe = self.targets.responses[row] <= 0.5
-        item = {
+        known, rises = judged_next(self.targets, row, tokens)
+        return {
             "row": torch.tensor(row),
             "tokens": tokens,
             "natural": (safe & collection.rows.natural[row]).expand(len(tokens)),
+            "known": known,
+            "rises": rises,
         }
-        if "next" in labels.kinds:
-            rises = labels.read("next", row) - labels.read("prefixes", row)[:, None]
-            following = collection.read("next_tokens", row).long()
-            # What may follow a token is to be avoided where the next one is predicted; nothing is known of the first.
-            avoided = torch.full_like(following, -1)
-            avoided[1:] = following.masked_fill(rises <= RISE, -1)[:-1]
-            item["avoided"] = avoided
-        return item
+
+
+def judged_next(targets: Targets, row: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What the judge read at each step of a row: token ids, -1 for none, and whether they are to be avoided.
+
+    The last column is the token that was drawn; `(tokens, n)` both.
+    """
+    labels = targets.labels[0]
+    prefixes, bad = labels.read("prefixes", row), targets.row(row)[1] > RISE
+    # A text that offends already cannot rise any more: what the judge says of the next token then means nothing.
+    offends = (prefixes > RISE).roll(1)
+    offends[0] = False
+    known, rises = tokens.masked_fill(offends & ~bad, -1)[:, None], bad[:, None]
+    if "next" in labels.kinds:
+        # What may follow a token is next at the step after it; of the first step nothing is known.
+        following, scores = targets.collection.read("next_tokens", row).long(), labels.read("next", row)
+        following, risen = (each.roll(1, dims=0) for each in (following, scores - prefixes[:, None] > RISE))
+        following[offends] = following[0] = -1
+        known, rises = torch.cat([following, known], dim=1), torch.cat([risen, rises], dim=1)
+    return known, rises
+
+
+def disliked_tokens(targets: Targets, rows: Sequence[int], vocabulary: int) -> Tensor:
+    """Tokens that the judge mostly disliked where it read them in these rows, `(vocab,)`."""
+    seen, bad = torch.zeros(vocabulary), torch.zeros(vocabulary)
+    for row in rows:
+        known, rises = judged_next(targets, row, targets.collection.read("tokens", row).long())
+        there = known >= 0
+        seen.index_add_(0, known[there], torch.ones(int(there.sum())))
+        bad.index_add_(0, known[there], rises[there].float())
+    return bad > seen / 2
 
 
 class ResponseBatch:
@@ -83,8 +114,7 @@ class ResponseBatch:
         rows = torch.stack([item["row"] for item in items])
         prompts = [self.collection.prompts[int(prompt)] for prompt in self.collection.rows.prompt[rows]]
         batch = join(self.formatter, prompts, [item["tokens"] for item in items])
-        for name, padding in (("natural", 0), ("avoided", -1)):
-            if name in items[0]:
-                columns = [item[name] for item in items]
-                batch[name] = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=padding)
+        for name, padding in (("natural", 0), ("known", -1), ("rises", 0)):
+            columns = [item[name] for item in items]
+            batch[name] = nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=padding)
         return batch

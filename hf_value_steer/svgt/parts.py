@@ -86,7 +86,7 @@ class BridgeGenerator(nn.Module):
 
     def __init__(self, width: int, value_width: int, count: int, heads: int):
         super().__init__()
-        self.seeds = nn.Parameter(0.02 * torch.randn(count, width))
+        self.seeds = nn.Parameter(torch.randn(count, width))  # seeds near zero would make K equal bridges
         self.lift = nn.Sequential(nn.Linear(value_width, width), nn.GELU(), nn.Linear(width, width))
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.raw_gate = nn.Parameter(torch.tensor(-2.0))

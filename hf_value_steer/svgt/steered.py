@@ -74,6 +74,10 @@ class _BridgedLayer:
         return torch.cat([keys, bridges[0]], dim=2), torch.cat([values, bridges[1]], dim=2)
 
 
+# By identity and width of the mask that a layer was given, which is kept so that no other has its identity.
+_Widened = dict[tuple[int, int], tuple[Tensor | None, Tensor]]
+
+
 @contextmanager
 def watched(layer: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `function` with the output of a decoder layer; what it returns, if not `None`, goes on instead."""
@@ -110,8 +114,9 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
     count = state.bridge.shape[1]
     new = count if made else 0
     stand_ins = [_BridgedLayer(live.layers[i], state, i, new) for i in range(above, len(layers))]
+    widened: _Widened = {}
     handles = [
-        layer.register_forward_pre_hook(partial(_widen, state, new, stand_ins[i]), with_kwargs=True)
+        layer.register_forward_pre_hook(partial(_widen, state, new, widened, stand_ins[i]), with_kwargs=True)
         for i, layer in enumerate(layers[above:])
     ]
     inner, live.layers = live.layers, [*live.layers[:above], *stand_ins, *live.layers[len(layers) :]]
@@ -127,20 +132,29 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
 
 
 def _widen(
-    state: BridgeState, new: int, cache: _BridgedLayer, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    state: BridgeState,
+    new: int,
+    widened: _Widened,
+    cache: _BridgedLayer,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[()], dict[str, Any]]:
-    """The arguments of an upper layer, with the bridges in front of the token in the first, and columns for them."""
+    """The arguments of an upper layer, with the bridges in front of the token in the first, and columns for them.
+
+    `widened` holds the masks that were made for the layers below, most of which share one.
+    """
     given = named_arguments(layer, args, kwargs)
     hidden = given["hidden_states"]
     if new and hidden.shape[1] == 1:
         given["hidden_states"] = hidden = torch.cat([state.bridge.to(hidden), hidden], dim=1)
-    shown = state.shown.to(hidden.device)
-    mask = given["attention_mask"]
-    if mask is None and (new or not bool(shown.all())):
+    shown, mask = state.shown.to(hidden.device), given["attention_mask"]
+    if mask is not None or new or not bool(shown.all()):
         length = cache.layer.get_mask_sizes(1)[0]
-        mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=hidden.device)
-    if mask is not None:
-        given["attention_mask"] = _with_bridges(mask, shown, state.bridge.shape[1], new + 1)
+        if (id(mask), length) not in widened:
+            own = torch.ones(1, 1, 1, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+            widened[id(mask), length] = mask, _with_bridges(own, shown, state.bridge.shape[1], new + 1)
+        given["attention_mask"] = widened[id(mask), length][1]
     return (), given
 
 

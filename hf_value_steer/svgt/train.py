@@ -13,11 +13,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_value_steer.files import write_json
 from hf_value_steer.svgt.configuration import ValueGuidanceConfig
-from hf_value_steer.svgt.data import LabelledStates, ResponseBatch, Responses, join_states
+from hf_value_steer.svgt.data import LabelledStates, ResponseBatch, Responses, disliked_tokens, join_states
 from hf_value_steer.svgt.layers import suggest_guidance_layer
 from hf_value_steer.svgt.module import ValueGuidanceModule
-from hf_value_steer.svgt.parallel import GuidedText
-from hf_value_steer.svgt.stages import BridgeStage, BridgeStageTrainer, LossWeights, ValueStage, ValueStageTrainer
+from hf_value_steer.svgt.moments import GuidedMoments
+from hf_value_steer.svgt.stages import (
+    PARTS,
+    BridgeStage,
+    BridgeStageTrainer,
+    LossWeights,
+    ValueStage,
+    ValueStageTrainer,
+)
 from hf_value_steer.svgt.states import States
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter
@@ -50,9 +57,8 @@ class GuidanceTrainArguments(SplitArguments):
     guided_share: float | None = field(
         default=None, metadata={"help": "set the threshold so that this share of tokens is guided; 0.5 otherwise"}
     )
-    refresh_interval: int = field(default=1, metadata={"help": "of the bridges in stage three"})
-    momentum: float = field(default=0.8, metadata={"help": "of the bridges in stage three"})
     neutral_when_safe: bool = field(default=True, metadata={"help": "in stage three"})
+    gate: float = field(default=-2.0, metadata={"help": "of the generator at the start, before softplus"})
     text_epochs: int = field(default=5, metadata={"help": "of stage one"})
     pair_epochs: int = field(default=5, metadata={"help": "of stage two"})
     bridge_epochs: int = field(default=5, metadata={"help": "of stage three"})
@@ -61,12 +67,16 @@ class GuidanceTrainArguments(SplitArguments):
     pair_slow_rate: float = field(default=1e-5, metadata={"help": "learning rate of the rest in stage two"})
     bridge_rate: float = field(default=5e-4, metadata={"help": "learning rate of stage three"})
     batch_rows: int = field(default=8, metadata={"help": "generations in one step"})
+    moments: int = field(default=64, metadata={"help": "tokens that are guided in one step of stage three"})
     bridge_rows: int | None = field(default=None, metadata={"help": "generations of stage three, at most"})
     ce: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of safe responses"})
     safe: float = field(default=2.0, metadata={"help": "weight of the dense safety loss"})
     manifold: float = field(default=0.1, metadata={"help": "weight of the manifold loss"})
     avoid: float = field(
         default=0.0, metadata={"help": "weight of -log(1 - p) of next tokens that the judge dislikes"}
+    )
+    keep: float = field(
+        default=0.0, metadata={"help": "weight of the divergence from the backbone among other tokens"}
     )
     dtype: str = field(default="auto", metadata={"help": "dtype of the backbone"})
     seed: int = field(default=0, metadata={"help": "of weights and order"})
@@ -167,7 +177,7 @@ class _Training:
         folder.mkdir(exist_ok=True)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
-        kept = ("loss", "auroc", "accuracy", "f1", "ce", "safe", "manifold", "avoid")
+        kept = ("loss", "auroc", "accuracy", "f1", "captured", *PARTS)
         return {name: round(evaluated[f"eval_{name}"], 4) for name in kept if f"eval_{name}" in evaluated}
 
     def _value_trainer(self, stage: str) -> Trainer:
@@ -186,18 +196,20 @@ class _Training:
 
     def _bridge_trainer(self) -> Trainer:
         arguments = self.arguments
-        weights = LossWeights(ce=arguments.ce, safe=arguments.safe, manifold=arguments.manifold, avoid=arguments.avoid)
-        text = GuidedText(
-            self.model, self.module, arguments.refresh_interval, arguments.momentum, arguments.neutral_when_safe
-        )
+        weights = LossWeights(**{name: getattr(arguments, name) for name in PARTS})
+        moments = GuidedMoments(self.model, self.module, arguments.moments, arguments.neutral_when_safe)
+        with torch.no_grad():
+            self.module.generator.raw_gate.fill_(arguments.gate)
+        judged = Targets(self.collection, [arguments.judge], "hazard")
+        disliked = disliked_tokens(judged, self.rows["train"], self.model.get_output_embeddings().weight.shape[0])
         order = torch.randperm(len(self.rows["train"]), generator=torch.Generator().manual_seed(arguments.seed))
         rows = [self.rows["train"][index] for index in order[: arguments.bridge_rows].tolist()]
         return BridgeStageTrainer(
-            model=BridgeStage(text, weights),
+            model=BridgeStage(moments, weights, disliked),
             collate=ResponseBatch(self.targets, self.formatter),
             args=self._training_arguments("bridge", arguments.bridge_rate, arguments.bridge_epochs),
-            train_dataset=Responses(self.targets, rows),
-            eval_dataset=Responses(self.targets, self.rows["validation"]),
+            train_dataset=Responses(judged, rows),
+            eval_dataset=Responses(judged, self.rows["validation"]),
         )
 
     def _set_threshold(self) -> None:

@@ -12,8 +12,8 @@ from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 
 
-Target = Literal["response", "prefix", "hazard"]
-_NEEDS = {"response": "responses", "prefix": "prefixes", "hazard": "prefixes"}
+Target = Literal["response", "prefix", "hazard", "risk"]
+_NEEDS = {"response": "responses", "prefix": "prefixes", "hazard": "prefixes", "risk": "next"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Targets:
         judges (sequence of `str`): whose labels. Those of one judge are `(tokens,)`, those of A judges `(tokens, A)`.
         kind (`str`): `"response"`, the score of the whole response, for the prompt's last token and all that follow
             (arXiv 2605.14746, 2604.18419); `"prefix"`, the score of the text up to the token; `"hazard"`, how far the
-            score rises at the token, or is bound to rise after it, see [`hazard`].
+            score rises at the token, or is bound to rise after it, see [`hazard`]; `"risk"`, how far it rises at the
+            next token on average, whatever that will be: for methods that act before it.
 
     Raises:
         ValueError: if a judge's labels do not reach so far.
@@ -64,7 +65,8 @@ class Targets:
         self.responses = _side_by_side([labels.responses() for labels in self.labels])
         self.known: dict[int, Tensor] = {}
         if any(_NEEDS[kind] not in labels.kinds for labels in self.labels):
-            raise ValueError(f'target="{kind}" needs scores of prefixes: label again with `prefixes`.')
+            needed = "prefixes and of next tokens" if kind == "risk" else "prefixes"
+            raise ValueError(f'target="{kind}" needs scores of {needed}: collect and label again with them.')
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
         """Features `(tokens, width)` and their targets, `(tokens,)` or `(tokens, A)`."""
@@ -80,6 +82,9 @@ class Targets:
         prefixes = labels.read("prefixes", row)
         if self.kind == "prefix":
             return prefixes
+        if self.kind == "risk":
+            rises = (labels.read("next", row) - prefixes[:, None]).clamp(min=0)
+            return (rises * self.collection.read("next_probabilities", row).float()).sum(dim=-1).clamp(max=1)
         if "next" not in labels.kinds:
             return hazard(prefixes)
         following = (self.collection.read(name, row) for name in ("tokens", "next_tokens", "next_probabilities"))

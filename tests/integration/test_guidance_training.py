@@ -5,16 +5,19 @@ import math
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, EvalPrediction
 
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceModule, value_steer_generate
 from hf_value_steer.cli import main
 from hf_value_steer.svgt import stages
-from hf_value_steer.svgt.parallel import GuidedText
-from hf_value_steer.svgt.stages import avoidance, manifold_loss
+from hf_value_steer.svgt.data import disliked_tokens, judged_next
+from hf_value_steer.svgt.moments import GuidedMoments
+from hf_value_steer.svgt.stages import avoidance, divergence, manifold_loss
 from hf_value_steer.svgt.train import GuidanceTrainArguments, train_guidance
 from hf_value_steer.training.collect import CollectArguments, collect
 from hf_value_steer.training.label import LabelArguments
+from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.targets import Targets
 from tests.families import build, prompts
 from tests.guidance_oracle import guided_logits
 from tests.parity.test_guidance import make_module
@@ -22,28 +25,76 @@ from tests.tiny_text import save_tiny_model, write_lexicon, write_prompts
 
 
 @pytest.mark.parametrize("neutral", [True, False])
-@pytest.mark.parametrize("interval", [1, 2, 0])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
-def test_whole_texts_are_guided_as_token_by_token(family, interval, neutral):
+def test_moments_are_guided_as_steps_of_generate(family, neutral):
     model, inputs, prompt = build(family), prompts(3, 18), 11
     module = make_module(model)
-    inputs["attention_mask"][:, 10:] = 1  # every prompt has a token, and every response is whole
+    inputs["attention_mask"][:, 10:] = 1  # every prompt has a token
+    inputs["attention_mask"][1, 15:] = 0  # and one response is shorter
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    guided = GuidedText(model, module, interval, 0.6, neutral)(inputs, prompt)
+    torch.manual_seed(0)
+    guided = GuidedMoments(model, module, 99, neutral)(inputs, prompt)
+    chosen = set(zip(guided.rows.tolist(), guided.steps.tolist(), strict=True))
+    assert len(chosen) == len(guided.rows)
     for row, start in enumerate(inputs["attention_mask"].argmax(dim=1).tolist()):
-        text = inputs["input_ids"][row, start:-1]
-        logits, shown = guided_logits(model, module, text, prompt - start, interval, 0.6, neutral)
-        torch.testing.assert_close(guided.logits[row], logits, rtol=1e-4, atol=1e-4)
-        assert guided.shown[row].tolist() == shown
+        for step in range(4 if row == 1 else 7):
+            text = inputs["input_ids"][row, start : prompt + step]
+            oracle = guided_logits(model, module, text, len(text), 0, 0.0, neutral, prompt - start)
+            assert ((row, step) in chosen) == oracle[1][0]
+            if (row, step) in chosen:
+                here = (guided.rows == row) & (guided.steps == step)
+                torch.testing.assert_close(guided.logits[here], oracle[0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(guided.base[here], model(text[None]).logits[:, -1], rtol=1e-4, atol=1e-4)
+    guided.logits.sum().backward()
+    assert module.generator.seeds.grad.abs().sum() > 0
 
 
 def test_losses_by_hand():
-    bridges = torch.tensor([[[[3.0, 4.0]], [[0.0, 1.0]]]])  # norms 5 and 1
-    states = torch.tensor([[[0.0, 4.0], [9.0, 9.0], [1.0, 0.0], [9.0, 9.0]]])  # made from those of norms 4 and 1
-    assert manifold_loss(bridges, states, 2, 0.2).item() == pytest.approx((0.25 - 0.2) / 2)
-    log_p = torch.tensor([[[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]]).log()
-    avoided = torch.tensor([[[0, 2], [-1, -1]]])
-    assert avoidance(log_p, avoided).item() == pytest.approx(-math.log(1 - 0.7))
+    bridges = torch.tensor([[[3.0, 4.0]], [[0.0, 1.0]]])  # norms 5 and 1
+    states = torch.tensor([[0.0, 4.0], [1.0, 0.0]])  # made from those of norms 4 and 1
+    assert manifold_loss(bridges, states, 0.2).item() == pytest.approx((0.25 - 0.2) / 2)
+    p, q = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.3, 0.1]]), torch.tensor([[0.25, 0.25, 0.5], [0.6, 0.3, 0.1]])
+    disliked = torch.tensor([[True, False, False], [False, False, False]])
+    torch.testing.assert_close(avoidance(p.log(), disliked), torch.tensor([-math.log(1 - 0.5), 0.0]))
+    by_hand = 1 / 3 * math.log((1 / 3) / 0.6) + 2 / 3 * math.log((2 / 3) / 0.4)
+    torch.testing.assert_close(divergence(p.log(), q.log(), disliked), torch.tensor([by_hand, 0.0]))
+
+
+def test_what_the_judge_read_at_each_step(world):
+    folder, judge = world
+    targets = Targets(Collection(folder / "collection"), [judge], "hazard")
+    labels, rows = targets.labels[0], range(len(targets.responses))
+    disliked = disliked_tokens(targets, rows, 200)
+    assert disliked.any() and not disliked.all()
+    for row in rows:
+        tokens = targets.collection.read("tokens", row).long()
+        known, rises = judged_next(targets, row, tokens)
+        assert known.shape == rises.shape == (len(tokens), 5) and (known[0, :-1] == -1).all()
+        before = labels.read("prefixes", row)
+        for step in range(1, len(tokens)):
+            if before[step - 1] > 0.5:
+                assert (known[step, :-1] == -1).all()
+            else:
+                assert (known[step, :-1] == targets.collection.read("next_tokens", row)[step - 1]).all()
+                assert (rises[step, :-1] == (labels.read("next", row)[step - 1] > 0.5 + before[step - 1])).all()
+
+
+def test_what_the_next_token_risks(world):
+    folder, judge = world
+    collection = Collection(folder / "collection")
+    targets = Targets(collection, [judge], "risk")
+    for row in range(len(targets.responses)):
+        labels, probabilities = targets.labels[0], collection.read("next_probabilities", row).float()
+        before, risk = labels.read("prefixes", row), targets.row(row)[1]
+        for step, scores in enumerate(labels.read("next", row)):
+            by_hand = sum(p * max(s - before[step], 0) for p, s in zip(probabilities[step], scores, strict=True))
+            assert risk[step] == pytest.approx(float(by_hand), abs=1e-5)
+
+
+def test_a_value_that_finds_the_labels_captures_them():
+    labels, logits = torch.zeros(1, 20), torch.arange(20.0)[None]
+    labels[0, :3] = labels[0, 19] = 0.25
+    assert stages.discrimination(EvalPrediction(logits, labels))["captured"] == 0.25
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +119,7 @@ def arguments(world, output, **options):
     return GuidanceTrainArguments(
         collection=str(folder / "collection"), model=str(folder / "model"), output=str(output), judge=judge,
         **{"target": "hazard", "bridge_heads": 4, "text_epochs": 4, "pair_epochs": 2, "bridge_epochs": 2,
-           "text_rate": 1e-2, "bridge_rate": 3e-3, "avoid": 1.0, "guided_share": 0.7, "validation": 0.25,
+           "text_rate": 1e-2, "bridge_rate": 3e-3, "avoid": 1.0, "keep": 1.0, "guided_share": 0.7, "validation": 0.25,
            "calibration": 0.0, "batch_rows": 16, "trainer": ["disable_tqdm=true"], **options},
     )  # fmt: skip
 
