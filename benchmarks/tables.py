@@ -72,27 +72,55 @@ def abstention(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def ratio(case: dict[str, Any]) -> str:
+    """Median and range of a case, and the share of interventions that there really was."""
+    measured = f"{case['ratio_median']:.2f} [{min(case['ratios']):.2f}, {max(case['ratios']):.2f}]"
+    return measured + (f" at {percent(case['intervention_rate'])}" if case["rate"] else "")
+
+
 def overhead(documents: list[dict[str, Any]]) -> str:
     dtypes = [document["dtype"] for document in documents]
     lines = [row("time, relative to plain `generate` unless said otherwise", *dtypes)]
     lines.append(row(*["---"] * (1 + len(documents))))
     for cases in zip(*(document["cases"] for document in documents), strict=True):
-        cells = (
-            f"{case['ratio_median']:.2f} [{min(case['ratios']):.2f}, {max(case['ratios']):.2f}]" for case in cases
-        )
-        lines.append(row(cases[0]["name"], *cells))
+        lines.append(row(cases[0]["name"], *map(ratio, cases)))
     memory = [f"{document['memory']['ratio']:.2f}" for document in documents]
     lines.append(row(f"peak memory, eager K=8, {documents[0]['memory']['prompt']:,}-token prompt", *memory))
     first = documents[0]
     machine, versions, pairs = first["machine"], first["versions"], len(first["cases"][0]["ratios"])
     lines.append("")
     lines.append(
-        f"SmolLM2-135M, prompts of 64 tokens where the row says nothing, medians [range] of {pairs} pairs, "
-        f"{machine['threads']} threads, "
-        f"{machine['device']}, torch {versions['torch']}, transformers {versions['transformers']}. "
+        "SmolLM2-135M, prompts of 64 tokens where the row says nothing, medians [range] of "
+        f"{pairs} pairs that take turns token by token, {machine['threads']} threads, {machine['device']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}. "
         f"`{first['command']}`, {first['date']}."
     )
     return "\n".join(lines)
+
+
+def activation(document: dict[str, Any]) -> str:
+    """Rates and perplexity under vectors of every multiplier, mode and gate."""
+    names = list(document["runs"][0]["judges"])
+    lines = [row("", *(JUDGES[name] for name in names), "perplexity", "distinct pairs", "steered steps")]
+    lines.append(row(*["---"] * (len(names) + 4)))
+    for run in document["runs"]:
+        base = run["method"] == "base"
+        rates = [
+            percent(judge["rate"]) + ("" if base else f", {span(judge['difference_interval'])}")
+            for judge in (run["judges"][name] for name in names)
+        ]
+        perplexity = f"{run['perplexity']:.1f}" if base else f"x{run['perplexity_ratio']:.2f}"
+        steered = percent(run["steered_steps"]) if "steered_steps" in run else ""
+        lines.append(row(run["name"], *rates, perplexity, f"{run['distinct_2']:.2f}", steered))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{document['generations']} continuations of {document['prompts']} prompts, 32 tokens, SmolLM2-135M in "
+            "bfloat16; behind the comma the difference from base in points, 95 % interval by prompt. "
+            f"`{document['command']}`, {document['date']}.",
+        ]
+    )
 
 
 def serving(document: dict[str, Any]) -> str:
@@ -136,6 +164,7 @@ def main() -> None:
     replace(ROOT / "README.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
+    replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
     for path in RESULTS.glob("serving-cpu.json"):
         replace(ROOT / "docs" / "serving.md", "serving", serving(load(path.stem)))
 
