@@ -193,8 +193,9 @@ def _chart(
         for x, y, run in zip(multipliers, heights, runs, strict=True)
     ]
     x = linear("multiplier m", multipliers, lambda value: f"{value:g}", tight=True)
-    y = logarithmic(label, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
     if kind == "rate":
         y = linear(label, [0.0, *heights], lambda value: f"{100 * value:.3g} %")
+    else:
+        y = logarithmic(label, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
     title = {"rate": "Rate", "perplexity": "Perplexity, relative to base"}[kind]
     return Chart(f"{kind}-{note}", title, note, x, y, [Series("", points)], rules=rules)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_value_steer import SteeringVectors
 from hf_value_steer.activation.extract import vectors_from_collection
-from hf_value_steer.activation.sweep import collapsed, window
+from hf_value_steer.activation.sweep import collapsed, sweep_page, window
 from hf_value_steer.cli import main
 from hf_value_steer.training.collect import CollectArguments, collect
 from hf_value_steer.training.label import LabelArguments
@@ -65,6 +65,8 @@ def test_sweep(world, to_bad, capsys):
     for judge in base["judges"]:
         assert less["judges"][judge]["difference_interval"][1] < 0 < more["judges"][judge]["difference_interval"][0]
     assert not more["collapsed"] and not less["collapsed"]
+    less["judges"] = {name: {**judge, "rate": 0.0} for name, judge in less["judges"].items()}
+    assert sweep_page(document).count("<figure") == 3  # a rate of zero has its place, too
     page = (world / "sweep" / "sweep.html").read_text()
     assert "Working window" in page and page.count("<figure") == 3 and "Norm of the residual stream" in page
 
