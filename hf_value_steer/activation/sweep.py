@@ -155,14 +155,16 @@ def sweep_page(document: Mapping[str, Any]) -> str:
         _chart("rate", f"Judge: {name}", runs, [run["judges"][name]["rate"] for run in runs], "rate")
         for name in runs[0]["judges"]
     ]
-    note = f"Of the steered text under the unsteered model. Window for x{document['budget']:g}: {low:g} to {high:g}."
+    note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
     ratios = [run["perplexity_ratio"] for run in runs]
     charts.append(_chart("perplexity", note, runs, ratios, "perplexity", Rule("budget", document["budget"])))
     if document["norms"]:
         charts.append(norm_chart(document["layers"], document["norms"]))
     return (
-        f"<!doctype html><meta charset='utf-8'><title>Sweep</title><style>{packaged('page.css')}</style>"
-        f"<main><h1>Working window: {low:g} to {high:g}</h1>"
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Sweep</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
+        f"<style>{packaged('page.css')}{packaged('chart.css')}</style><main>"
+        f"<h1>Working window: {low:g} to {high:g}</h1>"
         f"<div class='grid'>{''.join(map(figure, charts))}</div></main>\n"
     )
 
@@ -180,8 +182,8 @@ def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
     )
     points = [Point(layer, norm, f"layer {layer}: {norm:.3g}") for layer, norm in zip(layers, norms, strict=True)]
     x = linear("layer", layers, lambda value: f"{value:g}", tight=True)
-    y = logarithmic("mean norm", norms, lambda value: f"{value:g}")
-    return Chart("norms", "Norm of the residual stream", note, x, y, [Series("", points)])
+    y = linear("mean norm", [0.0, *norms], lambda value: f"{value:g}")
+    return Chart("norms", "Norm of the residual stream", note, x, y, [Series("", points, "m-filter")])
 
 
 def _chart(
@@ -198,4 +200,4 @@ def _chart(
     else:
         y = logarithmic(label, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
     title = {"rate": "Rate", "perplexity": "Perplexity, relative to base"}[kind]
-    return Chart(f"{kind}-{note}", title, note, x, y, [Series("", points)], rules=rules)
+    return Chart(f"{kind}-{note}", title, note, x, y, [Series("", points, "m-filter")], rules=rules)

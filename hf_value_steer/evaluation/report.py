@@ -43,7 +43,7 @@ def render_report(evaluation: Evaluation) -> str:
     }
     held = {name: body for name, body in parts.items() if body}
     return Template(packaged("report.html")).substitute(
-        style=packaged("page.css"),
+        style=packaged("page.css") + packaged("chart.css"),
         chosen=_chosen(len(evaluation["judges"])),
         title=escape(summary.title(evaluation)),
         lead=summary.lead(evaluation),
