@@ -2,22 +2,22 @@
 
     python -m benchmarks.guidance_overhead --dtype float32 --output benchmarks/results/guidance-overhead-float32.json
 
-An untrained module of the recipe's size guides every token, so that no bridge is ever left out. Beside the wall time
-the processor time is taken, which means more where other programs run.
+An untrained module of the recipe's size guides every token, so that no bridge is ever left out. Plain and guided
+generation take turns, token by token.
 """
 
 import argparse
 import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from benchmarks.environment import describe, save
-from benchmarks.timing import seconds
+from benchmarks.timing import Turns, in_turns
 from examples.smollm2 import load_backbone
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
 
@@ -26,16 +26,19 @@ TOKENS = 48  # of the prompt, and new ones
 CASES = ((1, 1, 1.15), (1, 8, 1.25), (0, 1, None), (0, 8, None))  # refresh_interval, batch, limit
 
 
-def run(model: Any, input_ids: Tensor, module: ValueGuidanceModule | None, interval: int) -> tuple[float, float]:
-    """Wall time and processor time."""
-    steer: dict[str, Any] = {}
-    if module is not None:
-        config = BridgeGuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
-        steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    arguments = {"max_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "eos_token_id": None, **steer}
-    start = time.process_time()
-    wall = seconds(lambda: model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **arguments))
-    return wall, time.process_time() - start
+def pair(model: PreTrainedModel, module: ValueGuidanceModule, interval: int, batch: int) -> float:
+    """Time of a guided generation relative to a plain one."""
+    input_ids = torch.randint(1000, 20000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
+    config = BridgeGuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
+
+    def run(turns: Turns, **steer: Any) -> None:
+        arguments = {"max_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "eos_token_id": None, **steer}
+        mask = torch.ones_like(input_ids)
+        model.generate(input_ids, attention_mask=mask, stopping_criteria=[turns], **arguments)
+
+    guided = partial(run, custom_generate=value_steer_generate, value_steer=config)
+    plain_seconds, guided_seconds = in_turns(run, guided)
+    return guided_seconds / plain_seconds
 
 
 def main() -> None:
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--layer", type=int, default=21)
     parser.add_argument("--bridges", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, _ = load_backbone(getattr(torch, arguments.dtype))
@@ -51,16 +54,15 @@ def main() -> None:
     module = ValueGuidanceModule(config).eval()
     results = []
     for interval, batch, limit in CASES:
-        input_ids = torch.randint(1000, 20000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
-        pairs = [
-            (run(model, input_ids, None, 0), run(model, input_ids, module, interval))
-            for _ in range(arguments.pairs + 1)
-        ][1:]  # the first one warms up
-        results.append({"refresh_interval": interval, "batch": batch, "limit": limit})
-        for kind, name in enumerate(("wall", "processor")):
-            ratios = [guided[kind] / plain[kind] for plain, guided in pairs]
-            results[-1][f"{name}_ratio_median"] = round(statistics.median(ratios), 3)
-            results[-1][f"{name}_ratios"] = [round(ratio, 3) for ratio in ratios]
+        ratios = [pair(model, module, interval, batch) for _ in range(arguments.pairs + 1)][1:]  # the first warms up
+        case = {"refresh_interval": interval, "batch": batch, "limit": limit}
+        results.append(
+            {
+                **case,
+                "ratio_median": round(statistics.median(ratios), 3),
+                "ratios": [round(each, 3) for each in ratios],
+            }
+        )
         print(results[-1], flush=True)
     document = {"command": " ".join(["python -m benchmarks.guidance_overhead", *sys.argv[1:]]), **describe()}
     document |= {"dtype": arguments.dtype, "layer": arguments.layer, "bridges": arguments.bridges, "cases": results}

@@ -103,17 +103,6 @@ class Prompt:
         }
 
 
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall time of `run`, device work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 class Turns(StoppingCriteria):
     """Hands over after every token."""
 
