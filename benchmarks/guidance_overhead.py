@@ -7,7 +7,6 @@ generation take turns, token by token.
 """
 
 import argparse
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.environment import describe, save
-from benchmarks.timing import Turns, in_turns
+from benchmarks.timing import Turns, in_turns, summary
 from examples.smollm2 import load_backbone
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
 
@@ -55,14 +54,7 @@ def main() -> None:
     results = []
     for interval, batch, limit in CASES:
         ratios = [pair(model, module, interval, batch) for _ in range(arguments.pairs + 1)][1:]  # the first warms up
-        case = {"refresh_interval": interval, "batch": batch, "limit": limit}
-        results.append(
-            {
-                **case,
-                "ratio_median": round(statistics.median(ratios), 3),
-                "ratios": [round(each, 3) for each in ratios],
-            }
-        )
+        results.append({"refresh_interval": interval, "batch": batch, "limit": limit, **summary(ratios)})
         print(results[-1], flush=True)
     document = {"command": " ".join(["python -m benchmarks.guidance_overhead", *sys.argv[1:]]), **describe()}
     document |= {"dtype": arguments.dtype, "layer": arguments.layer, "bridges": arguments.bridges, "cases": results}

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -132,6 +132,11 @@ def in_turns(*runs: Callable[[Turns], Any]) -> list[float]:
     return taken
 
 
+def summary(ratios: Sequence[float]) -> dict[str, Any]:
+    """The median of some ratios, and all of them."""
+    return {"ratio_median": round(statistics.median(ratios), 3), "ratios": [round(ratio, 3) for ratio in ratios]}
+
+
 def compare(model: PreTrainedModel, case: Case, pairs: int, prompt: Prompt | None = None) -> dict[str, Any]:
     """Times of `case` in pairs, reference and steered taking turns, after a short pair that does not count."""
     prompt = prompt or Prompt(model, case.batch, case.prompt)
@@ -167,8 +172,7 @@ def compare(model: PreTrainedModel, case: Case, pairs: int, prompt: Prompt | Non
     tokens = case.new_tokens * case.batch
     return {
         **vars(case),
-        "ratio_median": round(statistics.median(ratios), 3),
-        "ratios": [round(ratio, 3) for ratio in ratios],
+        **summary(ratios),
         "intervention_rate": round(statistics.mean(rates[1:]), 4),
         "reference_tokens_per_second": round(tokens / statistics.median(base for base, _ in times), 1),
         "tokens_per_second": round(tokens / statistics.median(mine for _, mine in times), 1),
