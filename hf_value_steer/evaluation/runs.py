@@ -21,6 +21,7 @@ from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import undesirability
 from hf_value_steer.training.collect import until_end
 from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
+from hf_value_steer.training.sampling import generate_arguments
 
 
 PLACEBO_PROMPTS = 32  # on which a placebo's threshold is found
@@ -121,7 +122,7 @@ class Runner:
         torch.manual_seed(seed)
         output = self.model.generate(
             **inputs,
-            **self.sampling,
+            **generate_arguments(self.sampling),
             **setting.options,
             **(steer if setting.value_steer else {}),
             num_return_sequences=samples,

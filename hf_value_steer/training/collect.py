@@ -27,6 +27,7 @@ from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.label import LabelArguments, label
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
 from hf_value_steer.training.references import PREFIX, resolve
+from hf_value_steer.training.sampling import generate_arguments
 from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 
 
@@ -198,10 +199,9 @@ class _Writer:
             # A token's feature appears when the next token is about to be chosen: one more is drawn than is kept.
             sequences = self.model.generate(
                 **inputs,
-                **self.arguments.sampling(),
+                **generate_arguments(self.arguments.sampling(), watch),
                 num_return_sequences=batch.samples,
                 max_new_tokens=self.arguments.max_new_tokens + 1,
-                logits_processor=[watch],
             )
         tokens = sequences[:, length:-1].cpu()
         keep = until_end(tokens, self.model.generation_config.eos_token_id)
