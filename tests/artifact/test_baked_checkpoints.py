@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from hf_value_steer.activation.bake import unbake
-from hf_value_steer.activation.exports import plan_export
+from hf_value_steer.activation.exports import BIASED, plan_export
 from hf_value_steer.activation.vectors import SteeringVectors
 from tests.families import build
 from tests.tiny_models import build_tiny, tiny_config
@@ -92,6 +92,14 @@ def test_baked_equals_hooked_in_a_fresh_process(baked, family):
     assert report["max_logit_change"] > 0.1 and report["max_logit_difference"] < 2e-4
     written = json.loads((folder / family / "steering" / "report.json").read_text())
     assert written == {**report, "original": written["original"]}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in BIASED])
+def test_a_baked_bias_costs_nothing(baked, family):
+    model, checkpoint = tiny(family), AutoModelForCausalLM.from_pretrained(baked[0] / family)
+    assert str(checkpoint) == str(model)  # the same modules, biases included, so the same work
+    sizes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, checkpoint)]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
