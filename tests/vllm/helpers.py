@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 
 def run(llm: Any, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> list[Any]:
     """Outputs in the order of the prompts."""
@@ -15,6 +17,11 @@ def tokens(outputs: Sequence[Any]) -> list[list[int]]:
 
 def reports(outputs: Sequence[Any]) -> list[dict[str, Any]]:
     return [each.kv_transfer_params["value_steer"] for each in outputs]
+
+
+def alike(report: dict[str, Any]) -> dict[str, Any]:
+    """What compares equal to a report of the same decisions, whose values saw other batches: additions differ in order."""
+    return {**report, **{name: pytest.approx(report[name], abs=1e-5) for name in ("prompt_value", "values")}}
 
 
 def scheduler(llm: Any) -> Any:
