@@ -20,7 +20,7 @@ def reports(outputs: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def alike(report: dict[str, Any]) -> dict[str, Any]:
-    """What compares equal to a report of the same decisions, whose values saw other batches: additions differ in order."""
+    """Equal to a report of the same decisions in other batches, where additions have another order."""
     return {**report, **{name: pytest.approx(report[name], abs=1e-5) for name in ("prompt_value", "values")}}
 
 

@@ -6,10 +6,12 @@
 import json
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from functools import partial
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,7 @@ def _plan(index: int) -> dict[str, Any]:
     }
 
 
-def _ask(port: int, plan: dict[str, Any]) -> tuple[str, Any]:
-    """`(outcome, report and text)` of one request."""
+def _send(port: int, plan: dict[str, Any]) -> HTTPConnection:
     threshold = "high" if plan["kind"] == "malformed" else plan["threshold"]
     body = {
         "model": "tiny",
@@ -56,8 +57,14 @@ def _ask(port: int, plan: dict[str, Any]) -> tuple[str, Any]:
         "vllm_xargs": {"filter.threshold": threshold, "filter.num_candidates": plan["count"]},
     }
     connection = HTTPConnection("127.0.0.1", port, timeout=300)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection
+
+
+def _ask(port: int, plan: dict[str, Any]) -> tuple[str, Any]:
+    """`(outcome, report and text)` of one request."""
+    connection = _send(port, plan)
     try:
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
         response = connection.getresponse()
         if plan["kind"] == "aborted":
             response.read(1)
@@ -67,7 +74,7 @@ def _ask(port: int, plan: dict[str, Any]) -> tuple[str, Any]:
         connection.close()
     if response.status != 200:
         return f"HTTP {response.status}", text
-    if not body["stream"]:
+    if plan["kind"] == "whole":
         answer = json.loads(text)
         return "answered", (answer["value_steer"], answer["choices"][0]["text"])
     events = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
@@ -121,3 +128,49 @@ def _check(plan: dict[str, Any], report: dict[str, Any]) -> None:
     rejected = sum(value >= plan["threshold"] for value in report["values"])
     if rejected == 0 and not report["interventions"]:
         assert report["candidates_evaluated"] == plan["max_tokens"]
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_engine(folder: Path, spread: str, tmp_path: Path) -> None:
+    """`kill -9` in mid-load: whoever waits gets an error, after the beginning of the right text or nothing."""
+    plans = [{**_plan(index), "kind": ("whole", "stream")[index % 2]} for index in range(160)]
+    with launched(folder, spread, tmp_path / "log") as (address, process), ThreadPoolExecutor(CLIENTS) as clients:
+        read = partial(_read, int(address.rpartition(":")[2]))
+        right = list(clients.map(read, plans))
+        answers = [clients.submit(read, plan) for plan in plans]
+        answers[40].result()
+        os.kill(_engine_of(process.pid), signal.SIGKILL)
+        found = [answer.result() for answer in answers]
+        process.wait(60)
+    assert all(complete for complete, _ in right)
+    assert any(text and not complete for complete, text in found), "no stream was broken off"
+    for (_, text), (complete, beginning) in zip(right, found, strict=True):
+        assert beginning == text if complete else text.startswith(beginning)
+
+
+def _engine_of(server: int) -> int:
+    """The process that runs the model."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    (engine,) = (each for each in children if "EngineCore" in Path(f"/proc/{each}/cmdline").read_text())
+    return int(engine)
+
+
+def _read(port: int, plan: dict[str, Any]) -> tuple[bool, str]:
+    """Whether an answer is complete, and as much of its text as there is."""
+    text = ""
+    try:
+        connection = _send(port, plan)
+        response = connection.getresponse()
+        if plan["kind"] == "whole":
+            answer = json.loads(response.read())
+            return response.status == 200, answer["choices"][0]["text"] if response.status == 200 else ""
+        for line in response:
+            event = json.loads(line[6:]) if line.startswith(b"data: {") else {}
+            if "error" in event:
+                return False, text
+            text += "".join(choice["text"] for choice in event.get("choices", ()))
+            if line.startswith(b"data: [DONE]"):
+                return True, text
+    except (OSError, HTTPException):
+        pass
+    return False, text
