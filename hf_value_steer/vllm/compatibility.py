@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import vllm
+from packaging.version import Version
 
 from hf_value_steer.doctor.checks import Check
 from hf_value_steer.vllm.refusals import VALIDATED
@@ -16,8 +17,10 @@ _V2 = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _SAMPLER = "vllm.v1.sample.sampler:Sampler"
 _SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler:Sampler"
-_HTTP = "vllm.entrypoints.launchers"
+_ENTRYPOINTS = "vllm.entrypoints"
+_ARGUMENTS = f"{_ENTRYPOINTS}.{'common' if Version(vllm.__version__) >= Version('0.33') else 'launchers'}.cli_args"
 
+PASSED_ON = "*"  # whatever else is given goes on to vLLM
 PARAMETERS = {
     f"{_V1}.execute_model": "scheduler_output intermediate_tensors",
     f"{_V1}.sample_tokens": "grammar_output",
@@ -34,13 +37,13 @@ PARAMETERS = {
         "seq_lens_upper_bound_np return_logprobs"
     ),
     f"{_SAMPLER_V2}._sample_random": (
-        "processed_logits expanded_idx_mapping idx_mapping_np pos top_k top_p use_fused_sampler"
+        "processed_logits expanded_idx_mapping idx_mapping_np pos top_k top_p use_fused_sampler *"
     ),
     f"{_SAMPLER_V2}.get_logprobs_dims": "idx_mapping_np",
     "vllm.v1.worker.gpu.sample.logprob:compute_topk_scores": "logits num_logprobs sampled_token_ids logits_mode",
     "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler.forward_native": "logits generators k p",
     "vllm.v1.sample.ops.topk_topp_sampler:apply_top_k_top_p": "logits k p",
-    f"{_SCHEDULER}.__init__": "kv_cache_config block_size",
+    f"{_SCHEDULER}.__init__": "kv_cache_config block_size *",
     f"{_SCHEDULER}.update_from_output": "scheduler_output model_runner_output",
     f"{_SCHEDULER}.finish_requests": "request_ids finished_status",
     f"{_SCHEDULER}._free_request": "request",
@@ -49,9 +52,9 @@ PARAMETERS = {
     "vllm.v1.worker.utils:copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
     "vllm.v1.sample.logits_processor.interface:LogitsProcessor.validate_params": "sampling_params",
-    f"{_HTTP}.api_server.entry:run_server": "args",
-    f"{_HTTP}.cli_args:make_arg_parser": "parser",
-    f"{_HTTP}.cli_args:validate_parsed_serve_args": "args",
+    f"{_ENTRYPOINTS}.launchers.api_server.entry:run_server": "args",
+    f"{_ARGUMENTS}:make_arg_parser": "parser",
+    f"{_ARGUMENTS}:validate_parsed_serve_args": "args",
 }
 FIELDS = {
     "vllm.v1.worker.gpu_model_runner:ExecuteModelState": "sample_hidden_states logits",
@@ -96,22 +99,22 @@ def check_vllm() -> list[Check]:
     version = vllm.__version__
     detail = f"{version}; validated: {', '.join(VALIDATED)}"
     checks = [Check("version", "ok" if version.startswith(VALIDATED) else "FAIL", detail)]
-    kinds: tuple[tuple[str, dict[str, str], Callable[[Any], Any]], ...] = (
-        ("calls", PARAMETERS, lambda each: inspect.signature(each).parameters),
-        ("fields", FIELDS, lambda each: {name for base in each.__mro__ for name in inspect.get_annotations(base)}),
-        ("state", ATTRIBUTES, lambda each: {name for base in each.__mro__[:-1] for name in _set_on_self(base)}),
+    kinds: tuple[tuple[str, dict[str, str], Callable[[Any, list[str]], list[str]]], ...] = (
+        ("calls", PARAMETERS, _call),
+        ("fields", FIELDS, _fields),
+        ("state", ATTRIBUTES, _state),
     )
-    return [*checks, *(_check(name, table, found) for name, table, found in kinds)]
+    return [*checks, *(_check(name, table, problems) for name, table, problems in kinds)]
 
 
-def _check(name: str, table: dict[str, str], found: Callable[[Any], Any]) -> Check:
-    missing = [problem for path, names in table.items() for problem in _missing(path, names.split(), found)]
-    if missing:
-        return Check(name, "FAIL", f"not there: {', '.join(missing)}")
+def _check(name: str, table: dict[str, str], problems: Callable[[Any, list[str]], list[str]]) -> Check:
+    found = [problem for path, names in table.items() for problem in _look(path, names.split(), problems)]
+    if found:
+        return Check(name, "FAIL", f"differs: {', '.join(found)}")
     return Check(name, "ok", f"{sum(len(names.split()) for names in table.values())} in {len(table)} places are there")
 
 
-def _missing(path: str, names: list[str], found: Callable[[Any], Any]) -> list[str]:
+def _look(path: str, names: list[str], problems: Callable[[Any, list[str]], list[str]]) -> list[str]:
     module, _, qualified = path.partition(":")
     try:
         target: Any = importlib.import_module(module)
@@ -119,8 +122,27 @@ def _missing(path: str, names: list[str], found: Callable[[Any], Any]) -> list[s
             target = getattr(target, part)
     except (ImportError, AttributeError):
         return [path]
-    there = found(target)
-    return [f"{path} {name}" for name in names if name not in there]
+    return [f"{path} {problem}" for problem in problems(target, names)]
+
+
+def _call(function: Any, names: list[str]) -> list[str]:
+    """Parameters that are gone, and those that are new and have to be given."""
+    there = inspect.signature(function).parameters
+    known = {*names, "self"}
+    ordinary = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    demanded = [each.name for each in there.values() if each.kind in ordinary and each.default is each.empty]
+    new = [f"demands {name}" for name in demanded if name not in known]
+    return [name for name in names if name not in {*there, PASSED_ON}] + ([] if PASSED_ON in names else new)
+
+
+def _fields(kind: type, names: list[str]) -> list[str]:
+    there = {name for base in kind.__mro__ for name in inspect.get_annotations(base)}
+    return [name for name in names if name not in there]
+
+
+def _state(kind: type, names: list[str]) -> list[str]:
+    there = {name for base in kind.__mro__[:-1] for name in _set_on_self(base)}
+    return [name for name in names if name not in there]
 
 
 def _set_on_self(kind: type) -> set[str]:

@@ -13,7 +13,7 @@ from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
 from hf_value_steer.vllm.steering import Steering
 
 
-VALIDATED = ("0.32",)
+VALIDATED = ("0.32", "0.33")
 ANY_VERSION = "HF_VALUE_STEER_ANY_VLLM"
 
 

@@ -34,9 +34,10 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
         return drawn, self.scores
 
     def _sample_random(
-        self, scores: Tensor, slots: Tensor, numbers: np.ndarray, places: Tensor, k: Any, p: Any, fused: bool
+        self, scores: Tensor, slots: Tensor, numbers: np.ndarray, places: Tensor, k: Any, p: Any, *flags: bool
     ) -> tuple[Tensor, Tensor]:
-        drawn, scores = super()._sample_random(scores, slots, numbers, places, k, p, fused)
+        drawn, scores = super()._sample_random(scores, slots, numbers, places, k, p, *flags)
+        *_, fused = flags
         return drawn, apply_top_k_top_p(scores, k, p) if fused else scores  # fused kernels do not say what is left
 
     def drawn_from(self, row: int) -> tuple[Tensor, Tensor | None]:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 import uvloop
 from vllm.entrypoints.launchers.api_server.entry import run_server
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -13,6 +11,13 @@ from hf_value_steer.configuration import ValueSteer
 from hf_value_steer.vllm.admission import Admission
 from hf_value_steer.vllm.arguments import steered_engine_args
 
+
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.common.startup import cli_env_setup
+except ImportError:  # vLLM 0.32
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 
 logger = init_logger("vllm.hf_value_steer")
 MIDDLEWARE = "hf_value_steer.vllm.http.SteeringReports"

@@ -43,7 +43,7 @@ def test_another_version_and_async_scheduling(folder: Path, monkeypatch: pytest.
     refuse_engine(config)
     with monkeypatch.context() as patch:
         patch.setattr(vllm, "__version__", "0.31.2")
-        with pytest.raises(ValueError, match="validated with vLLM 0.32, but this is 0.31.2"):
+        with pytest.raises(ValueError, match="validated with vLLM 0.32, 0.33, but this is 0.31.2"):
             refuse_engine(config)
         patch.setenv("HF_VALUE_STEER_ANY_VLLM", "1")
         refuse_engine(config)
