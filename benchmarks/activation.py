@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import itertools
 import statistics
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, -0.25, 0.25, 0.5, 1, 2])
     parser.add_argument("--main", type=float, default=0.5, help="the m that is compared with its negative")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
-    parser.add_argument("--samples", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--page", type=Path, help="where the charts go")
     arguments = parser.parse_args()
@@ -168,7 +169,7 @@ def main() -> None:
     vectors = make_vectors(model, tokenizer, arguments.run, calibration, arguments.work / "vectors")
     exact = load_backbone(torch.float32)[0]
     document: dict[str, Any] = {
-        "command": "python -m benchmarks.activation",
+        "command": " ".join(["python -m benchmarks.activation", *sys.argv[1:]]),
         **describe(),
         "prompts": len(prompts),
         "generations": len(prompts) * arguments.samples,

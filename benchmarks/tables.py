@@ -146,6 +146,29 @@ def serving(document: dict[str, Any]) -> str:
     )
 
 
+def serving_efficacy(document: dict[str, Any]) -> str:
+    """Rates under either engine, without and with the filter."""
+    engines = document["engines"]
+    lines = [row("judge", "run", *engines, "vLLM minus transformers"), row(*["---"] * (3 + len(engines)))]
+    for judge in next(iter(engines.values()))["judges"]:
+        judged = [engine["judges"][judge] for engine in engines.values()]
+        differences = document["vllm_minus_transformers"]
+        base = [percent(each["base"]) for each in judged]
+        lines.append(row(JUDGES[judge], "base", *base, span(differences["base"][judge])))
+        steered = [f"{percent(e['filter']['rate'])} {span(e['filter']['rate_interval'])}" for e in judged]
+        lines.append(row(JUDGES[judge], "filter", *steered, span(differences["filter"][judge])))
+    steps = [percent(engine["intervention_rate"]) for engine in engines.values()]
+    lines.append(row("steps intervened", "filter", *steps, ""))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{document['generations']} continuations of {document['prompts']} prompts in each cell, bfloat16; in "
+            f"brackets 95 % intervals by prompt, differences in points. `{document['command']}`, {document['date']}.",
+        ]
+    )
+
+
 def replace(path: Path, name: str, table: str) -> None:
     """Put `table` between the markers `<!-- name -->` and `<!-- /name -->` of a Markdown file."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -165,8 +188,8 @@ def main() -> None:
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
     replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
-    for path in RESULTS.glob("serving-cpu.json"):
-        replace(ROOT / "docs" / "serving.md", "serving", serving(load(path.stem)))
+    replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
+    replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))
 
 
 if __name__ == "__main__":
