@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_value_steer.evaluation.document import check_evaluation, flat, main_run
 from hf_value_steer.evaluation.markdown import calibration_markdown, model_index, results_markdown, table
+from hf_value_steer.files import write_atomically
 
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def write_card(head: "ValueHead", folder: Path) -> None:
     """Write the generated card as `README.md`, unless the folder has one, which its author may have edited."""
     path = folder / "README.md"
     if not path.exists():
-        head_card(head).save(path)
+        write_atomically(path, str(head_card(head)).encode())
 
 
 def renew_card(

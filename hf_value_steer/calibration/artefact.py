@@ -22,6 +22,7 @@ from hf_value_steer.calibration.filtering import (
     value_threshold,
 )
 from hf_value_steer.calibration.promises import CONFIDENT, Method, Mode, promise
+from hf_value_steer.files import write_atomically
 from hf_value_steer.policy import Polarity
 
 
@@ -268,9 +269,8 @@ class Calibration:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `calibration.json` into a folder and return its path."""
         path = Path(folder) / FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_atomically(path, f"{text}\n".encode())
         return path
 
     @classmethod

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.artefact import Artefact
 from hf_value_steer.backbone import fingerprint
+from hf_value_steer.files import write_atomically
 from hf_value_steer.svgt.card import guidance_card
 from hf_value_steer.svgt.configuration import ValueGuidanceConfig
 from hf_value_steer.svgt.parts import BridgeGenerator, Discriminator, PromptAttention, Standardise, encoder
@@ -138,7 +139,7 @@ class ValueGuidanceModule(Artefact):
     def write_card(self, folder: Path) -> None:
         path = folder / "README.md"
         if not path.exists():
-            guidance_card(self).save(path)
+            write_atomically(path, str(guidance_card(self)).encode())
 
     def fingerprint(self) -> str:
         """Identity of what the module does: a digest of its weights."""

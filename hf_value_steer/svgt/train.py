@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_value_steer.files import write_json
 from hf_value_steer.svgt.configuration import ValueGuidanceConfig
@@ -26,6 +25,7 @@ from hf_value_steer.svgt.stages import (
     ValueStageTrainer,
 )
 from hf_value_steer.svgt.states import States
+from hf_value_steer.training.checkpoints import MarkComplete, last_complete
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
@@ -175,7 +175,7 @@ class _Training:
         trainer = self._bridge_trainer() if stage == "bridge" else self._value_trainer(stage)
         folder = self.work / stage
         folder.mkdir(exist_ok=True)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+        trainer.train(resume_from_checkpoint=last_complete(folder))
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
         kept = ("loss", "auroc", "accuracy", "f1", "captured", *PARTS)
         return {name: round(evaluated[f"eval_{name}"], 4) for name in kept if f"eval_{name}" in evaluated}
@@ -192,6 +192,7 @@ class _Training:
             args=self._training_arguments(stage, rate, epochs),
             train_dataset=training,
             eval_dataset=validation,
+            callbacks=[MarkComplete()],
         )
 
     def _bridge_trainer(self) -> Trainer:
@@ -210,6 +211,7 @@ class _Training:
             args=self._training_arguments("bridge", arguments.bridge_rate, arguments.bridge_epochs),
             train_dataset=Responses(judged, rows),
             eval_dataset=Responses(judged, self.rows["validation"]),
+            callbacks=[MarkComplete()],
         )
 
     def _set_threshold(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_value_steer.calibration import Calibration, one_per_prompt
 from hf_value_steer.configuration import check_attributes
+from hf_value_steer.files import write_atomically
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.label import Labels
@@ -117,7 +118,7 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     head.config.threshold = _default_threshold(arguments, collection, head, calibration, rows.tolist())
     # Not the weights, which are as they were: a kill in the middle of writing them would lose the head.
     calibration.save(arguments.value_head)
-    head.config.save_pretrained(arguments.value_head)
+    write_atomically(Path(arguments.value_head) / "config.json", head.config.to_json_string().encode())
     return calibration
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -76,8 +76,18 @@ class CollectArguments(SamplingArguments):
     batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
     dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
     seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
+    engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
+    engine_args: str | None = field(
+        default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}
+    )
 
     def __post_init__(self) -> None:
+        if self.engine not in ("generate", "vllm"):
+            raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
+        if self.engine_args is not None and self.engine != "vllm":
+            raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
+        if self.force_words and self.engine == "vllm":
+            raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
         for name in ("samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
@@ -96,9 +106,29 @@ class Batch:
     forced: bool
 
 
+class Engine(Protocol):
+    """What continues prompts, and keeps the features that it sees.
+
+    Attributes:
+        formatter: how prompts become its input.
+        facts (`dict`): what of the manifest depends on it.
+    """
+
+    formatter: Formatter
+    facts: dict[str, Any]
+
+    def tensors(self, batch: Batch) -> dict[str, Tensor]:
+        """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
+
+
+def model_name(model: str) -> str:
+    """A folder or Hub id, as it is or from the function that a `python:` reference names."""
+    return str(resolve(model)()) if model.startswith(PREFIX) else model
+
+
 def load_backbone(model: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Backbone and tokenizer; `model` is a folder, a Hub id, or a `python:` reference to a function that gives one."""
-    name = str(resolve(model)()) if model.startswith(PREFIX) else model
+    name = model_name(model)
     backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     return backbone, AutoTokenizer.from_pretrained(name)
 
@@ -108,7 +138,8 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
 
     Goes on where it was stopped: a shard is there completely or not at all, and its random numbers depend on the seed
     and its index alone, so an interrupted collection becomes the same, byte by byte. Under `accelerate launch` the
-    processes share the shards.
+    processes share the shards. With `engine="vllm"` the prompts are continued by vLLM, in this process, and the
+    features are those that its model runner sees, which a steered server scores.
 
     Args:
         arguments: what to generate.
@@ -118,27 +149,26 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
         The collection, complete.
 
     Raises:
+        ImportError: if vLLM is asked for and not installed.
         ValueError: for anything that cannot be done, and if the folder holds another collection.
     """
     state, folder = PartialState(), Path(arguments.output)
     prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
-    model, tokenizer = load_backbone(arguments.model, arguments.dtype, state.device)
-    formatter = Formatter(tokenizer, arguments.chat)
+    engine = _start(arguments, state)
     batches = list(_batches(arguments, prompts))
     with state.main_process_first():
-        manifest = _manifest(arguments, model, formatter, len(batches))
+        manifest = _manifest(arguments, engine, len(batches))
         claim(folder / "collection.json", {**manifest, "prompts_sha256": prompts_digest(prompts)})
         write_prompts(prompts, folder / "prompts.jsonl")
-    writer = _Writer(arguments, model, formatter)
     # Shared out first, then checked: what others write meanwhile must not change what is ours.
     mine = batches[state.process_index :: state.num_processes]
     missing = [batch for batch in mine if not _is_complete(shard_path(folder, batch.index))]
     for batch in tqdm(missing, desc="collect", unit="shard", disable=not state.is_main_process):
-        write_tensors(shard_path(folder, batch.index), writer.tensors(batch))
+        write_tensors(shard_path(folder, batch.index), engine.tensors(batch))
     state.wait_for_everyone()
     collection = Collection(folder)
     if labels is not None:
-        label(collection, tokenizer, labels)
+        label(collection, engine.formatter.tokenizer, labels)
     return collection
 
 
@@ -150,22 +180,30 @@ def _batches(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Iterator
             index += 1
 
 
-def _manifest(
-    arguments: CollectArguments, model: PreTrainedModel, formatter: Formatter, shards: int
-) -> dict[str, Any]:
+def _start(arguments: CollectArguments, state: PartialState) -> Engine:
+    if arguments.engine == "generate":
+        return _Generate(arguments, state.device)
+    if state.num_processes > 1:
+        raise ValueError("vLLM shares the work itself: run `collect` as one process, with `tensor_parallel_size`.")
+    try:
+        from hf_value_steer.vllm.collecting import VllmEngine
+    except ImportError as error:
+        raise ImportError(f'`engine="vllm"` needs vLLM: pip install "hf-value-steer[vllm]" ({error}).') from error
+    return VllmEngine(arguments)
+
+
+def _manifest(arguments: CollectArguments, engine: Engine, shards: int) -> dict[str, Any]:
     recorded = {name: choice for name, choice in asdict(arguments).items() if name != "output"}
+    if arguments.engine == "generate":  # as before there was another one
+        del recorded["engine"], recorded["engine_args"]
     return {
         "format": FORMAT,
         "arguments": recorded,
         "sampling": arguments.sampling(),
         "shards": shards,
         "backbone": arguments.backbone or arguments.model,
-        "backbone_fingerprint": fingerprint(model),
-        "hidden_size": feature_width(model),
-        "feature_dtype": str(model.dtype).removeprefix("torch."),
-        "chat_template": formatter.name,
-        "kernel": f"decode, {model.config._attn_implementation}",
-        "backend": f"transformers {version('transformers')}, torch {version('torch')}",
+        "chat_template": engine.formatter.name,
+        **engine.facts,
     }
 
 
@@ -181,16 +219,26 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-class _Writer:
-    def __init__(self, arguments: CollectArguments, model: PreTrainedModel, formatter: Formatter):
-        self.arguments, self.model, self.formatter = arguments, model, formatter
+class _Generate:
+    """`generate` of transformers as an [`Engine`]."""
+
+    def __init__(self, arguments: CollectArguments, device: torch.device):
+        self.arguments = arguments
+        self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
+        self.formatter = Formatter(tokenizer, arguments.chat)
         source = arguments.force_words
-        self.words = ForcedWords(model, formatter.tokenizer, _words(source)) if source else None
+        self.words = ForcedWords(self.model, tokenizer, _words(source)) if source else None
+        self.facts = {
+            "backbone_fingerprint": fingerprint(self.model),
+            "hidden_size": feature_width(self.model),
+            "feature_dtype": str(self.model.dtype).removeprefix("torch."),
+            "kernel": f"decode, {self.model.config._attn_implementation}",
+            "backend": f"transformers {version('transformers')}, torch {version('torch')}",
+        }
 
     @torch.no_grad()
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
-        """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
-        torch.manual_seed(_seed(self.arguments.seed, batch.index))
+        torch.manual_seed(seed_of(self.arguments.seed, batch.index))
         inputs = self.formatter(batch.prompts, self.model.device)
         length, rows = inputs["input_ids"].shape[1], len(batch.prompts) * batch.samples
         watch = _Watch(self.words if batch.forced else None, self.arguments, rows, length)
@@ -205,23 +253,38 @@ class _Writer:
             )
         tokens = sequences[:, length:-1].cpu()
         keep = until_end(tokens, self.model.generation_config.eos_token_id)
-        counts = keep.sum(dim=1)
         columns = {"features": torch.stack(features[1:], dim=1), "tokens": tokens.int(), **watch.columns()}
-        owner = torch.arange(batch.first_prompt, batch.first_prompt + len(batch.prompts))
-        return {
-            **{name: column[keep] for name, column in columns.items()},
-            "prompt_features": features[0],
-            "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-            "prompts": owner.repeat_interleave(batch.samples),
-            "natural": torch.full((rows,), not batch.forced),
-        }
+        return shard_tensors(batch, keep, columns, features[0])
+
+
+def shard_tensors(
+    batch: Batch, keep: Tensor, columns: dict[str, Tensor], prompt_features: Tensor
+) -> dict[str, Tensor]:
+    """A shard as it is written.
+
+    Args:
+        batch: whose shard it is.
+        keep (`torch.BoolTensor` of shape `(rows, steps)`): which new tokens belong to their text.
+        columns (`dict`): `(rows, steps, ...)` each, `"features"` and `"tokens"` among them.
+        prompt_features (`torch.FloatTensor` of shape `(rows, width)`): of the last token of each prompt.
+    """
+    counts = keep.sum(dim=1)
+    owner = torch.arange(batch.first_prompt, batch.first_prompt + len(batch.prompts))
+    return {
+        **{name: column[keep] for name, column in columns.items()},
+        "prompt_features": prompt_features,
+        "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        "prompts": owner.repeat_interleave(batch.samples),
+        "natural": torch.full((len(keep),), not batch.forced),
+    }
 
 
 def _words(source: str) -> list[str]:
     return resolve(source)() if source.startswith(PREFIX) else [prompt.text for prompt in load_prompts(source)]
 
 
-def _seed(seed: int, index: int) -> int:
+def seed_of(seed: int, index: int) -> int:
+    """The seed of one shard."""
     return int.from_bytes(hashlib.blake2b(f"{seed}-{index}".encode(), digest_size=6).digest(), "little")
 
 

@@ -114,7 +114,7 @@ def _file(folder: Path, index: int) -> Path:
 def vocabulary_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text that each token of the vocabulary adds to a text: decoded after a word, where no space is dropped."""
     tokens = range(len(tokenizer))
-    word = next(token for token in tokens if tokenizer.decode([token], skip_special_tokens=True).strip().isalpha())
+    word = next(token for token in tokens if tokenizer.decode([token], skip_special_tokens=True).strip().isalnum())
     alone = len(tokenizer.decode([word]))
     return [text[alone:] for text in tokenizer.batch_decode([[word, t] for t in tokens], skip_special_tokens=True)]
 

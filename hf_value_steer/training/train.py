@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_value_steer.configuration import ValueHeadConfig, check_attributes
 from hf_value_steer.files import write_json
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
+from hf_value_steer.training.checkpoints import MarkComplete, last_complete
 from hf_value_steer.training.losses import Loss
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
@@ -234,10 +234,10 @@ def fit(
         args=_training_arguments(arguments, work),
         train_dataset=training,
         eval_dataset=validation,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=recipe.patience)],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=recipe.patience), MarkComplete()],
     )
     work.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)))
+    trainer.train(resume_from_checkpoint=last_complete(work))
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = ("auroc", "calibration_error")
     single = [f"{metric}_{each['name']}" for each in arguments.head_attributes() for metric in metrics]

@@ -17,13 +17,20 @@ else:
 class SteeredWorker(Worker):  # type: ignore[misc]
     """Builds the runner that stock vLLM would build, and gives it the mixin of its generation as a base."""
 
+    mixins: tuple[type, ...] = ()
+
     def init_device(self) -> None:
         refuse_engine(self.vllm_config)
-        self.steering = Steering.load(self.vllm_config.additional_config["value_steer"])
-        refuse_head(self.steering, self.vllm_config.model_config)
+        self.steering = self.load_steering()
         super().init_device()
         for head in self.steering.heads.values():
             head.to(self.device)
+
+    def load_steering(self) -> Steering:
+        """What is steered, with heads that fit the model."""
+        steering = Steering.load(self.vllm_config.additional_config["value_steer"])
+        refuse_head(steering, self.vllm_config.model_config)
+        return steering
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm up as it is, on requests of vLLM's own that nobody scheduled, and steer from then on."""
@@ -33,6 +40,6 @@ class SteeredWorker(Worker):  # type: ignore[misc]
             from hf_value_steer.vllm.runner_v1 import SteeredModelRunner
         times = super().compile_or_warm_up_model()
         kind = type(self.model_runner)
-        self.model_runner.__class__ = type(f"Steered{kind.__name__}", (SteeredModelRunner, kind), {})
+        self.model_runner.__class__ = type(f"Steered{kind.__name__}", (*self.mixins, SteeredModelRunner, kind), {})
         self.model_runner.attach(self.steering)
         return times

@@ -23,6 +23,7 @@ from hf_value_steer.training.collect import CollectArguments, collect
 from hf_value_steer.training.label import LabelArguments, Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import TrainArguments, split_rows, train
+from hf_value_steer.training.trainer import ValueHeadTrainer
 from tests.families import random_head
 from tests.tiny_text import BAD, save_tiny_model, write_lexicon, write_prompts
 
@@ -172,7 +173,7 @@ def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):
     def never(*_, **__):
         raise AssertionError("nothing is left to do")
 
-    monkeypatch.setattr("hf_value_steer.training.collect._Writer.tensors", never)
+    monkeypatch.setattr("hf_value_steer.training.collect._Generate.tensors", never)
     monkeypatch.setattr("hf_value_steer.training.label._Reader.tensors", never)
     monkeypatch.setattr("hf_value_steer.training.train.fit", never)
     monkeypatch.setattr("hf_value_steer.evaluation.runs.Runner._batch", never)
@@ -235,6 +236,56 @@ def test_killed_and_resumed_is_byte_identical(world, tmp_path):
     ours = {name: content for name, content in ours.items() if not name.endswith(".tmp")}
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_kill_in_the_middle_of_a_checkpoint(world, finished, tmp_path, monkeypatch):
+    """Of the checkpoint that was being written, and of one that was being deleted, nothing is resumed from."""
+
+    class Killed(BaseException):
+        pass
+
+    saved, save = [], ValueHeadTrainer._save_optimizer_and_scheduler
+
+    def killed(trainer, folder):
+        saved.append(Path(folder))
+        if len(saved) == 3:
+            (saved[0] / "model.safetensors").unlink(missing_ok=True)
+            raise Killed
+        save(trainer, folder)
+
+    shutil.copytree(finished / "collection", tmp_path / "run" / "collection")
+    content = {name: part for name, part in recipe(world, tmp_path / "run").items() if name != "evaluate"}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ValueHeadTrainer, "_save_optimizer_and_scheduler", killed)
+        run_recipe(content)
+    assert saved[2].exists()
+    run_recipe(content)
+    ours, theirs = files(tmp_path / "run" / "head"), files(finished / "head")
+    assert [name for name in theirs if name != "README.md" and ours[name] != theirs[name]] == []
+
+
+def test_a_kill_in_the_middle_of_calibration(world, finished, tmp_path, monkeypatch):
+    """The head can be loaded whichever of its files was being written."""
+    shutil.copytree(finished, tmp_path / "run")
+    content = {name: part for name, part in recipe(world, tmp_path / "run").items() if name != "evaluate"}
+    before = files(tmp_path / "run" / "head")
+    for file in ("calibration.json", "config.json"):
+        replace = os.replace
+
+        def killed(source, target, file=file, replace=replace):
+            if Path(target).name == file:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", killed)
+            run_recipe(content)
+        assert ValueHead.from_pretrained(tmp_path / "run" / "head").calibration is not None
+    run_recipe(content)
+    after = files(tmp_path / "run" / "head")
+    assert {name: after[name] for name in before if name != "README.md"} == {
+        name: before[name] for name in before if name != "README.md"
+    }
 
 
 def short(world, output, **changes):

@@ -1,0 +1,40 @@
+"""Checkpoints of a `Trainer` that are whole or do not count: their files are written, and deleted, one by one."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from hf_value_steer.files import write_json
+
+
+MARK = "complete.json"  # names and sizes of the files of a checkpoint, written after all of them
+
+
+class MarkComplete(TrainerCallback):  # type: ignore[misc]
+    """Marks every checkpoint when it is saved."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        del control, kwargs
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        write_json(folder / MARK, {path.name: path.stat().st_size for path in folder.iterdir()})
+
+
+def last_complete(folder: Path) -> str | None:
+    """The last whole checkpoint in a folder, to resume from. What is left of others is deleted."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if not _is_complete(checkpoint):
+            shutil.rmtree(checkpoint)
+    found: str | None = get_last_checkpoint(str(folder))
+    return found
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    mark = checkpoint / MARK
+    if not mark.exists():
+        return False
+    sizes = json.loads(mark.read_text(encoding="utf-8"))
+    return all((checkpoint / name).exists() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)

@@ -1,0 +1,117 @@
+"""vLLM as the engine of `collect`: its tokens, and the features that its model runner sees under its own kernels."""
+
+import json
+import os
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import vllm
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from vllm import LLM, SamplingParams
+
+from hf_value_steer.training.collect import Batch, CollectArguments, model_name, seed_of, shard_tensors, until_end
+from hf_value_steer.training.prompts import Formatter
+from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
+from hf_value_steer.vllm.recording import ROW
+
+
+WORKER = "hf_value_steer.vllm.recording.RecordingWorker"
+
+
+class VllmEngine:
+    """An [`~hf_value_steer.training.collect.Engine`].
+
+    It runs in this process and without prefix caching, so that what a shard holds does not depend on the shards before
+    it. Every row is drawn to its full length and cut at its end, as the feature of an EOS appears one step after it.
+
+    Raises:
+        ValueError: for a model or an argument with which features cannot be kept.
+    """
+
+    def __init__(self, arguments: CollectArguments):
+        name, self.arguments = model_name(arguments.model), arguments
+        self.formatter = Formatter(AutoTokenizer.from_pretrained(name), arguments.chat)
+        self.eos = _eos(name)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        ours = {
+            "model": name,
+            "worker_cls": WORKER,
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
+            "disable_hybrid_kv_cache_manager": True,
+            "max_logprobs": max(arguments.next_tokens, 1),
+        }
+        given = json.loads(arguments.engine_args or "{}")
+        if taken := sorted(ours.keys() & given.keys()):
+            raise ValueError(f"`engine_args`: `collect` sets {', '.join(taken)} itself.")
+        self.llm = LLM(**{"dtype": arguments.dtype, "seed": 0, "disable_log_stats": True, **given, **ours})
+        model = self.llm.llm_engine.model_config
+        self.longest, self.defaults = model.max_model_len, model.get_diff_sampling_param()
+        self.facts = {
+            "backbone_fingerprint": checkpoint_fingerprint(name),
+            "hidden_size": model.get_hidden_size(),
+            "feature_dtype": str(model.dtype).removeprefix("torch."),
+            "kernel": f"decode, {self.llm.collective_rpc('attention')[0]} of vLLM",
+            "backend": f"vllm {vllm.__version__}, torch {version('torch')}",
+        }
+
+    def tensors(self, batch: Batch) -> dict[str, Tensor]:
+        steps, rows = self.arguments.max_new_tokens, len(batch.prompts) * batch.samples
+        prompts = self._prompts(batch)
+        outputs = self.llm.generate(prompts, [self._params(batch, row) for row in range(rows)], use_tqdm=False)
+        (recorded,) = self.llm.collective_rpc("take_features")
+        features = torch.stack(
+            [torch.stack([recorded[row, step] for step in range(steps + 1)]) for row in range(rows)]
+        )
+        tokens = torch.tensor([output.outputs[0].token_ids for output in outputs])[:, :-1]
+        columns = {"features": features[:, 1:], "tokens": tokens.int()}
+        if self.arguments.next_tokens:
+            columns |= self._likely([output.outputs[0].logprobs[1:] for output in outputs])
+        return shard_tensors(batch, until_end(tokens, self.eos), columns, features[:, 0])
+
+    def _prompts(self, batch: Batch) -> list[dict[str, list[int]]]:
+        """Token ids of every row's prompt."""
+        inputs = self.formatter(batch.prompts)
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
+        room = self.longest - self.arguments.max_new_tokens - 1
+        if longer := [prompt for prompt in prompts if len(prompt) > room]:
+            raise ValueError(
+                f"A prompt of {len(longer[0])} tokens leaves no room for {self.arguments.max_new_tokens} more and one "
+                f"to be dropped in vLLM's `max_model_len` of {self.longest}: raise it in `engine_args`."
+            )
+        return [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(batch.samples)]
+
+    def _params(self, batch: Batch, row: int) -> SamplingParams:
+        """What is asked for one row."""
+        drawn = self.arguments.sampling()
+        if not drawn.pop("do_sample"):
+            drawn = {"temperature": 0.0}
+        steps = self.arguments.max_new_tokens + 1
+        return SamplingParams(
+            **{**self.defaults, **drawn, "max_tokens": steps, "min_tokens": 0},
+            seed=seed_of(self.arguments.seed, batch.index) + row,
+            ignore_eos=True,
+            logprobs=self.arguments.next_tokens or None,
+            extra_args={ROW: row},
+        )
+
+    def _likely(self, rows: list[list[dict[int, Any]]]) -> dict[str, Tensor]:
+        """The most likely next tokens of every step, from vLLM's logprobs."""
+        count = self.arguments.next_tokens
+        best = [[sorted(step.items(), key=lambda each: -each[1].logprob)[:count] for step in row] for row in rows]
+        logprobs = torch.tensor([[[found.logprob for _, found in step] for step in row] for row in best])
+        tokens = torch.tensor([[[token for token, _ in step] for step in row] for row in best])
+        return {"next_probabilities": logprobs.exp().half(), "next_tokens": tokens.int()}
+
+
+def _eos(model: str) -> int | list[int] | None:
+    """What ends a text, as `generate` sees it."""
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError:
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    eos: int | list[int] | None = config.eos_token_id
+    return eos
