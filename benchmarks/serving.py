@@ -1,8 +1,7 @@
 """Throughput of steered vLLM against stock vLLM in the same run, on SmolLM2-135M in bfloat16.
 
 `python -m benchmarks.serving --output benchmarks/results/serving-cpu.json`, in the environment of `make test-vllm`.
-The engines live side by side in one process and take turns. Ratios are of CPU time, with `OMP_NUM_THREADS=1` the time
-that an idle machine would take: what else this one does hardly disturbs them, as it does the tokens per second.
+The engines live side by side in one process and take turns, step by step.
 """
 
 import argparse
@@ -11,7 +10,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.vllm import steered_engine_args
 
 
-NEW_TOKENS, CANDIDATES = 96, 8
+NEW_TOKENS, CANDIDATES, NEVER = 96, 8, 1 - 1e-6
 TOPICS = ("the sea", "a small village", "prime numbers", "bread", "the moon", "old maps", "a violin", "winter")
 ENGINE = {
     "dtype": "bfloat16",
@@ -51,65 +51,93 @@ def random_head(folder: Path, width: int) -> str:
     return str(folder)
 
 
-def generate(llm: vllm.LLM, requests: int, threshold: float | None) -> tuple[float, float, list[dict[str, Any]]]:
-    """Seconds of CPU time, seconds that went by, and the reports."""
-    extra = None if threshold is None else {"filter.threshold": threshold}
-    options = {"temperature": 0.8, "top_p": 0.95, "max_tokens": NEW_TOKENS, "ignore_eos": True, "extra_args": extra}
-    params = [vllm.SamplingParams(seed=index, **options) for index in range(requests)]
-    start, busy = time.perf_counter(), time.process_time()
-    outputs = llm.generate([f"Tell me about {topic}." for topic in TOPICS[:requests]], params, use_tqdm=False)
-    busy, seconds = time.process_time() - busy, time.perf_counter() - start
-    reports = [(output.kv_transfer_params or {}).get("value_steer", {}) for output in outputs]
-    return busy, seconds, reports
+@dataclass
+class Run:
+    """One way to serve.
+
+    Args:
+        llm: its engine; several runs may share one.
+        threshold (`float`, *optional*): of the filter.
+    """
+
+    llm: vllm.LLM
+    threshold: float | None = None
+    seconds: float = 0.0
+    reports: list[dict[str, Any]] = field(default_factory=list)
+
+    def start(self, requests: int) -> None:
+        extra = None if self.threshold is None else {"filter.threshold": self.threshold}
+        options = {"temperature": 0.8, "top_p": 0.95, "max_tokens": NEW_TOKENS, "ignore_eos": True}
+        self.seconds, self.reports = 0.0, []
+        for index, topic in enumerate(TOPICS[:requests]):
+            params = vllm.SamplingParams(seed=index, extra_args=extra, **options)
+            self.llm.llm_engine.add_request(str(index), f"Tell me about {topic}.", params)
+
+    def step(self) -> bool:
+        """One step of the engine; whether there is another one."""
+        start = time.perf_counter()
+        outputs = self.llm.llm_engine.step()
+        self.seconds += time.perf_counter() - start
+        self.reports += [(each.kv_transfer_params or {}).get("value_steer", {}) for each in outputs if each.finished]
+        return bool(self.llm.llm_engine.has_unfinished_requests())
+
+
+def in_turns(runs: Sequence[Run], requests: int) -> None:
+    """Serve the same requests by every run, step by step, so that what disturbs one disturbs them all.
+
+    Each round begins with another run, so that none has an advantage by what ran before it.
+    """
+    for run in runs:
+        run.start(requests)
+    left = list(runs)
+    while left:
+        left = [run for run in [*left[1:], left[0]] if run.step()]
 
 
 def threshold_for(llm: vllm.LLM, share: float) -> float:
     """The threshold that so many of the natural samples do not pass."""
-    *_, reports = generate(llm, len(TOPICS), 1 - 1e-6)
-    values = torch.tensor([value for report in reports for value in report["values"]])
+    run = Run(llm, NEVER)
+    in_turns([run], len(TOPICS))
+    values = torch.tensor([value for report in run.reports for value in report["values"]])
     return float(values.quantile(1 - share).clamp(1e-6, 1 - 1e-6))
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
+    model = str(backbone_folder())
     with tempfile.TemporaryDirectory() as scratch:
-        model = str(backbone_folder())
-        config = {"method": "filter", "value_head": random_head(Path(scratch), 576), "threshold": 1 - 1e-6}
-        stock = vllm.LLM(model=model, **ENGINE)
-        lazy = vllm.LLM(**steered_engine_args(model, config, **ENGINE))
-        eager = vllm.LLM(**steered_engine_args(model, {**config, "evaluation": "eager"}, **ENGINE))
-    rejecting = threshold_for(lazy, 0.05)
-    runs: dict[str, tuple[vllm.LLM, float | None]] = {
-        "stock": (stock, None),
-        "lazy, no interventions": (lazy, 1 - 1e-6),
-        "lazy, 5 % of the steps rejected": (lazy, rejecting),
-        f"always K={CANDIDATES}": (eager, 1 - 1e-6),
-    }
+        config = {"method": "filter", "value_head": random_head(Path(scratch), 576), "threshold": NEVER}
+
+        def steered(**changes: Any) -> vllm.LLM:
+            return vllm.LLM(**steered_engine_args(model, {**config, **changes}, **ENGINE))
+
+        rejecting = steered()
+        runs = {
+            "stock": Run(vllm.LLM(model=model, **ENGINE)),
+            "lazy, no interventions": Run(steered(), NEVER),
+            "lazy, 5 % of the steps rejected": Run(rejecting, threshold_for(rejecting, 0.05)),
+            f"always K={CANDIDATES}": Run(steered(evaluation="eager"), NEVER),
+        }
     return [row for requests in (1, len(TOPICS)) for row in _compare(runs, requests, rounds)]
 
 
-def _compare(runs: dict[str, tuple[vllm.LLM, float | None]], requests: int, rounds: int) -> Iterator[dict[str, Any]]:
+def _compare(runs: dict[str, Run], requests: int, rounds: int) -> Iterator[dict[str, Any]]:
     """One row for each run; the first round warms up."""
-    busy: dict[str, list[float]] = {name: [] for name in runs}
-    wall: dict[str, list[float]] = {name: [] for name in runs}
-    reports: dict[str, list[dict[str, Any]]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
-        for name, (llm, threshold) in runs.items():
-            *seconds, reports[name] = generate(llm, requests, threshold)
-            if turn > 0:
-                busy[name].append(seconds[0])
-                wall[name].append(seconds[1])
+        in_turns(list(runs.values()), requests)
+        for name, run in runs.items():
+            seconds[name] += [run.seconds] if turn else []
     tokens = requests * NEW_TOKENS
-    for name in runs:
-        ratios = [theirs / mine for mine, theirs in zip(busy[name], busy["stock"], strict=True)]
+    for name, run in runs.items():
+        ratios = [theirs / mine for mine, theirs in zip(seconds[name], seconds["stock"], strict=True)]
         row = {
             "requests": requests,
             "run": name,
-            "tokens_per_second": tokens / min(wall[name]),
-            "tokens_per_cpu_second": tokens / statistics.median(busy[name]),
+            "tokens_per_second": tokens / statistics.median(seconds[name]),
             "relative_to_stock": statistics.median(ratios),
             "relative_range": [min(ratios), max(ratios)],
-            "interventions": sum(len(report.get("interventions", ())) for report in reports[name]),
-            "candidates": sum(report.get("candidates_evaluated", 0) for report in reports[name]),
+            "interventions": sum(len(report.get("interventions", ())) for report in run.reports),
+            "candidates": sum(report.get("candidates_evaluated", 0) for report in run.reports),
             "tokens": tokens,
         }
         print(row, flush=True)

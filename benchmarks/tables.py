@@ -126,21 +126,21 @@ def activation(document: dict[str, Any]) -> str:
 def serving(document: dict[str, Any]) -> str:
     """Throughput of steered vLLM."""
     lines = [
-        row("requests", "run", "tokens per CPU second", "relative to stock [range]", "interventions"),
+        row("requests", "run", "tokens per second", "relative to stock [range]", "interventions"),
         row(*["---"] * 5),
     ]
     for each in document["rows"]:
         low, high = each["relative_range"]
         ratio = f"{each['relative_to_stock']:.2f} [{low:.2f}, {high:.2f}]"
         steps = percent(each["interventions"] / each["tokens"])
-        lines.append(row(str(each["requests"]), each["run"], f"{each['tokens_per_cpu_second']:.1f}", ratio, steps))
+        lines.append(row(str(each["requests"]), each["run"], f"{each['tokens_per_second']:.1f}", ratio, steps))
     machine, versions = document["machine"], document["versions"]
     return "\n".join(
         [
             *lines,
             "",
             f"{document['model']}, no CUDA graphs or compilation, medians of rounds in which the engines take turns, "
-            f"{machine['threads']} thread, {machine['device']}, vLLM {versions['vllm']}, torch "
+            f"step by step, {machine['threads']} thread, {machine['device']}, vLLM {versions['vllm']}, torch "
             f"{versions['torch']}. `{document['command']}`, {document['date']}.",
         ]
     )
