@@ -49,6 +49,8 @@ PARAMETERS = {
     f"{_SCHEDULER}._free_request": "request",
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler.update_from_output": "scheduler_output model_runner_output",
     "vllm.v1.worker.utils:AttentionGroup.build_metadata": "common_attn_metadata kwargs",
+    "vllm:LLM.collective_rpc": "method",
+    "vllm.config:ModelConfig.get_diff_sampling_param": "",
     "vllm.v1.worker.utils:copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
     "vllm.v1.sample.logits_processor.interface:LogitsProcessor.validate_params": "sampling_params",
@@ -74,6 +76,7 @@ FIELDS = {
         "max_query_len max_seq_len block_table_tensor slot_mapping is_prefilling positions"
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": "num_blocks kv_cache_groups",
+    "vllm.v1.worker.utils:AttentionGroup": "backend layer_names",
     "vllm.sampling_params:SamplingParams": "extra_args structured_outputs logprob_token_ids thinking_token_budget",
 }
 ATTRIBUTES = {
