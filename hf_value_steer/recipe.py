@@ -15,8 +15,9 @@ from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.files import write_atomically
 from hf_value_steer.hub import push_head
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
-from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.targets import parse_attributes
 from hf_value_steer.training.train import TrainArguments, train

@@ -16,7 +16,8 @@ from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.runs import Runner, Setting
 from hf_value_steer.evaluation.trace import packaged
 from hf_value_steer.files import write_atomically, write_json
-from hf_value_steer.training.collect import SamplingArguments, load_backbone
+from hf_value_steer.training.arguments import SamplingArguments
+from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, load_prompts
 

@@ -10,8 +10,9 @@ from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.evaluation.markdown import results_markdown
 from hf_value_steer.hub import push_head
 from hf_value_steer.recipe import run_recipe
+from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
-from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.train import TrainArguments, train
 

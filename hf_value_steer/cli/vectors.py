@@ -17,7 +17,8 @@ from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.backbone import num_layers
 from hf_value_steer.cli.command import add_command
 from hf_value_steer.modeling import ValueHead
-from hf_value_steer.training.collect import SamplingArguments, load_backbone
+from hf_value_steer.training.arguments import SamplingArguments
+from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.training.shards import Collection
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_value_steer.training.collect import SamplingArguments
+from hf_value_steer.training.arguments import SamplingArguments
 
 
 BASELINES = ("best_of_n", "args", "bad_words", "system_prompt")

@@ -19,7 +19,7 @@ from hf_value_steer.files import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import undesirability
-from hf_value_steer.training.collect import until_end
+from hf_value_steer.training.engine import until_end
 from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
 from hf_value_steer.training.sampling import generate_arguments
 

@@ -1,13 +1,12 @@
 """`collect`: continue prompts, and keep what a value head will see while text is generated."""
 
-import hashlib
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -23,107 +22,17 @@ from transformers import (
 
 from hf_value_steer.backbone import feature_width, fingerprint, intercept_feature
 from hf_value_steer.files import claim
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.label import LabelArguments, label
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
-from hf_value_steer.training.references import PREFIX, resolve
+from hf_value_steer.training.references import PREFIX, model_name, resolve
 from hf_value_steer.training.sampling import generate_arguments
 from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class SamplingArguments:
-    """How tokens are drawn, in `collect` and in `evaluate`."""
-
-    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
-
-    def sampling(self) -> dict[str, Any]:
-        """The same as arguments of `generate`."""
-        if not self.do_sample:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-
-
-@dataclass(kw_only=True)
-class CollectArguments(SamplingArguments):
-    """What to generate. Every field is recorded; a folder holds one collection for good."""
-
-    output: str = field(metadata={"help": "folder of the collection; a collection that is there is completed"})
-    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
-    backbone: str | None = field(default=None, metadata={"help": "Hub id to record, if `model` is not it"})
-    prompts: str = field(
-        metadata={"help": "a .txt file (one prompt a line), a .jsonl file, a data set, or python:module:function"}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
-    prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
-    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
-    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
-    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
-    forced_samples: int = field(
-        default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
-    )
-    force_words: str | None = field(
-        default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
-    )
-    next_tokens: int = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
-    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
-    seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
-    engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
-    engine_args: str | None = field(
-        default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}
-    )
-
-    def __post_init__(self) -> None:
-        if self.engine not in ("generate", "vllm"):
-            raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
-        if self.engine_args is not None and self.engine != "vllm":
-            raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
-        if self.force_words and self.engine == "vllm":
-            raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
-        for name in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
-        if bool(self.forced_samples) != bool(self.force_words):
-            raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The work of one shard."""
-
-    index: int
-    prompts: Sequence[Prompt]
-    first_prompt: int
-    samples: int
-    forced: bool
-
-
-class Engine(Protocol):
-    """What continues prompts, and keeps the features that it sees.
-
-    Attributes:
-        formatter: how prompts become its input.
-        facts (`dict`): what of the manifest depends on it.
-    """
-
-    formatter: Formatter
-    facts: dict[str, Any]
-
-    def tensors(self, batch: Batch) -> dict[str, Tensor]:
-        """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
-
-
-def model_name(model: str) -> str:
-    """A folder or Hub id, as it is or from the function that a `python:` reference names."""
-    return str(resolve(model)()) if model.startswith(PREFIX) else model
 
 
 def load_backbone(model: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -257,43 +166,8 @@ class _Generate:
         return shard_tensors(batch, keep, columns, features[0])
 
 
-def shard_tensors(
-    batch: Batch, keep: Tensor, columns: dict[str, Tensor], prompt_features: Tensor
-) -> dict[str, Tensor]:
-    """A shard as it is written.
-
-    Args:
-        batch: whose shard it is.
-        keep (`torch.BoolTensor` of shape `(rows, steps)`): which new tokens belong to their text.
-        columns (`dict`): `(rows, steps, ...)` each, `"features"` and `"tokens"` among them.
-        prompt_features (`torch.FloatTensor` of shape `(rows, width)`): of the last token of each prompt.
-    """
-    counts = keep.sum(dim=1)
-    owner = torch.arange(batch.first_prompt, batch.first_prompt + len(batch.prompts))
-    return {
-        **{name: column[keep] for name, column in columns.items()},
-        "prompt_features": prompt_features,
-        "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-        "prompts": owner.repeat_interleave(batch.samples),
-        "natural": torch.full((len(keep),), not batch.forced),
-    }
-
-
 def _words(source: str) -> list[str]:
     return resolve(source)() if source.startswith(PREFIX) else [prompt.text for prompt in load_prompts(source)]
-
-
-def seed_of(seed: int, index: int) -> int:
-    """The seed of one shard."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}-{index}".encode(), digest_size=6).digest(), "little")
-
-
-def until_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
-    """Mask `(rows, steps)` of each row's new tokens up to and including its first end of sequence."""
-    if eos_token_id is None:
-        return torch.ones_like(tokens, dtype=torch.bool)
-    ended = torch.isin(tokens, torch.tensor(eos_token_id)).long()
-    return ended.cumsum(1) == ended
 
 
 class _Watch(LogitsProcessor):  # type: ignore[misc]

@@ -24,3 +24,8 @@ def resolve(reference: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{reference!r} cannot be found from {here}: {error}.") from error
+
+
+def model_name(model: str) -> str:
+    """A folder or Hub id, as it is or from the function that a `python:` reference names."""
+    return str(resolve(model)()) if model.startswith(PREFIX) else model

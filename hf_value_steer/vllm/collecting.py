@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import LLM, SamplingParams
 
-from hf_value_steer.training.collect import Batch, CollectArguments, model_name, seed_of, shard_tensors, until_end
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.engine import Batch, seed_of, shard_tensors, until_end
 from hf_value_steer.training.prompts import Formatter
+from hf_value_steer.training.references import model_name
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
 from hf_value_steer.vllm.recording import ROW
 
@@ -21,7 +23,7 @@ WORKER = "hf_value_steer.vllm.recording.RecordingWorker"
 
 
 class VllmEngine:
-    """An [`~hf_value_steer.training.collect.Engine`].
+    """An [`~hf_value_steer.training.engine.Engine`].
 
     It runs in this process and without prefix caching, so that what a shard holds does not depend on the shards before
     it. Every row is drawn to its full length and cut at its end, as the feature of an EOS appears one step after it.

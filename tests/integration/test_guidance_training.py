@@ -14,7 +14,8 @@ from hf_value_steer.svgt.data import disliked_tokens, judged_next
 from hf_value_steer.svgt.moments import GuidedMoments
 from hf_value_steer.svgt.stages import avoidance, divergence, manifold_loss
 from hf_value_steer.svgt.train import GuidanceTrainArguments, train_guidance
-from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Targets

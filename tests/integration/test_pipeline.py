@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
 from hf_value_steer.cli import main
 from hf_value_steer.recipe import _Steps, run_recipe
-from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments, Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import TrainArguments, split_rows, train

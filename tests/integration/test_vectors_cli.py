@@ -10,7 +10,8 @@ from hf_value_steer import SteeringVectors
 from hf_value_steer.activation.extract import vectors_from_collection
 from hf_value_steer.activation.sweep import collapsed, sweep_page, window
 from hf_value_steer.cli import main
-from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from tests.families import build, random_head
 from tests.golden_vectors import FOLDER

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_value_steer.backbone import fingerprint
 from hf_value_steer.modeling import ValueHead
-from hf_value_steer.training.collect import CollectArguments, collect
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import TrainArguments, train
@@ -94,7 +95,7 @@ def test_what_may_come_next(folder: Path, collected: Collection) -> None:
 def test_tokens_are_those_of_stock_vllm(engine: Any, collected: Collection) -> None:
     from vllm import SamplingParams
 
-    from hf_value_steer.training.collect import seed_of
+    from hf_value_steer.training.engine import seed_of
 
     stock, rows = engine(), collected.rows
     per_shard = BATCH * SAMPLES

@@ -1,0 +1,65 @@
+"""What can be said to `collect`, and how tokens are drawn."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class SamplingArguments:
+    """How tokens are drawn, in `collect` and in `evaluate`."""
+
+    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
+    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
+
+    def sampling(self) -> dict[str, Any]:
+        """The same as arguments of `generate`."""
+        if not self.do_sample:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+
+
+@dataclass(kw_only=True)
+class CollectArguments(SamplingArguments):
+    """What to generate. Every field is recorded; a folder holds one collection for good."""
+
+    output: str = field(metadata={"help": "folder of the collection; a collection that is there is completed"})
+    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
+    backbone: str | None = field(default=None, metadata={"help": "Hub id to record, if `model` is not it"})
+    prompts: str = field(
+        metadata={"help": "a .txt file (one prompt a line), a .jsonl file, a data set, or python:module:function"}
+    )
+    prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
+    prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
+    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
+    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
+    forced_samples: int = field(
+        default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
+    )
+    force_words: str | None = field(
+        default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
+    )
+    next_tokens: int = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
+    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
+    seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
+    engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
+    engine_args: str | None = field(
+        default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("generate", "vllm"):
+            raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
+        if self.engine_args is not None and self.engine != "vllm":
+            raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
+        if self.force_words and self.engine == "vllm":
+            raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        if bool(self.forced_samples) != bool(self.force_words):
+            raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")

@@ -1,0 +1,72 @@
+"""What continues prompts for `collect`: `generate`, or a serving engine. And what a shard is made of."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_value_steer.training.prompts import Formatter, Prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The work of one shard."""
+
+    index: int
+    prompts: Sequence[Prompt]
+    first_prompt: int
+    samples: int
+    forced: bool
+
+
+class Engine(Protocol):
+    """What continues prompts, and keeps the features that it sees.
+
+    Attributes:
+        formatter: how prompts become its input.
+        facts (`dict`): what of the manifest depends on it.
+    """
+
+    formatter: Formatter
+    facts: dict[str, Any]
+
+    def tensors(self, batch: Batch) -> dict[str, Tensor]:
+        """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
+
+
+def shard_tensors(
+    batch: Batch, keep: Tensor, columns: dict[str, Tensor], prompt_features: Tensor
+) -> dict[str, Tensor]:
+    """A shard as it is written.
+
+    Args:
+        batch: whose shard it is.
+        keep (`torch.BoolTensor` of shape `(rows, steps)`): which new tokens belong to their text.
+        columns (`dict`): `(rows, steps, ...)` each, `"features"` and `"tokens"` among them.
+        prompt_features (`torch.FloatTensor` of shape `(rows, width)`): of the last token of each prompt.
+    """
+    counts = keep.sum(dim=1)
+    owner = torch.arange(batch.first_prompt, batch.first_prompt + len(batch.prompts))
+    return {
+        **{name: column[keep] for name, column in columns.items()},
+        "prompt_features": prompt_features,
+        "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+        "prompts": owner.repeat_interleave(batch.samples),
+        "natural": torch.full((len(keep),), not batch.forced),
+    }
+
+
+def seed_of(seed: int, index: int) -> int:
+    """The seed of one shard."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}-{index}".encode(), digest_size=6).digest(), "little")
+
+
+def until_end(tokens: Tensor, eos_token_id: int | list[int] | None) -> Tensor:
+    """Mask `(rows, steps)` of each row's new tokens up to and including its first end of sequence."""
+    if eos_token_id is None:
+        return torch.ones_like(tokens, dtype=torch.bool)
+    ended = torch.isin(tokens, torch.tensor(eos_token_id)).long()
+    return ended.cumsum(1) == ended
