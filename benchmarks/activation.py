@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.environment import describe, save
 from benchmarks.timing import Turns, in_turns
 from examples.smollm2 import BACKBONE_ID, load_backbone
-from examples.toxicity import SAMPLING
+from examples.toxicity import SAMPLING, load_prompts
 from hf_value_steer import ActivationConfig, SteeringVectors, ValueHead, value_steer_generate
 from hf_value_steer.activation.extract import vectors_from_collection
 from hf_value_steer.activation.norms import mean_norms, relative_influence
@@ -60,6 +60,11 @@ def make_vectors(
 def unseen(prompt: Prompt) -> bool:
     """Whether a prompt is of the fold, which its head was not trained on."""
     return (share(prompt.text) - FOLD / FOLDS) % 1.0 < 1 / FOLDS
+
+
+def unseen_prompts() -> list[str]:
+    """Prompts of the fold, for `vectors sweep --prompts python:benchmarks.activation:unseen_prompts`."""
+    return [text for text in load_prompts() if unseen(Prompt(text))]
 
 
 def influence(model: PreTrainedModel, vectors: SteeringVectors, sequences: Sequences) -> dict[str, Any]:
@@ -152,7 +157,7 @@ def main() -> None:
     parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, -0.25, 0.25, 0.5, 1, 2])
     parser.add_argument("--main", type=float, default=0.5, help="the m that is compared with its negative")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
-    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--page", type=Path, help="where the charts go")
     arguments = parser.parse_args()
