@@ -183,14 +183,15 @@ def shuffled(head: ValueHead, seed: int) -> ValueHead:
     return placebo
 
 
-def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -> Setting:
+def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float, seed: int = 1) -> Setting:
     """A shuffled head whose threshold makes it intervene about as often, found on the first few prompts."""
-    shuffled_head, path = shuffled(head, seed=1), runner.folder / "placebo-threshold.json"
+    name = "placebo" if seed == 1 else f"placebo {seed}"
+    shuffled_head, path = shuffled(head, seed), runner.folder / f"{_slug(name)}-threshold.json"
     if not path.exists():
         write_json(path, _placebo_threshold(runner, shuffled_head, num_candidates, rate))
     threshold = json.loads(path.read_text(encoding="utf-8"))
     config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=num_candidates)
-    return Setting("placebo", "placebo", config, num_candidates, threshold)
+    return Setting(name, "placebo", config, num_candidates, threshold)
 
 
 def _placebo_threshold(runner: Runner, head: ValueHead, num_candidates: int, rate: float) -> float:
