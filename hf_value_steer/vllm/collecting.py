@@ -63,7 +63,7 @@ class VllmEngine:
         steps, rows = self.arguments.max_new_tokens, len(batch.prompts) * batch.samples
         prompts = self._prompts(batch)
         outputs = self.llm.generate(prompts, [self._params(batch, row) for row in range(rows)], use_tqdm=False)
-        (recorded,) = self.llm.collective_rpc("take_features")
+        recorded, *_ = self.llm.collective_rpc("take_features")  # every rank has them
         features = torch.stack(
             [torch.stack([recorded[row, step] for step in range(steps + 1)]) for row in range(rows)]
         )

@@ -136,6 +136,11 @@ def test_however_it_is_scheduled(
     assert bool(preempted) == ("num_gpu_blocks_override" in engine)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="slow, and the V2 runner's ranks are those of test_tensor_parallel")
+def test_on_two_ranks(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    check_features(folder, collect(arguments(folder, prompts, tmp_path / "collection", {"tensor_parallel_size": 2})))
+
+
 def test_a_collection_that_was_stopped_becomes_the_same(
     folder: Path, prompts: Path, collected: Collection, tmp_path: Path
 ) -> None:
