@@ -63,7 +63,7 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     """
     state, folder = PartialState(), Path(arguments.output)
     prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
-    engine = _start(arguments, state)
+    engine = _start(arguments, state, prompts)
     batches = list(_batches(arguments, prompts))
     with state.main_process_first():
         manifest = _manifest(arguments, engine, len(batches))
@@ -89,7 +89,7 @@ def _batches(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Iterator
             index += 1
 
 
-def _start(arguments: CollectArguments, state: PartialState) -> Engine:
+def _start(arguments: CollectArguments, state: PartialState, prompts: Sequence[Prompt]) -> Engine:
     if arguments.engine == "generate":
         return _Generate(arguments, state.device)
     if state.num_processes > 1:
@@ -98,7 +98,7 @@ def _start(arguments: CollectArguments, state: PartialState) -> Engine:
         from hf_value_steer.vllm.collecting import VllmEngine
     except ImportError as error:
         raise ImportError(f'`engine="vllm"` needs vLLM: pip install "hf-value-steer[vllm]" ({error}).') from error
-    return VllmEngine(arguments)
+    return VllmEngine(arguments, prompts)
 
 
 def _manifest(arguments: CollectArguments, engine: Engine, shards: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllm import LLM, SamplingParams
 
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.engine import Batch, seed_of, shard_tensors, until_end
-from hf_value_steer.training.prompts import Formatter
+from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.references import model_name
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
 from hf_value_steer.vllm.recording import ROW
@@ -28,11 +29,15 @@ class VllmEngine:
     It runs in this process and without prefix caching, so that what a shard holds does not depend on the shards before
     it. Every row is drawn to its full length and cut at its end, as the feature of an EOS appears one step after it.
 
+    Args:
+        arguments: what to generate.
+        prompts: all that will be continued.
+
     Raises:
-        ValueError: for a model or an argument with which features cannot be kept.
+        ValueError: for a model or an argument with which features cannot be kept, or a prompt that is too long.
     """
 
-    def __init__(self, arguments: CollectArguments):
+    def __init__(self, arguments: CollectArguments, prompts: Sequence[Prompt]):
         name, self.arguments = model_name(arguments.model), arguments
         self.formatter = Formatter(AutoTokenizer.from_pretrained(name), arguments.chat)
         self.eos = _eos(name)
@@ -58,6 +63,8 @@ class VllmEngine:
             "kernel": f"decode, {self.llm.collective_rpc('attention')[0]} of vLLM",
             "backend": f"vllm {vllm.__version__}, torch {version('torch')}",
         }
+        for first in range(0, len(prompts), arguments.batch_size):
+            self._refuse_longer(self._token_ids(prompts[first : first + arguments.batch_size]))
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         steps, rows = self.arguments.max_new_tokens, len(batch.prompts) * batch.samples
@@ -75,16 +82,21 @@ class VllmEngine:
 
     def _prompts(self, batch: Batch) -> list[dict[str, list[int]]]:
         """Token ids of every row's prompt."""
-        inputs = self.formatter(batch.prompts)
+        prompts = self._token_ids(batch.prompts)
+        return [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(batch.samples)]
+
+    def _token_ids(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        inputs = self.formatter(prompts)
         pairs = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
-        prompts = [ids[mask.bool()].tolist() for ids, mask in pairs]
+        return [ids[mask.bool()].tolist() for ids, mask in pairs]
+
+    def _refuse_longer(self, prompts: Sequence[Sequence[int]]) -> None:
         room = self.longest - self.arguments.max_new_tokens - 1
         if longer := [prompt for prompt in prompts if len(prompt) > room]:
             raise ValueError(
                 f"A prompt of {len(longer[0])} tokens leaves no room for {self.arguments.max_new_tokens} more and one "
                 f"to be dropped in vLLM's `max_model_len` of {self.longest}: raise it in `engine_args`."
             )
-        return [{"prompt_token_ids": prompt} for prompt in prompts for _ in range(batch.samples)]
 
     def _params(self, batch: Batch, row: int) -> SamplingParams:
         """What is asked for one row."""

@@ -1,6 +1,7 @@
 """`collect` with vLLM: its tokens, and the features that a steered engine scores."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from tests.vllm.tiny import EOS, VOCABULARY
 
 SAMPLES, NEW_TOKENS, BATCH = (3, 12, 2) if INTERPRETED else (3, 24, 4)
 SMALL = {"max_model_len": 128, "enforce_eager": True, "max_num_seqs": 8, "block_size": 32}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kept() -> Iterator[None]:
+    """Keep the engines of `collect`, too: see the fixture `engine`."""
+    from hf_value_steer.vllm.collecting import VllmEngine
+
+    engines: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VllmEngine, "__init__", counted(VllmEngine.__init__, engines))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +203,11 @@ def test_refused(folder: Path, prompts: Path, tmp_path: Path, changes: dict[str,
     with pytest.raises(ValueError, match=message):
         collect(arguments(folder, prompts, tmp_path / "collection", {}, **changes))
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_late_prompt_is_refused_before_anything_is_written(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join([*["w3 w4"] * BATCH, " ".join(["w7"] * 126)]))
+    with pytest.raises(ValueError, match="A prompt of 126 tokens leaves no room"):
+        collect(arguments(folder, path, tmp_path / "collection", {}))
+    assert not (tmp_path / "collection").exists()
