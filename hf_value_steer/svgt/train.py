@@ -25,7 +25,7 @@ from hf_value_steer.svgt.stages import (
     ValueStageTrainer,
 )
 from hf_value_steer.svgt.states import States
-from hf_value_steer.training.checkpoints import MarkComplete, last_complete
+from hf_value_steer.training.checkpoints import train_on
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
@@ -173,9 +173,8 @@ class _Training:
     def _stage(self, stage: str) -> dict[str, float]:
         set_seed(self.arguments.seed)
         trainer = self._bridge_trainer() if stage == "bridge" else self._value_trainer(stage)
-        folder = self.work / stage
-        folder.mkdir(exist_ok=True)
-        trainer.train(resume_from_checkpoint=last_complete(folder))
+        (self.work / stage).mkdir(exist_ok=True)
+        train_on(trainer)
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
         kept = ("loss", "auroc", "accuracy", "f1", "captured", *PARTS)
         return {name: round(evaluated[f"eval_{name}"], 4) for name in kept if f"eval_{name}" in evaluated}
@@ -192,7 +191,6 @@ class _Training:
             args=self._training_arguments(stage, rate, epochs),
             train_dataset=training,
             eval_dataset=validation,
-            callbacks=[MarkComplete()],
         )
 
     def _bridge_trainer(self) -> Trainer:
@@ -211,7 +209,6 @@ class _Training:
             args=self._training_arguments("bridge", arguments.bridge_rate, arguments.bridge_epochs),
             train_dataset=Responses(judged, rows),
             eval_dataset=Responses(judged, self.rows["validation"]),
-            callbacks=[MarkComplete()],
         )
 
     def _set_threshold(self) -> None:

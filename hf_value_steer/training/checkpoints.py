@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_value_steer.files import write_json
@@ -14,7 +14,13 @@ from hf_value_steer.files import write_json
 MARK = "complete.json"  # names and sizes of the files of a checkpoint, written after all of them
 
 
-class MarkComplete(TrainerCallback):  # type: ignore[misc]
+def train_on(trainer: Trainer) -> None:
+    """Train, from the last whole checkpoint in the trainer's folder if there is one."""
+    trainer.add_callback(_MarkComplete())
+    trainer.train(resume_from_checkpoint=_last_complete(Path(trainer.args.output_dir)))
+
+
+class _MarkComplete(TrainerCallback):  # type: ignore[misc]
     """Marks every checkpoint when it is saved."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -23,8 +29,8 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]
         write_json(folder / MARK, {path.name: path.stat().st_size for path in folder.iterdir()})
 
 
-def last_complete(folder: Path) -> str | None:
-    """The last whole checkpoint in a folder, to resume from. What is left of others is deleted."""
+def _last_complete(folder: Path) -> str | None:
+    """The last whole checkpoint in a folder. What is left of others is deleted."""
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if not _is_complete(checkpoint):
             shutil.rmtree(checkpoint)

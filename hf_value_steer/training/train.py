@@ -14,7 +14,7 @@ from hf_value_steer.configuration import ValueHeadConfig, check_attributes
 from hf_value_steer.files import write_json
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
-from hf_value_steer.training.checkpoints import MarkComplete, last_complete
+from hf_value_steer.training.checkpoints import train_on
 from hf_value_steer.training.losses import Loss
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
@@ -234,10 +234,10 @@ def fit(
         args=_training_arguments(arguments, work),
         train_dataset=training,
         eval_dataset=validation,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=recipe.patience), MarkComplete()],
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=recipe.patience)],
     )
     work.mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=last_complete(work))
+    train_on(trainer)
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = ("auroc", "calibration_error")
     single = [f"{metric}_{each['name']}" for each in arguments.head_attributes() for metric in metrics]
