@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hf_value_steer.evaluation.document import check_evaluation, flat, main_run
 from hf_value_steer.evaluation.markdown import calibration_markdown, model_index, results_markdown, table
-from hf_value_steer.files import write_atomically
+from hf_value_steer.files import write_new
 
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ def head_card(
 
 def write_card(head: "ValueHead", folder: Path) -> None:
     """Write the generated card as `README.md`, unless the folder has one, which its author may have edited."""
-    path = folder / "README.md"
-    if not path.exists():
-        write_atomically(path, str(head_card(head)).encode())
+    write_new(folder / "README.md", lambda: str(head_card(head)))
 
 
 def renew_card(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         scratch.unlink(missing_ok=True)
         raise OSError(error.errno, f"{path} could not be written ({error.strerror}); run again to go on") from error
+
+
+def write_new(path: Path, text: Callable[[], str]) -> None:
+    """Write a text atomically, unless there is a file already, which somebody may have edited."""
+    if not path.exists():
+        write_atomically(path, text().encode())
 
 
 def write_json(path: Path, document: Any) -> None:

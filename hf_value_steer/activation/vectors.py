@@ -21,7 +21,7 @@ from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import residual_width
 from hf_value_steer.backbone import fingerprint_of, num_layers, refuse_other_backbone
-from hf_value_steer.files import write_atomically, write_json
+from hf_value_steer.files import write_atomically, write_json, write_new
 from hf_value_steer.hub import push
 
 
@@ -227,8 +227,7 @@ class SteeringVectors:
         recorded = {name: getattr(self, name) for name in _RECORDED}
         made_by = {"format": FORMAT, "library_version": version("hf-value-steer")}
         write_json(folder / _JSON, {**made_by, "layers": list(self.layers), **recorded})
-        if not (folder / "README.md").exists():
-            self.card().save(folder / "README.md")
+        write_new(folder / "README.md", lambda: str(self.card()))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> "SteeringVectors":

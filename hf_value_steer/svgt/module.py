@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.artefact import Artefact
 from hf_value_steer.backbone import fingerprint
-from hf_value_steer.files import write_atomically
+from hf_value_steer.files import write_new
 from hf_value_steer.svgt.card import guidance_card
 from hf_value_steer.svgt.configuration import ValueGuidanceConfig
 from hf_value_steer.svgt.parts import BridgeGenerator, Discriminator, PromptAttention, Standardise, encoder
@@ -137,9 +137,7 @@ class ValueGuidanceModule(Artefact):
         return ValueGuidanceOutput(loss=loss, logits=logits, values=logits.sigmoid(), corrections=corrections)
 
     def write_card(self, folder: Path) -> None:
-        path = folder / "README.md"
-        if not path.exists():
-            write_atomically(path, str(guidance_card(self)).encode())
+        write_new(folder / "README.md", lambda: str(guidance_card(self)))
 
     def fingerprint(self) -> str:
         """Identity of what the module does: a digest of its weights."""
