@@ -13,7 +13,6 @@ import copy
 import dataclasses
 import itertools
 import statistics
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.environment import describe, save
+from benchmarks.environment import command, describe, save
 from benchmarks.timing import Turns, in_turns
 from examples.smollm2 import BACKBONE_ID, load_backbone
 from examples.toxicity import SAMPLING, load_prompts
@@ -174,7 +173,7 @@ def main() -> None:
     vectors = make_vectors(model, tokenizer, arguments.run, calibration, arguments.work / "vectors")
     exact = load_backbone(torch.float32)[0]
     document: dict[str, Any] = {
-        "command": " ".join(["python -m benchmarks.activation", *sys.argv[1:]]),
+        "command": command(),
         **describe(),
         "prompts": len(prompts),
         "generations": len(prompts) * arguments.samples,

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,15 @@ import torch
 import transformers
 
 
-def describe() -> dict[str, Any]:
-    """Date, machine and versions, for the head of a result file."""
+def command() -> str:
+    """What was run, as `python -m`."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None  # benchmarks are run by their name
+    return " ".join(["python -m", spec.name, *sys.argv[1:]])
+
+
+def describe(**versions: str) -> dict[str, Any]:
+    """Date, machine and versions, `versions` of further packages among them, for the head of a result file."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -26,6 +34,7 @@ def describe() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **versions,
         },
     }
 

@@ -9,13 +9,12 @@ settings of the guidance as JSON, for instance '{"refresh_interval": 0}'.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.environment import describe, save
+from benchmarks.environment import command, describe, save
 from examples.smollm2 import load_backbone
 from examples.toxicity import SAMPLING, load_prompts
 from hf_value_steer import BridgeGuidanceConfig, ValueFilterConfig, ValueGuidanceModule, ValueHead
@@ -74,7 +73,7 @@ def main() -> None:
         results.append(measures.run(setting, texts))
         rates = [f"{each['rate']:.3f} ({each['relative_reduction']})" for each in results[-1]["judges"].values()]
         print(setting.name, *rates, results[-1]["perplexity"], results[-1]["perplexity_ratio"], flush=True)
-    document = {"command": " ".join(["python -m benchmarks.guidance", *sys.argv[1:]]), **describe()}
+    document = {"command": command(), **describe()}
     document |= {"prompts": len(prompts), "generations": len(owners), "sampling": SAMPLING, **sizes, "runs": results}
     if arguments.output:
         save(document, arguments.output)

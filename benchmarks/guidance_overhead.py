@@ -7,7 +7,6 @@ generation take turns, token by token.
 """
 
 import argparse
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.environment import describe, save
+from benchmarks.environment import command, describe, save
 from benchmarks.timing import Turns, in_turns, summary
 from examples.smollm2 import load_backbone
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
@@ -56,7 +55,7 @@ def main() -> None:
         ratios = [pair(model, module, interval, batch) for _ in range(arguments.pairs + 1)][1:]  # the first warms up
         results.append({"refresh_interval": interval, "batch": batch, "limit": limit, **summary(ratios)})
         print(results[-1], flush=True)
-    document = {"command": " ".join(["python -m benchmarks.guidance_overhead", *sys.argv[1:]]), **describe()}
+    document = {"command": command(), **describe()}
     document |= {"dtype": arguments.dtype, "layer": arguments.layer, "bridges": arguments.bridges, "cases": results}
     if arguments.output:
         save(document, arguments.output)

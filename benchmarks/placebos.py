@@ -7,14 +7,13 @@ On the prompts of `benchmarks/results/smollm2-135m-sentiment.json`, each as ofte
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.environment import describe, save
+from benchmarks.environment import command, describe, save
 from examples.sentiment import eval_prompts
 from examples.smollm2 import load_backbone
 from examples.toxicity import SAMPLING
@@ -60,7 +59,7 @@ def main() -> None:
         steps = round(sum(texts.interventions) / sum(map(len, texts.ids)), 4)
         runs.append({"seed": seed, "intervention_rate": steps, "judges": rates})
         print(json.dumps(runs[-1]), flush=True)
-    document = {"command": " ".join(["python -m benchmarks.placebos", *sys.argv[1:]]), **describe()}
+    document = {"command": command(), **describe()}
     document |= {"prompts": len(prompts), "generations": len(owners)}
     document |= {"base": {name: round(rate.mean(), 4) for name, rate in base.items()}, "placebos": runs}
     if arguments.output:

@@ -7,7 +7,6 @@ The engines live side by side in one process and take turns, step by step.
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import torch
 import vllm
 
-from benchmarks.environment import describe, save
+from benchmarks.environment import command, describe, save
 from examples.smollm2 import backbone_folder
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.vllm import steered_engine_args
@@ -149,11 +148,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    facts = describe()
-    facts["versions"]["vllm"] = vllm.__version__
+    facts = {**describe(vllm=vllm.__version__), "command": command()}
     rows = measure(arguments.rounds)
-    command = f"python -m benchmarks.serving {' '.join(sys.argv[1:])}"
-    result = {**facts, "command": command, "model": "SmolLM2-135M-Instruct, bfloat16", "rows": rows}
+    result = {**facts, "model": "SmolLM2-135M-Instruct, bfloat16", "rows": rows}
     save(result, arguments.output)
 
 

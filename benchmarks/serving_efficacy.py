@@ -8,7 +8,6 @@ evidence of what the head does on others.
 
 import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 import numpy as np
 import torch
 import vllm
+from transformers import AutoTokenizer
 
-from benchmarks.environment import describe, save
+from benchmarks.environment import command, describe, save
 from examples.smollm2 import backbone_folder, load_backbone
 from examples.toxicity import SAMPLING, cuss, word_list
 from hf_value_steer import ValueFilterConfig, ValueHead
@@ -87,7 +87,10 @@ def _texts(llm: vllm.LLM, prompts: list[Prompt], samples: int) -> Texts:
 def compare(prompts: list[Prompt], samples: int) -> dict[str, Any]:
     """Rates of each judge under either engine, and how far they differ."""
     made = {"vllm": by_vllm(prompts, samples), "transformers": by_generate(prompts, samples)}
-    tokenizer, bootstrap = load_backbone(torch.bfloat16)[1], Bootstrap(np.arange(len(prompts)).repeat(samples))
+    tokenizer, bootstrap = (
+        AutoTokenizer.from_pretrained(backbone_folder()),
+        Bootstrap(np.arange(len(prompts)).repeat(samples)),
+    )
 
     def verdicts(texts: Texts, judge: str) -> Array:
         return (JUDGES[judge]((), tokenizer.batch_decode(texts.ids, skip_special_tokens=True)) > 0.5).astype(float)
@@ -127,11 +130,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     prompts = load_prompts("python:examples.toxicity:load_prompts")
-    facts = describe()
-    facts["versions"]["vllm"] = vllm.__version__
     result = {
-        "command": f"python -m benchmarks.serving_efficacy {' '.join(sys.argv[1:])}",
-        **facts,
+        "command": command(),
+        **describe(vllm=vllm.__version__),
         "prompts": len(prompts),
         "generations": len(prompts) * arguments.samples,
         **compare(prompts, arguments.samples),
