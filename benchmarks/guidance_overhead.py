@@ -20,7 +20,7 @@ from examples.smollm2 import load_backbone
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
 
 
-TOKENS = 48  # of the prompt, and new ones
+TOKENS = 128  # of the prompt, and new ones, as in benchmarks.overhead
 CASES = ((1, 1, 1.15), (1, 8, 1.25), (0, 1, None), (0, 8, None))  # refresh_interval, batch, limit
 
 

@@ -1,4 +1,4 @@
-"""A recipe: collect, train, calibrate, evaluate and push, all from one YAML file."""
+"""A recipe: collect, train, calibrate, evaluate and push, or train a guidance module, all from one YAML file."""
 
 import json
 import os
@@ -15,6 +15,7 @@ from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.files import write_atomically
 from hf_value_steer.hub import push_head
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.svgt.train import GuidanceTrainArguments, train_guidance
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.collect import collect
@@ -23,7 +24,7 @@ from hf_value_steer.training.targets import parse_attributes
 from hf_value_steer.training.train import TrainArguments, train
 
 
-SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push")
+SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
 # What later steps take from `collect` unless they say otherwise.
 _SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
 T = TypeVar("T")
@@ -33,13 +34,14 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     """Do what a recipe says. A run that was stopped goes on; what is done already is not done again.
 
     ```yaml
-    output: runs/my-attribute        # collection/, head/ and evaluation/ appear in it
+    output: runs/my-attribute        # collection/, head/, evaluation/ and module/ appear in it
     collect: {model: org/backbone, prompts: prompts.txt, samples: 4}
     label: {judges: ["lexicon:words.txt"]}
     train: {attribute: my-attribute}
     calibrate: {alpha: 0.1}
     evaluate: {prompts: unseen.txt, judges: ["classifier:org/judge"]}
     # or, where prompts are few: {folds: 4, judges: [...]}, see [`evaluate_crossfitted`]
+    guide: {attribute: my-attribute} # a guidance module, beside a head or, without `train`, instead of one
     ```
 
     A head of several attributes learns from a judge of `label` for each, not from the first one:
@@ -49,16 +51,17 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     train: {attributes: ["rude=lexicon:rude.txt", "polite=python:mine:polite@desirable"]}
     ```
 
-    Sections hold the fields of [`CollectArguments`], [`LabelArguments`], [`TrainArguments`], [`CalibrateArguments`]
-    and [`EvaluateArguments`]; folders are filled in, the first judge of `label` gives the labels, and the backbone and
-    how it samples are those of `collect` unless another section says otherwise. `calibrate`, `evaluate`, `card`
-    (`limits`, `license`, `datasets`) and `push` (arguments of [`~hf_value_steer.hub.push_head`]) may be left out.
+    Sections hold the fields of [`CollectArguments`], [`LabelArguments`], [`TrainArguments`], [`CalibrateArguments`],
+    [`EvaluateArguments`] and [`GuidanceTrainArguments`]; folders are filled in, the first judge of `label` gives the
+    labels, and the backbone and how it samples are those of `collect` unless another section says otherwise.
+    `calibrate`, `evaluate`, `card` (`limits`, `license`, `datasets`) and `push` (arguments of
+    [`~hf_value_steer.hub.push_head`]) belong to a head, and may be left out.
 
     Args:
         recipe: file, or its content.
 
     Returns:
-        The folder of the head.
+        The folder of what was trained: of the head, if there is one.
 
     Raises:
         ValueError: for an unknown section or field, before anything is done.
@@ -66,14 +69,24 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     content = recipe if isinstance(recipe, Mapping) else yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     steps = _Steps(content)
     collect(steps.collect, steps.label)
-    train(steps.train)
+    trained = []
+    if steps.train is not None:
+        trained.append(_make_head(steps, steps.train))
+    if steps.guide is not None:
+        train_guidance(steps.guide)
+        trained.append(Path(steps.guide.output))
+    return trained[0]
+
+
+def _make_head(steps: "_Steps", arguments: TrainArguments) -> Path:
+    train(arguments)
     if steps.calibrate is not None:
         calibrate(steps.calibrate)
     if steps.evaluate is not None and steps.calibrate is not None and steps.folds:
-        evaluate_crossfitted(steps.evaluate, steps.train, steps.calibrate, steps.folds)
+        evaluate_crossfitted(steps.evaluate, arguments, steps.calibrate, steps.folds)
     elif steps.evaluate is not None:
         evaluate(steps.evaluate)
-    head, results = Path(steps.train.output), Path(steps.evaluate.output) if steps.evaluate else None
+    head, results = Path(arguments.output), Path(steps.evaluate.output) if steps.evaluate else None
     _renew_card(head, results, steps.card)
     if steps.push is not None:
         push_head(head, **steps.push, evaluation=results)
@@ -94,19 +107,28 @@ class _Steps:
     def __init__(self, content: Mapping[str, Any]):
         if unknown := sorted(set(content) - set(SECTIONS)):
             raise ValueError(f"A recipe has no section {', '.join(unknown)}; it has {', '.join(SECTIONS)}.")
-        if missing := [name for name in ("output", "collect", "label", "train") if name not in content]:
+        if missing := [name for name in ("output", "collect", "label") if name not in content]:
             raise ValueError(f"The recipe lacks {', '.join(missing)}.")
+        of_a_head = {"calibrate", "evaluate", "card", "push"} & set(content)
+        if "train" not in content and (of_a_head or "guide" not in content):
+            raise ValueError("The recipe lacks train.")
         folder = Path(content["output"])
         given = content["collect"]
         shared = {name: given[name] for name in _SHARED if name in given}
         labels = content["label"]
-        learned = _learned(labels.get("judges") or [], content["train"])
+        learned = _learned(labels.get("judges") or [], content.get("train") or {})
         collection = {"collection": str(folder / "collection")}
         self.collect = _arguments(CollectArguments, "collect", {"output": str(folder / "collection"), **given})
         self.label = _arguments(LabelArguments, "label", labels)
         head = str(folder / "head")
-        self.train = _arguments(TrainArguments, "train", {**collection, "output": head, **learned, **content["train"]})
-        self.calibrate = self.evaluate = None
+        self.train = self.calibrate = self.evaluate = self.guide = None
+        if "train" in content:
+            chosen = {**collection, "output": head, **learned, **content["train"]}
+            self.train = _arguments(TrainArguments, "train", chosen)
+        if "guide" in content:
+            same = {name: given[name] for name in ("model", "dtype") if name in given}
+            own = {"output": str(folder / "module"), "judge": (labels.get("judges") or [None])[0]}
+            self.guide = _arguments(GuidanceTrainArguments, "guide", {**collection, **same, **own, **content["guide"]})
         self.folds, self.push = 0, content.get("push")
         self.card = content.get("card") or {}
         if unknown := sorted(set(self.card) - {"limits", "license", "datasets"}):

@@ -154,7 +154,7 @@ class Guidance:
         )
         logits, corrections = module.correct(module.encode(states, prompt, mask))
         make = module.bridge if module.config.injection == "bridge" else module.injection
-        bridge = make(states, corrections)[:, 0]
+        bridge = make(states, corrections, self.questions)[:, 0]
         _require_finite(logits, bridge, self.step)
         if before is not None:
             bridge = torch.lerp(bridge, before.bridge, config.momentum)
@@ -165,7 +165,7 @@ class Guidance:
     def _read_prompt(self, last: Tensor) -> None:
         states = torch.cat([*self.read, last], dim=1)
         self.read.clear()
-        self.prompt = self.module.read_prompt(states)
+        self.prompt, self.questions = self.module.read_prompt(states), self.module.generator.questions()
         everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         self.prompt_mask = everything if self.mask is None else self.mask.to(states.device).bool()
 

@@ -76,7 +76,7 @@ class ValueGuidanceModule(Artefact):
             norm.bias.copy_(mean)
 
     def read_prompt(self, states: Tensor) -> Tensor:
-        """What is remembered of prompts, `(rows, length, value_width)`, from states `(rows, length, hidden_size)`."""
+        """Keys and values of prompts, `(rows, length, 2 * value_width)`, from states `(rows, length, hidden_size)`."""
         if self.conditional is None:
             return states.new_empty(*states.shape[:-1], 0, dtype=torch.float32)
         return self.conditional.read(self.standardise(states))
@@ -86,8 +86,8 @@ class ValueGuidanceModule(Artefact):
 
         Args:
             states (`torch.FloatTensor` of shape `(rows, tokens, hidden_size)`).
-            prompt (`torch.FloatTensor` of shape `(rows, length, value_width)`, *optional*): of `read_prompt`; without
-                it the conditional path is left out, as in the first stage of training.
+            prompt (`torch.FloatTensor` of shape `(rows, length, 2 * value_width)`, *optional*): of `read_prompt`;
+                without it the conditional path is left out, as in the first stage of training.
             prompt_mask (`torch.BoolTensor` of shape `(rows, length)`): False where the prompt is padding.
         """
         states = self.standardise(states)
@@ -105,13 +105,16 @@ class ValueGuidanceModule(Artefact):
             return logits, -config.step * gradient * (margin > 0)
         return logits, -config.step * margin.relu() * gradient / gradient.square().sum(dim=-1, keepdim=True)
 
-    def bridge(self, states: Tensor, corrections: Tensor) -> Tensor:
-        """Bridges `(..., K, hidden_size)` of states `(..., hidden_size)` and corrections `(..., value_width)`."""
-        return self.generator(self.standardise(states), corrections)  # type: ignore[no-any-return]
+    def bridge(self, states: Tensor, corrections: Tensor, questions: Tensor | None = None) -> Tensor:
+        """Bridges `(..., K, hidden_size)` of states `(..., hidden_size)` and corrections `(..., value_width)`.
 
-    def injection(self, states: Tensor, corrections: Tensor) -> Tensor:
+        With the `questions` of the generator, they are not computed anew.
+        """
+        return self.generator(self.standardise(states), corrections, questions)  # type: ignore[no-any-return]
+
+    def injection(self, states: Tensor, corrections: Tensor, questions: Tensor | None = None) -> Tensor:
         """What is added to the state instead of bridges, `(..., 1, hidden_size)`: the mean over the K seeds."""
-        attended = self.generator.attend(self.standardise(states), corrections).mean(dim=-2, keepdim=True)
+        attended = self.generator.attend(self.standardise(states), corrections, questions).mean(dim=-2, keepdim=True)
         return attended * self.standardise.scale
 
     def forward(

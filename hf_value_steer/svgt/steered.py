@@ -114,9 +114,10 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
     count = state.bridge.shape[1]
     new = count if made else 0
     stand_ins = [_BridgedLayer(live.layers[i], state, i, new) for i in range(above, len(layers))]
+    everyone = bool(state.shown.all())
     widened: _Widened = {}
     handles = [
-        layer.register_forward_pre_hook(partial(_widen, state, new, widened, stand_ins[i]), with_kwargs=True)
+        layer.register_forward_pre_hook(partial(_widen, state, new, everyone, widened, stand_ins[i]), with_kwargs=True)
         for i, layer in enumerate(layers[above:])
     ]
     inner, live.layers = live.layers, [*live.layers[:above], *stand_ins, *live.layers[len(layers) :]]
@@ -134,6 +135,7 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
 def _widen(
     state: BridgeState,
     new: int,
+    everyone: bool,
     widened: _Widened,
     cache: _BridgedLayer,
     layer: nn.Module,
@@ -142,19 +144,22 @@ def _widen(
 ) -> tuple[tuple[()], dict[str, Any]]:
     """The arguments of an upper layer, with the bridges in front of the token in the first, and columns for them.
 
+    Without padding, where `everyone` sees its bridges, no mask is needed, only that attention is not causal.
     `widened` holds the masks that were made for the layers below, most of which share one.
     """
     given = named_arguments(layer, args, kwargs)
     hidden = given["hidden_states"]
     if new and hidden.shape[1] == 1:
         given["hidden_states"] = hidden = torch.cat([state.bridge.to(hidden), hidden], dim=1)
-    shown, mask = state.shown.to(hidden.device), given["attention_mask"]
-    if mask is not None or new or not bool(shown.all()):
-        length = cache.layer.get_mask_sizes(1)[0]
-        if (id(mask), length) not in widened:
-            own = torch.ones(1, 1, 1, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
-            widened[id(mask), length] = mask, _with_bridges(own, shown, state.bridge.shape[1], new + 1)
-        given["attention_mask"] = widened[id(mask), length][1]
+    mask = given["attention_mask"]
+    if mask is None and everyone:
+        return (), {**given, "is_causal": False}
+    length = cache.layer.get_mask_sizes(1)[0]
+    if (id(mask), length) not in widened:
+        own = torch.ones(1, 1, 1, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+        shown = state.shown.to(hidden.device)
+        widened[id(mask), length] = mask, _with_bridges(own, shown, state.bridge.shape[1], new + 1)
+    given["attention_mask"] = widened[id(mask), length][1]
     return (), given
 
 

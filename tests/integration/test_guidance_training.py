@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, EvalPrediction
 
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceModule, value_steer_generate
 from hf_value_steer.cli import main
+from hf_value_steer.recipe import run_recipe
 from hf_value_steer.svgt import stages
 from hf_value_steer.svgt.data import disliked_tokens, judged_next
 from hf_value_steer.svgt.moments import GuidedMoments
@@ -169,12 +169,34 @@ def test_ablations(world, tmp_path, options):
 
 
 def test_the_command(world, tmp_path, capsys):
-    options = {**vars(arguments(world, tmp_path / "module", layer=0, num_bridges=2, value_width=16)), "text_epochs": 1}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(options | {"pair_epochs": 1, "bridge_epochs": 1}))
-    assert main(["svgt", "run", str(recipe)]) == 0
+    folder, judge = world
+    command = ["svgt", "train", "--collection", str(folder / "collection"), "--model", str(folder / "model")]
+    sizes = ["--layer", "0", "--num_bridges", "2", "--value_width", "16", "--bridge_heads", "4", "--target", "hazard"]
+    epochs = ["--text_epochs", "1", "--pair_epochs", "1", "--bridge_epochs", "1", "--validation", "0.25"]
+    assert main([*command, "--judge", judge, "--output", str(tmp_path / "module"), *sizes, *epochs]) == 0
     assert "auroc" in capsys.readouterr().out
-    recipe.write_text(yaml.safe_dump(options | {"epochs": 1}))
-    assert main(["svgt", "run", str(recipe)]) == 2
-    assert "epochs" in capsys.readouterr().err
     assert ValueGuidanceModule.from_pretrained(tmp_path / "module").config.backbone.endswith("model")
+
+
+def test_a_recipe_without_a_head(world, tmp_path):
+    (folder, judge), output = world, tmp_path / "run"
+    small = {"layer": 0, "num_bridges": 2, "value_width": 16, "bridge_heads": 4, "target": "hazard"}
+    recipe = {
+        "output": str(output),
+        "collect": {
+            "model": str(folder / "model"), "prompts": str(folder / "prompts.txt"),
+            "samples": 4, "max_new_tokens": 10, "next_tokens": 4, "batch_size": 8,
+        },
+        "label": {"judges": [judge], "prefixes": True, "prefix_words": 1},
+        "guide": {**small, "text_epochs": 1, "pair_epochs": 1, "bridge_epochs": 1, "validation": 0.25},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="Section 'guide' of the recipe: .*epocs"):
+        run_recipe(recipe | {"guide": {"epocs": 1}})
+    for change in ({"calibrate": {}}, {"push": {"repo_id": "me/head"}}):
+        with pytest.raises(ValueError, match="lacks train"):
+            run_recipe(recipe | change)
+    assert not output.exists()
+    assert run_recipe(recipe) == output / "module"
+    module = ValueGuidanceModule.from_pretrained(output / "module")
+    assert (module.config.num_bridges, module.config.training["judge"]) == (2, judge)
+    assert not (output / "head").exists()
