@@ -20,14 +20,14 @@ class Text:
         abstaining: its abstention.
         row (`int`): row of the batch.
         step (`int`): number of new tokens; 0 is the prompt.
-        index (`int`): where its feature stands among those that were given.
+        place (`int`): where its feature stands among those that were given.
     """
 
     request: SteeredRequest
     abstaining: Abstaining
     row: int
     step: int
-    index: int
+    place: int
 
 
 def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:

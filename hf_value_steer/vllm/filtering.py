@@ -1,5 +1,6 @@
 """One step of value-filtered decoding for the requests of a batch, whatever model runner forwards the candidates."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -112,7 +113,7 @@ def check(pending: Sequence[Pending], features: Tensor, head: ValueHead, forward
     verdicts = [Verdict(each.token, value) for each, value in zip(pending, values.tolist(), strict=True)]
     looked_at = []
     for index, each in enumerate(pending):
-        if bool(values[index].isnan()):
+        if math.isnan(verdicts[index].value):
             verdicts[index].error = NOT_FINITE
         elif not each.forced and each.filtering.checks(each.step):
             if not accepted[index] or config.evaluation == "eager":

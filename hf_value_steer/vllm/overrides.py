@@ -1,17 +1,21 @@
 """What one request may choose for itself, in `SamplingParams.extra_args` or `vllm_xargs` of an HTTP request.
 
 `{"filter.threshold": 0.2}`, `{"filter.alpha": 0.05}`, `{"filter.num_candidates": 4}`, `{"filter": "off"}`, and the
-same for `abstain`, which has no candidates. Other keys are none of our business.
+same for `abstain`, which has no candidates. Other keys are none of our business, unless they look like these: one that
+was meant for us and passed over would leave a request steered otherwise than it believes.
 """
 
 from collections.abc import Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 from hf_value_steer.configuration import SteeringConfig
 
 
 FIELDS = {"filter": ("threshold", "alpha", "num_candidates"), "abstain": ("threshold", "alpha")}
+KEYS = [key for method, fields in FIELDS.items() for key in (method, *(f"{method}.{field}" for field in fields))]
+LIKENESS = 0.8  # of a key to one of ours, from which on it is taken for a slip: "filter_threshold", "fliter"
 MOST_CANDIDATES = 64
 
 
@@ -21,13 +25,15 @@ def apply_overrides(
     """The methods of the engine as one request wants them; a method that is off is not among them.
 
     Raises:
-        ValueError: names the key, if it is unknown, its value is out of range, or the engine runs no such method.
+        ValueError: names the key, if it is unknown or a misspelling, its value is out of range, or the engine runs no
+            such method.
     """
     chosen = dict(methods)
     changes: dict[str, dict[str, Any]] = {}
     for key, value in (extra_args or {}).items():
         method, dot, field = key.partition(".")
         if method not in FIELDS:
+            _refuse_misspelling(key)
             continue
         if method not in methods:
             raise ValueError(f'`{key}`: this engine does not run "{method}", only {", ".join(methods)}.')
@@ -42,6 +48,13 @@ def apply_overrides(
         if method in chosen:
             chosen[method] = _replaced(chosen[method], fields)
     return chosen
+
+
+def _refuse_misspelling(key: str) -> None:
+    field = key.rpartition(".")[2]
+    meant = [f"filter.{field}"] if field in FIELDS["filter"] else get_close_matches(key, KEYS, 1, LIKENESS)
+    if meant:
+        raise ValueError(f"`{key}` is no choice of a request; did you mean `{meant[0]}`?")
 
 
 def _checked(key: str, field: str, value: Any) -> Any:

@@ -155,7 +155,7 @@ class SteeredRunner(metaclass=ABCMeta):
             changed = [pending[index].row for index in winners]
             features[changed] = chosen[winners]
         self._start_filters([row for row in rows if self.step(row) == 0], features)
-        self._observe(rows, features[list(rows)])
+        self._observe(rows, features, rows)
         return changed
 
     def emit_first(self, rows: Sequence[int]) -> None:
@@ -172,7 +172,7 @@ class SteeredRunner(metaclass=ABCMeta):
                 self._fail(row, NO_LOOKAHEAD)
             return
         features, _ = self._settle(pending, features)
-        self._observe(rows, features)
+        self._observe(rows, features, range(len(rows)))
         going_on = [index for index, row in enumerate(rows) if not self._is_over(row)]
         if going_on:
             self.draw_next([rows[index] for index in going_on], self.model.compute_logits(features[going_on]))
@@ -244,15 +244,15 @@ class SteeredRunner(metaclass=ABCMeta):
                 else:
                     self.request(row).start_at(self.filtering(row).scorer, value)
 
-    def _observe(self, rows: Sequence[int], features: Tensor) -> None:
-        """Let abstention look at the texts of some rows, features `(rows, width)`, that are not at their end."""
+    def _observe(self, rows: Sequence[int], features: Tensor, places: Sequence[int]) -> None:
+        """Let abstention look at texts of some rows that are not at their end; `places` are those in `features`."""
         texts = [
-            Text(self.request(row), abstaining, row, self.step(row), index)
-            for index, row in enumerate(rows)
+            Text(self.request(row), abstaining, row, self.step(row), place)
+            for row, place in zip(rows, places, strict=True)
             if (abstaining := self.request(row).abstaining) and not self._is_over(row)
         ]
         if texts:
-            values = values_of(self.steering.heads["abstain"], features[[each.index for each in texts]])
+            values = values_of(self.steering.heads["abstain"], features[[each.place for each in texts]])
             for each in (text for text, value in zip(texts, values, strict=True) if bool(value.isnan())):
                 self._fail(each.row, NOT_FINITE)
             finite = [index for index in range(len(texts)) if not bool(values[index].isnan())]

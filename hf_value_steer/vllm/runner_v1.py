@@ -1,6 +1,7 @@
 """The V1 model runner of vLLM, steered; see `runner`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -27,14 +28,28 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        output = super().execute_model(self.one_ahead(scheduler_output, resumed), intermediate_tensors)
-        state = self.execute_model_state
-        if output is None and state is not None:
-            features = state.sample_hidden_states
-            changed = self.look(self._live_rows(), features)
-            if changed:
-                state.logits[changed] = self.model.compute_logits(features[changed]).to(state.logits.dtype)
+        with self._look_before_logits() as looked:
+            output = super().execute_model(self.one_ahead(scheduler_output, resumed), intermediate_tensors)
+        if self.execute_model_state is not None and not looked:
+            raise RuntimeError("Logits were computed before tokens were checked: this vLLM cannot be steered.")
         return output
+
+    @contextmanager
+    def _look_before_logits(self) -> Iterator[list[Tensor]]:
+        """Check what is pending as soon as there are features, so that logits are those of what is emitted."""
+        looked: list[Tensor] = []
+        own = self.model.compute_logits
+
+        def compute_logits(features: Tensor) -> Tensor:
+            self.look(self._live_rows(), features)
+            looked.append(features)
+            return own(features)  # type: ignore[no-any-return]
+
+        self.model.compute_logits = compute_logits
+        try:
+            yield looked
+        finally:
+            del self.model.compute_logits
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:

@@ -121,6 +121,10 @@ def test_methods_that_are_not_served(spread: str) -> None:
         ({"filter.": 1}, "filter."),
         ({"filter.threshold": 0.3, "filter.alpha": 0.1}, "pass one of them"),
         ({"abstain": "off"}, 'does not run "abstain"'),
+        ({"filter_threshold": 0.3}, "did you mean `filter.threshold`"),
+        ({"fliter": "off"}, "did you mean `filter`"),
+        ({"steer.alpha": 0.1}, "did you mean `filter.alpha`"),
+        ({"num_candidates": 4}, "did you mean `filter.num_candidates`"),
     ],
 )
 def test_requests_that_are_not_admitted(engine: Any, accepting: dict[str, Any], extra: Any, message: str) -> None:
@@ -130,7 +134,8 @@ def test_requests_that_are_not_admitted(engine: Any, accepting: dict[str, Any], 
     llm, prompts = engine(accepting), tiny.prompts(1)
     with pytest.raises(VLLMValidationError, match=message):
         run(llm, prompts, [SamplingParams(extra_args=extra)])
-    assert len(tokens(run(llm, prompts, [SamplingParams(max_tokens=3, ignore_eos=True)]))[0]) == 3
+    of_others = SamplingParams(max_tokens=3, ignore_eos=True, extra_args={"min_threshold": 0.3, "filters_of_mine": 1})
+    assert len(tokens(run(llm, prompts, [of_others]))[0]) == 3
 
 
 def test_features_that_are_not_admitted(engine: Any, spread: str) -> None:

@@ -102,6 +102,7 @@ def test_a_stream_ends_with_its_report(server: tuple[str, Path]) -> None:
         ({"vllm_xargs": {"filter.threshold": 2}}, "threshold"),
         ({"vllm_xargs": {"filter.alpha": 0.1}}, "no calibration.json"),
         ({"vllm_xargs": {"filter.thresh": 0.1}}, "filter.thresh"),
+        ({"vllm_xargs": {"filter_threshold": 0.1}}, "did you mean `filter.threshold`"),
         ({"response_format": {"type": "json_object"}}, "structured outputs"),
         ({"use_beam_search": True, "n": 2, "seed": None}, "beam search"),
     ],
