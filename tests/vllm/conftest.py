@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.vllm import runners, tiny
 
@@ -50,10 +51,11 @@ def desirable(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny.save_head(tmp_path_factory.mktemp("heads"), "spread", "desirable")
 
 
-_ENGINE = {
+_ENGINE = {  # on a CUDA device with CUDA graphs
     "dtype": "float32",
     "max_model_len": 128,
-    "enforce_eager": True,
+    "enforce_eager": not torch.cuda.is_available(),
+    "gpu_memory_utilization": 0.03,
     "max_num_seqs": 8,
     "block_size": 32,
     "num_gpu_blocks_override": 400,
