@@ -16,21 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, StoppingCriteria
+from transformers import AutoModelForCausalLM, PreTrainedModel, StoppingCriteria
 
 from benchmarks.environment import describe, save
+from benchmarks.shapes import MODELS
 from benchmarks.timing import make_head
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
 
 
-_SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
-MODELS = {
-    "Mistral-7B": MistralConfig(**_SEVEN, num_hidden_layers=32, vocab_size=32000, sliding_window=None,
-                                max_position_embeddings=32768),
-    "Llama-3.1-8B": LlamaConfig(**_SEVEN, num_hidden_layers=32, vocab_size=128256, max_position_embeddings=32768),
-    "tiny": LlamaConfig(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
-                        num_hidden_layers=2, vocab_size=500, max_position_embeddings=32768),
-}  # fmt: skip
 STEERING: dict[str, dict[str, Any]] = {
     "lazy, 0 %": {"evaluation": "lazy", "rate": 0.0},
     "lazy, 5 %": {"evaluation": "lazy", "rate": 0.05},

@@ -25,7 +25,7 @@ import vllm
 from transformers import AutoConfig
 
 from benchmarks.environment import command, describe, save
-from benchmarks.gpu import MODELS
+from benchmarks.shapes import MODELS
 from examples.smollm2 import backbone_folder
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.vllm import steered_engine_args
