@@ -54,12 +54,13 @@ PARAMETERS = {
     "vllm.v1.worker.utils:copy_kv_cache_blocks_inplace": "kv_caches num_blocks kv_cache_block_copies",
     "vllm.forward_context:set_forward_context": "attn_metadata vllm_config num_tokens slot_mapping",
     "vllm.v1.sample.logits_processor.interface:LogitsProcessor.validate_params": "sampling_params",
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": "prompt sampling_params request_id *",
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": "engine_core_outputs *",
     f"{_ENTRYPOINTS}.launchers.api_server.entry:run_server": "args",
     f"{_ARGUMENTS}:make_arg_parser": "parser",
     f"{_ARGUMENTS}:validate_parsed_serve_args": "args",
 }
 FIELDS = {
-    "vllm.v1.worker.gpu_model_runner:ExecuteModelState": "sample_hidden_states logits",
     "vllm.v1.core.sched.output:SchedulerOutput": "finished_req_ids scheduled_cached_reqs scheduled_new_reqs",
     "vllm.v1.core.sched.output:NewRequestData": "req_id sampling_params",
     "vllm.v1.core.sched.output:CachedRequestData": "req_ids resumed_req_ids num_computed_tokens num_output_tokens",
@@ -94,6 +95,9 @@ ATTRIBUTES = {
         "token_ids_cpu is_token_ids num_tokens_no_spec generators block_table logitsprocs sampling_metadata"
     ),
     "vllm.v1.worker.block_table:BlockTable": "block_size",
+    "vllm.v1.engine.async_llm:AsyncLLM": "output_processor",
+    "vllm.v1.engine.output_processor:OutputProcessor": "request_states",
+    "vllm.v1.engine.output_processor:RequestState": "external_req_id request_index",
 }
 
 

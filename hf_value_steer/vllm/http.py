@@ -5,6 +5,7 @@ without choices, before `[DONE]`.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -15,7 +16,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-_REPORTS: ContextVar[list[dict[str, Any]]] = ContextVar("value_steer_reports")
+# Of the response under way: a list for each prompt of the request.
+_REPORTS: ContextVar[list[list[dict[str, Any]]]] = ContextVar("value_steer_reports")
 _DONE = b"data: [DONE]"
 
 _REQUESTS = Counter("value_steer_requests", "Finished requests.")
@@ -37,20 +39,47 @@ def count(report: dict[str, Any]) -> None:
         _ABSTAINED.labels(report["abstained"]["method"]).inc()
 
 
+class WatchedOutputs:
+    """`OutputProcessor.process_outputs`, which keeps the report of every choice of a request."""
+
+    def __init__(self, processor: Any):
+        self.processor, self.process = processor, processor.process_outputs
+        self.reports: defaultdict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+
+    def __call__(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            state = self.processor.request_states.get(output.request_id)
+            report = (output.kv_transfer_params or {}).get("value_steer")
+            if report and state is not None:
+                self.reports[state.external_req_id][state.request_index] = report
+        return self.process(outputs, *args, **kwargs)
+
+    def take(self, request_id: str) -> list[dict[str, Any]]:
+        """Reports of a request in the order of its choices, once."""
+        return [report for _, report in sorted(self.reports.pop(request_id, {}).items())]
+
+
 class WatchedGenerate:
-    """`EngineClient.generate`, which keeps the reports that go by."""
+    """`EngineClient.generate`, which hands the reports of a request to its response when it ends."""
 
-    def __init__(self, generate: Any):
-        self.generate = generate
+    def __init__(self, generate: Any, outputs: WatchedOutputs):
+        self.generate, self.outputs = generate, outputs
 
-    async def __call__(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-        async with aclosing(self.generate(*args, **kwargs)) as outputs:
-            async for output in outputs:
-                report = (output.kv_transfer_params or {}).get("value_steer")
-                if report and any(choice.finish_reason for choice in output.outputs):
-                    count(report)
-                    _REPORTS.get([]).append(report)
-                yield output
+    async def __call__(
+        self, prompt: Any, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any
+    ) -> AsyncIterator[Any]:
+        reports: list[dict[str, Any]] = []
+        _REPORTS.get([]).append(reports)
+        try:
+            async with aclosing(self.generate(prompt, sampling_params, request_id, *args, **kwargs)) as outputs:
+                async for output in outputs:
+                    if output.finished:
+                        reports += self.outputs.take(request_id)
+                        for report in reports:
+                            count(report)
+                    yield output
+        finally:
+            self.outputs.take(request_id)
 
 
 class SteeringReports:
@@ -65,8 +94,10 @@ class SteeringReports:
             return
         client = scope["app"].state.engine_client
         if not isinstance(client.generate, WatchedGenerate):
-            client.generate = WatchedGenerate(client.generate)
-        reports: list[dict[str, Any]] = []
+            outputs = WatchedOutputs(client.output_processor)
+            client.output_processor.process_outputs = outputs
+            client.generate = WatchedGenerate(client.generate, outputs)
+        reports: list[list[dict[str, Any]]] = []
         _REPORTS.set(reports)
         await self.app(scope, receive, _Response(send, reports).send)
 
@@ -74,11 +105,16 @@ class SteeringReports:
 class _Response:
     """One response on its way out."""
 
-    def __init__(self, forward: Send, reports: list[dict[str, Any]]):
-        self.forward, self.reports = forward, reports
+    def __init__(self, forward: Send, told: list[list[dict[str, Any]]]):
+        self.forward, self.told = forward, told
         self.held: Message | None = None
         self.body = b""
         self.event = b"data: {}"
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        """Of each choice, in the order of prompts."""
+        return [report for reports in self.told for report in reports]
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -97,7 +133,10 @@ class _Response:
 
     async def _send_json(self, start: Message) -> None:
         if self.reports:
-            self.body = json.dumps({**json.loads(self.body), "value_steer": self.reports}).encode()
+            content = json.loads(self.body)
+            if "kv_transfer_params" in content:  # where vLLM puts that of one choice
+                content["kv_transfer_params"] = None
+            self.body = json.dumps({**content, "value_steer": self.reports}).encode()
             MutableHeaders(scope=start)["content-length"] = str(len(self.body))
         await self.forward(start)
         await self.forward({"type": "http.response.body", "body": self.body})

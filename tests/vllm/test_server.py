@@ -85,6 +85,30 @@ def test_reports_in_responses(server: tuple[str, Path]) -> None:
     assert free["choices"][0]["text"] == off["choices"][0]["text"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_choice_has_its_report(server: tuple[str, Path], stream: bool) -> None:
+    """In the order of the choices: those of the first prompt, then those of the second."""
+    alone = [_post(server[0], seed=seed, ignore_eos=True)["value_steer"][0] for seed in (1, 2)]
+    before = _metrics(server[0])
+    body = {
+        "model": "tiny",
+        "prompt": [PROMPT, f"{PROMPT} w9"],
+        "n": 2,
+        "seed": 1,
+        "max_tokens": 16,
+        "temperature": 1.0,
+    }
+    text = _open(f"{server[0]}/v1/completions", {**body, "ignore_eos": True, "stream": stream}).decode()
+    answer = json.loads(text.split("\n\n")[-3].removeprefix("data: ")) if stream else json.loads(text)
+    reports = answer["value_steer"]
+    assert [len(report["values"]) for report in reports] == [16] * 4
+    for mine, theirs in zip(reports, alone, strict=False):
+        assert mine["interventions"] == theirs["interventions"]
+        assert mine["values"] == pytest.approx(theirs["values"], abs=1e-5)
+    assert answer.get("kv_transfer_params") is None
+    assert _metrics(server[0])["value_steer_requests_total"] - before["value_steer_requests_total"] == 4
+
+
 def test_a_stream_ends_with_its_report(server: tuple[str, Path]) -> None:
     whole = _post(server[0], ignore_eos=True)
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "seed": 1, "ignore_eos": True, "stream": True}
@@ -131,10 +155,15 @@ def test_the_openai_client(server: tuple[str, Path]) -> None:
         client.chat.completions.create(**options, extra_body={"vllm_xargs": {"filter.alpha": "x"}})
 
 
+def _metrics(address: str) -> dict[str, float]:
+    with urlopen(f"{address}/metrics", timeout=10) as response:
+        lines = (line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[0] != "#")
+        return {name: float(number) for name, number in lines}
+
+
 def test_metrics(server: tuple[str, Path]) -> None:
     _post(server[0])
-    with urlopen(f"{server[0]}/metrics", timeout=10) as response:
-        metrics = dict(line.rsplit(" ", 1) for line in response.read().decode().splitlines() if line[0] != "#")
-    assert float(metrics["value_steer_requests_total"]) >= 1
-    assert float(metrics["value_steer_tokens_total"]) >= float(metrics["value_steer_interventions_total"]) > 0
+    metrics = _metrics(server[0])
+    assert metrics["value_steer_requests_total"] >= 1
+    assert metrics["value_steer_tokens_total"] >= metrics["value_steer_interventions_total"] > 0
     assert any(name.startswith("vllm:") for name in metrics)
