@@ -1,8 +1,10 @@
-"""Does a placebo of the sentiment head move a judge by luck? Several shuffles of its weights.
+"""Does a placebo of the sentiment head move a judge? Several shuffles of its weights, and values that are noise.
 
     python -m benchmarks.placebos --output benchmarks/results/placebos-sentiment.json
 
-On the prompts of `benchmarks/results/smollm2-135m-sentiment.json`, each as often as the head intervenes there.
+On the prompts of `benchmarks/results/smollm2-135m-sentiment.json`, each as often as the head intervenes there. A
+shuffled head rejects the same tokens again and again, so that what is drawn has another distribution; noise, drawn
+anew for every token, leaves it as it is.
 """
 
 import argparse
@@ -12,14 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.environment import command, describe, save
 from examples.sentiment import eval_prompts
 from examples.smollm2 import load_backbone
 from examples.toxicity import SAMPLING
-from hf_value_steer import ValueHead
+from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.evaluation.metrics import Bootstrap, compare_rates
-from hf_value_steer.evaluation.runs import Runner, Setting, Texts, placebo
+from hf_value_steer.evaluation.runs import Runner, Setting, Texts, placebo, shuffled
+from hf_value_steer.modeling import ValueHeadOutput
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, Prompt
 
@@ -28,10 +32,23 @@ HEAD, CANDIDATES, RATE, SAMPLES = "model_cards/smollm2-135m-sentiment", 8, 0.24,
 JUDGES = ["other_reviews_negative", "vader_negative", "minilm_negative"]
 
 
+class Noise(ValueHead):
+    """Values that have nothing to do with the token."""
+
+    def __init__(self, config: ValueHeadConfig):
+        super().__init__(config)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
+        del labels
+        values = torch.rand(hidden_states.shape[:-1], generator=self.generator)
+        return ValueHeadOutput(logits=values.logit(), values=values)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3, 4], help="of the shuffles; 1 is `evaluate`'s"
+        "--seeds", type=int, nargs="*", default=[1, 2, 3, 4], help="of the shuffles; 1 is `evaluate`'s"
     )
     parser.add_argument("--work", type=Path, default=Path("runs/placebos-sentiment"))
     parser.add_argument("--output", type=Path)
@@ -52,12 +69,13 @@ def main() -> None:
 
     base = verdicts(runner.run(Setting("base", "base")))
     runs = []
-    for seed in arguments.seeds:
-        texts = runner.run(placebo(runner, head, CANDIDATES, RATE, seed))
+    heads: dict[str, ValueHead] = {f"placebo {seed}": shuffled(head, seed) for seed in arguments.seeds}
+    for name, knows_nothing in {**heads, "noise": Noise(ValueHeadConfig(hidden_size=head.config.hidden_size))}.items():
+        texts = runner.run(placebo(runner, knows_nothing, CANDIDATES, RATE, name))
         found = verdicts(texts)
-        rates = {name: compare_rates(base[name], found[name], bootstrap) for name in JUDGES}
+        rates = {judge: compare_rates(base[judge], found[judge], bootstrap) for judge in JUDGES}
         steps = round(sum(texts.interventions) / sum(map(len, texts.ids)), 4)
-        runs.append({"seed": seed, "intervention_rate": steps, "judges": rates})
+        runs.append({"name": name, "intervention_rate": steps, "judges": rates})
         print(json.dumps(runs[-1]), flush=True)
     document = {"command": command(), **describe()}
     document |= {"prompts": len(prompts), "generations": len(owners)}

@@ -183,14 +183,13 @@ def shuffled(head: ValueHead, seed: int) -> ValueHead:
     return placebo
 
 
-def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float, seed: int = 1) -> Setting:
-    """A shuffled head whose threshold makes it intervene about as often, found on the first few prompts."""
-    name = "placebo" if seed == 1 else f"placebo {seed}"
-    shuffled_head, path = shuffled(head, seed), runner.folder / f"{_slug(name)}-threshold.json"
+def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float, name: str = "placebo") -> Setting:
+    """A head that knows nothing, with a threshold that intervenes at this rate, found on the first few prompts."""
+    path = runner.folder / f"{_slug(name)}-threshold.json"
     if not path.exists():
-        write_json(path, _placebo_threshold(runner, shuffled_head, num_candidates, rate))
+        write_json(path, _placebo_threshold(runner, head, num_candidates, rate))
     threshold = json.loads(path.read_text(encoding="utf-8"))
-    config = ValueFilterConfig(value_head=shuffled_head, threshold=threshold, num_candidates=num_candidates)
+    config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=num_candidates)
     return Setting(name, "placebo", config, num_candidates, threshold)
 
 

@@ -8,6 +8,7 @@ from hf_value_steer.evaluation.runs import (
     args_reranking,
     best_of,
     placebo,
+    shuffled,
     value_filter,
 )
 from hf_value_steer.modeling import ValueHead
@@ -26,7 +27,7 @@ def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -
     if arguments.placebo:
         steered = runs[-1][1]
         rate = sum(steered.interventions) / sum(map(len, steered.ids))
-        setting = placebo(runner, head, most, rate)
+        setting = placebo(runner, shuffled(head, seed=1), most, rate)
         runs.append((setting, runner.run(setting)))
     for baseline in arguments.baselines:
         runs.append(baseline_run(runner, head, baseline, most, arguments))
