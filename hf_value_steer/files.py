@@ -40,11 +40,26 @@ def claim(path: Path, document: dict[str, Any]) -> None:
         ValueError: names what differs.
     """
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name in sorted(before.keys() | document.keys()):
-            if before.get(name) != document.get(name):
-                raise ValueError(
-                    f"{path.parent} was made with {name} = {before.get(name)!r}, now it is {document.get(name)!r}: "
-                    "delete the folder, or choose another."
-                )
+        _refuse(path, _difference("", json.loads(path.read_text(encoding="utf-8")), document))
     write_json(path, document)
+
+
+def refuse_other(path: Path, part: dict[str, Any]) -> None:
+    """Refuse a folder of which it is plain already that it holds something else than this `part` of what is to be."""
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        _refuse(path, _difference("", {name: before.get(name) for name in part}, part))
+
+
+def _refuse(path: Path, difference: str | None) -> None:
+    if difference is not None:
+        raise ValueError(f"{path.parent} was made with {difference}: delete the folder, or choose another.")
+
+
+def _difference(name: str, before: Any, now: Any) -> str | None:
+    """The first difference, as deep as it lies."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return None if before == now else f"{name} = {before!r}, now it is {now!r}"
+    names = sorted(before.keys() | now.keys())
+    found = (_difference(f"{name}.{each}".lstrip("."), before.get(each), now.get(each)) for each in names)
+    return next((each for each in found if each is not None), None)

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_value_steer.backbone import feature_width, fingerprint, intercept_feature
-from hf_value_steer.files import claim
+from hf_value_steer.files import claim, refuse_other
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
@@ -63,11 +63,12 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     """
     state, folder = PartialState(), Path(arguments.output)
     prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
+    asked = {"arguments": _recorded(arguments), "prompts_sha256": prompts_digest(prompts)}
+    refuse_other(folder / "collection.json", asked)
     engine = _start(arguments, state, prompts)
     batches = list(_batches(arguments, prompts))
     with state.main_process_first():
-        manifest = _manifest(arguments, engine, len(batches))
-        claim(folder / "collection.json", {**manifest, "prompts_sha256": prompts_digest(prompts)})
+        claim(folder / "collection.json", {**asked, **_manifest(arguments, engine, len(batches))})
         write_prompts(prompts, folder / "prompts.jsonl")
     # Shared out first, then checked: what others write meanwhile must not change what is ours.
     mine = batches[state.process_index :: state.num_processes]
@@ -101,13 +102,16 @@ def _start(arguments: CollectArguments, state: PartialState, prompts: Sequence[P
     return VllmEngine(arguments, prompts)
 
 
-def _manifest(arguments: CollectArguments, engine: Engine, shards: int) -> dict[str, Any]:
+def _recorded(arguments: CollectArguments) -> dict[str, Any]:
     recorded = {name: choice for name, choice in asdict(arguments).items() if name != "output"}
     if arguments.engine == "generate":  # as before there was another one
         del recorded["engine"], recorded["engine_args"]
+    return recorded
+
+
+def _manifest(arguments: CollectArguments, engine: Engine, shards: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "arguments": recorded,
         "sampling": arguments.sampling(),
         "shards": shards,
         "backbone": arguments.backbone or arguments.model,

@@ -21,6 +21,8 @@ from hf_value_steer.vllm.recording import ROW
 
 
 WORKER = "hf_value_steer.vllm.recording.RecordingWorker"
+# What makes another model of the checkpoint whose fingerprint is recorded.
+CHANGING = {"hf_overrides", "load_format", "quantization", "revision", "tokenizer", "tokenizer_revision"}
 
 
 class VllmEngine:
@@ -53,6 +55,11 @@ class VllmEngine:
         given = json.loads(arguments.engine_args or "{}")
         if taken := sorted(ours.keys() & given.keys()):
             raise ValueError(f"`engine_args`: `collect` sets {', '.join(taken)} itself.")
+        if changing := sorted(CHANGING & given.keys()):
+            raise ValueError(
+                f"`engine_args`: {', '.join(changing)} would change what `model` is, and heads are known by its "
+                "fingerprint: pass the folder of the checkpoint that you mean as `model`."
+            )
         self.llm = LLM(**{"dtype": arguments.dtype, "seed": 0, "disable_log_stats": True, **given, **ours})
         model = self.llm.llm_engine.model_config
         self.longest, self.defaults = model.max_model_len, model.get_diff_sampling_param()

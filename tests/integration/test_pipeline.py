@@ -335,10 +335,12 @@ def test_one_class_only(world, tmp_path):
         train(TrainArguments(collection=str(tmp_path / "c"), output=str(tmp_path / "h"), judge=judge))
 
 
-def test_another_collection_is_not_mixed_in(world, tmp_path):
+def test_another_collection_is_not_mixed_in(world, tmp_path, monkeypatch):
     collect(short(world, tmp_path))
-    with pytest.raises(ValueError, match="was made with arguments"):
-        collect(short(world, tmp_path, seed=1))
+    with monkeypatch.context() as patch:
+        patch.delattr("hf_value_steer.training.collect.load_backbone")  # it is seen before anything is loaded
+        with pytest.raises(ValueError, match=r"was made with arguments\.seed = 0, now it is 1"):
+            collect(short(world, tmp_path, seed=1))
     save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(ValueError, match="was made with"):
         collect(short(world, tmp_path, model=str(tmp_path / "other")))

@@ -80,6 +80,11 @@ def test_a_folder_is_claimed_once(tmp_path):
     claim(tmp_path / "what.json", {"seed": 1})
     with pytest.raises(ValueError, match="was made with seed = 1, now it is 2"):
         claim(tmp_path / "what.json", {"seed": 2})
+    claim(tmp_path / "deep" / "what.json", {"seed": 1, "how": {"top_p": 0.9, "model": {"layer": 3}}})
+    with pytest.raises(ValueError, match=r"was made with how\.model\.layer = 3, now it is 4: delete"):
+        claim(tmp_path / "deep" / "what.json", {"seed": 1, "how": {"top_p": 0.9, "model": {"layer": 4}}})
+    with pytest.raises(ValueError, match=r"with how\.top_k = None, now it is 5"):
+        claim(tmp_path / "deep" / "what.json", {"seed": 1, "how": {"top_p": 0.9, "top_k": 5, "model": {"layer": 3}}})
 
 
 def test_what_is_no_collection_is_refused(tmp_path):

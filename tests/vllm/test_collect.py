@@ -196,6 +196,7 @@ def test_a_head_learns_from_it(folder: Path, prompts: Path, collected: Collectio
         ({"engine": "generate"}, "`engine_args` are those of vLLM"),
         ({"forced_samples": 1, "force_words": "words.txt"}, "`force_words` needs"),
         ({"engine_args": '{"enable_prefix_caching": true}'}, "sets enable_prefix_caching itself"),
+        ({"engine_args": '{"quantization": "fp8"}'}, "quantization would change what `model` is"),
         ({"max_new_tokens": 126}, "leaves no room for 126 more"),
     ],
 )
