@@ -1,9 +1,9 @@
 """Cost of guidance, as ratios to plain `generate` inside one run, prompts included.
 
-    python -m benchmarks.guidance_overhead --dtype float32 --output benchmarks/results/guidance-overhead-float32.json
+    python -m benchmarks.guidance_overhead --dtype bfloat16 --output benchmarks/results/guidance-overhead-bfloat16.json
 
 An untrained module of the recipe's size guides every token, so that no bridge is ever left out. Plain and guided
-generation take turns, token by token.
+generation take turns, token by token. Memory is that after a long prompt.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.environment import command, describe, save
+from benchmarks.memory import compare_memory
 from benchmarks.timing import Turns, in_turns, summary
 from examples.smollm2 import load_backbone
 from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
@@ -24,10 +25,15 @@ TOKENS = 128  # of the prompt, and new ones, as in benchmarks.overhead
 CASES = ((1, 1, 1.15), (1, 8, 1.25), (0, 1, None), (0, 8, None))  # refresh_interval, batch, limit
 
 
-def pair(model: PreTrainedModel, module: ValueGuidanceModule, interval: int, batch: int) -> float:
+def every_token(model: PreTrainedModel, layer: int = 21, bridges: int = 2, interval: int = 1) -> BridgeGuidanceConfig:
+    sizes = {"hidden_size": model.config.hidden_size, "layer": layer, "num_bridges": bridges}
+    module = ValueGuidanceModule(ValueGuidanceConfig(**sizes)).eval()
+    return BridgeGuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
+
+
+def pair(model: PreTrainedModel, config: BridgeGuidanceConfig, batch: int) -> float:
     """Time of a guided generation relative to a plain one."""
     input_ids = torch.randint(1000, 20000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
-    config = BridgeGuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
 
     def run(turns: Turns, **steer: Any) -> None:
         arguments = {"max_new_tokens": TOKENS, "do_sample": True, "top_k": 0, "eos_token_id": None, **steer}
@@ -48,15 +54,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, _ = load_backbone(getattr(torch, arguments.dtype))
-    config = ValueGuidanceConfig(hidden_size=576, layer=arguments.layer, num_bridges=arguments.bridges)
-    module = ValueGuidanceModule(config).eval()
     results = []
     for interval, batch, limit in CASES:
-        ratios = [pair(model, module, interval, batch) for _ in range(arguments.pairs + 1)][1:]  # the first warms up
+        config = every_token(model, arguments.layer, arguments.bridges, interval)
+        ratios = [pair(model, config, batch) for _ in range(arguments.pairs + 1)][1:]  # the first warms up
         results.append({"refresh_interval": interval, "batch": batch, "limit": limit, **summary(ratios)})
         print(results[-1], flush=True)
-    document = {"command": command(), **describe()}
-    document |= {"dtype": arguments.dtype, "layer": arguments.layer, "bridges": arguments.bridges, "cases": results}
+    document = {"command": command(), **describe(), "dtype": arguments.dtype, "tokens": TOKENS}
+    document |= {"layer": arguments.layer, "bridges": arguments.bridges, "cases": results}
+    document["memory"] = compare_memory(arguments.dtype, every_token)
+    print(document["memory"])
     if arguments.output:
         save(document, arguments.output)
 
