@@ -77,17 +77,14 @@ class Guidance:
 
     @contextmanager
     def reading(self, mask: Tensor | None) -> Iterator[None]:
-        """Keep the states of the prompt but for its last token, which a forward inside the `with` block takes in.
+        """Read the prompt but for its last token, which a forward inside the `with` block takes in.
 
         Args:
             mask (`torch.Tensor` of shape `(rows, length)`, *optional*): of the whole prompt.
         """
         self.mask = mask
 
-        def keep(states: Tensor) -> None:
-            self.read.append(states)
-
-        with watched(self.layers[self.module.config.layer], keep):
+        with watched(self.layers[self.module.config.layer], self._read):
             yield
 
     def begin_step(self) -> None:
@@ -145,10 +142,8 @@ class Guidance:
     def _refresh(self, states: Tensor, before: BridgeState | None, owners: Tensor | None) -> BridgeState:
         """What the module makes of the states of the next token, `(rows, 1, width)`."""
         module, config = self.module, self.config
-        if module.device != states.device:
-            module.to(states.device)
         if before is None:
-            self._read_prompt(states)
+            self._end_prompt(states)
         prompt, mask = (
             (self.prompt, self.prompt_mask) if owners is None else (self.prompt[owners], self.prompt_mask[owners])
         )
@@ -162,12 +157,19 @@ class Guidance:
         shown = discontent if config.neutral_when_safe else torch.ones_like(discontent)
         return BridgeState(bridge, shown & (module.generator.gate > 0), logits[:, 0].sigmoid())
 
-    def _read_prompt(self, last: Tensor) -> None:
-        states = torch.cat([*self.read, last], dim=1)
+    @torch.no_grad()
+    def _read(self, states: Tensor) -> None:
+        """Take in some states of the prompt; what the module remembers of them is smaller than they are."""
+        if self.module.device != states.device:
+            self.module.to(states.device)
+        self.read.append(self.module.read_prompt(states))
+
+    def _end_prompt(self, last: Tensor) -> None:
+        self._read(last)
+        self.prompt, self.questions = torch.cat(self.read, dim=1), self.module.generator.questions()
         self.read.clear()
-        self.prompt, self.questions = self.module.read_prompt(states), self.module.generator.questions()
-        everything = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        self.prompt_mask = everything if self.mask is None else self.mask.to(states.device).bool()
+        everything = torch.ones(self.prompt.shape[:2], dtype=torch.bool, device=last.device)
+        self.prompt_mask = everything if self.mask is None else self.mask.to(last.device).bool()
 
 
 def _require_finite(logits: Tensor, bridge: Tensor, step: int) -> None:
