@@ -126,6 +126,10 @@ class _Steps:
             chosen = {**collection, "output": head, **learned, **content["train"]}
             self.train = _arguments(TrainArguments, "train", chosen)
         if "guide" in content:
+            if not self.label.prefixes:
+                raise ValueError(
+                    "Section 'guide' needs `prefixes: true` in section 'label': stage `bridge` reads them."
+                )
             same = {name: given[name] for name in ("model", "dtype") if name in given}
             own = {"output": str(folder / "module"), "judge": (labels.get("judges") or [None])[0]}
             self.guide = _arguments(GuidanceTrainArguments, "guide", {**collection, **same, **own, **content["guide"]})

@@ -38,7 +38,7 @@ def add_pipeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = commands.add_parser("run", help="all of it from one recipe", description=run_recipe.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("recipe", help="a YAML file")
-    parser.set_defaults(run=guarded(lambda arguments: print(f"head: {run_recipe(arguments.recipe)}")))
+    parser.set_defaults(run=guarded(lambda arguments: print(run_recipe(arguments.recipe))))
 
 
 def _add_push(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

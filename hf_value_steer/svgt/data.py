@@ -26,8 +26,7 @@ class LabelledStates(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
         states = self.states.response(row)
-        labels = self.targets.row(row)[1][-len(states) :]  # some targets have one for the prompt's last token, too
-        return {"states": states, "prompt_states": self.states.prompt(row), "labels": labels}
+        return {"states": states, "prompt_states": self.states.prompt(row), "labels": self.targets.generated(row)}
 
 
 def join_states(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ def suggest_guidance_layer(
         real = inputs["attention_mask"][:, length:].bool()
         hidden = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[1:]
         layers.append([layer[:, length:][real].float() for layer in hidden])
-        labels += [targets.row(row)[1] > 0.5 for row in part]
+        labels += [targets.generated(row) > 0.5 for row in part]
         prompts.append(torch.tensor(owners)[:, None].expand_as(real)[real])
     label, fitted = torch.cat(labels), torch.cat(prompts) % 2 == 0
     if any(label[half].all() or not label[half].any() for half in (fitted, ~fitted)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
+from hf_value_steer.backbone import num_layers
 from hf_value_steer.files import write_json
 from hf_value_steer.svgt.configuration import ValueGuidanceConfig
 from hf_value_steer.svgt.data import LabelledStates, ResponseBatch, Responses, disliked_tokens, join_states
@@ -124,6 +125,8 @@ class _Training:
         self.model.requires_grad_(False)
         self.formatter = Formatter(tokenizer, collection.manifest["arguments"]["chat"])
         self.targets = Targets(collection, [arguments.judge], arguments.target)
+        if "prefixes" not in self.targets.labels[0].kinds:
+            raise ValueError("Stage `bridge` learns from scores of prefixes: label again with `prefixes`.")
         self.rows = split_rows(collection, arguments)
         set_seed(arguments.seed)
         self.module = ValueGuidanceModule(self._config())
@@ -131,6 +134,11 @@ class _Training:
 
     def _config(self) -> ValueGuidanceConfig:
         arguments, manifest = self.arguments, self.collection.manifest
+        count = num_layers(self.model)
+        if arguments.layer is not None and arguments.layer + 1 >= count:
+            raise ValueError(
+                f"`layer` has to be below {count - 1}, the last layer of the backbone; got {arguments.layer}."
+            )
         sizes = {name: getattr(arguments, name) for name in ("layer", "num_bridges", "value_width")}
         if None in sizes.values():
             path = self.work / "suggestion.json"

@@ -1,7 +1,24 @@
 """What can be said to `collect`, and how tokens are drawn."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+
+def check_kinds(arguments: Any) -> None:
+    """Refuse what is none of the choices, or no number where one is due: a recipe may hold anything.
+
+    Raises:
+        ValueError: names the field of the dataclass `arguments`.
+    """
+    for each in fields(arguments):
+        choice, options = getattr(arguments, each.name), get_args(each.type)
+        if choice is None:
+            continue
+        if get_origin(each.type) is Literal and choice not in options:
+            raise ValueError(f"`{each.name}` has to be one of {', '.join(options)}; got {choice!r}.")
+        is_number = isinstance(choice, int | float) and not isinstance(choice, bool)
+        if {int, float} & {each.type, *options} and not is_number:
+            raise ValueError(f"`{each.name}` has to be a number, got {choice!r} (in YAML 1.0e-3, not 1e-3).")
 
 
 @dataclass(kw_only=True)
@@ -52,6 +69,7 @@ class CollectArguments(SamplingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.engine not in ("generate", "vllm"):
             raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
         if self.engine_args is not None and self.engine != "vllm":

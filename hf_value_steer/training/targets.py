@@ -65,7 +65,11 @@ class Targets:
         self.responses = _side_by_side([labels.responses() for labels in self.labels])
         self.known: dict[int, Tensor] = {}
         if any(_NEEDS[kind] not in labels.kinds for labels in self.labels):
-            needed = "prefixes and of next tokens" if kind == "risk" else "prefixes"
+            needed = (
+                "prefixes and of next tokens (`next_tokens`, `prefixes`)"
+                if kind == "risk"
+                else "prefixes (`prefixes`)"
+            )
             raise ValueError(f'target="{kind}" needs scores of {needed}: collect and label again with them.')
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +81,10 @@ class Targets:
         if row not in self.known:
             self.known[row] = _side_by_side([self._of_tokens(labels, row) for labels in self.labels])
         return features, self.known[row]
+
+    def generated(self, row: int) -> Tensor:
+        """Targets of the new tokens alone, without that of the prompt's last token, which some kinds have."""
+        return self.row(row)[1][-len(self.collection.read("tokens", row)) :]
 
     def _of_tokens(self, labels: Labels, row: int) -> Tensor:
         prefixes = labels.read("prefixes", row)

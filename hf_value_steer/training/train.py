@@ -14,6 +14,7 @@ from hf_value_steer.configuration import ValueHeadConfig, check_attributes
 from hf_value_steer.files import write_json
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
+from hf_value_steer.training.arguments import check_kinds
 from hf_value_steer.training.checkpoints import train_on
 from hf_value_steer.training.losses import Loss
 from hf_value_steer.training.prompts import share
@@ -71,6 +72,7 @@ class SplitArguments:
     rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         shares = (self.validation, self.calibration, self.held_out)
         if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
             raise ValueError(

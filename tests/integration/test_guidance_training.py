@@ -161,6 +161,28 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_module(world, tmp_path,
     assert out.guided.shape == out.values.shape
 
 
+def test_targets_of_whole_responses(world, tmp_path):
+    """Which have one more, of the prompt's last token; the sweep over layers reads them, too."""
+    short = {"text_epochs": 1, "pair_epochs": 1, "bridge_epochs": 1}
+    module = train_guidance(arguments(world, tmp_path / "module", target="response", **short))
+    assert set(module.config.training["stages"]) == {"text", "pair", "bridge"}
+
+
+def test_what_cannot_be_trained_is_refused_before_it_is(world, tmp_path):
+    folder, judge = world
+    with pytest.raises(ValueError, match="`layer` has to be below 1, the last layer"):
+        train_guidance(arguments(world, tmp_path / "module", layer=1, num_bridges=2, value_width=16))
+    plain = CollectArguments(
+        output=str(tmp_path / "plain"), model=str(folder / "model"), prompts=str(folder / "prompts.txt"),
+        samples=2, max_new_tokens=10, batch_size=8,
+    )  # fmt: skip
+    collect(plain, LabelArguments(judges=[judge]))
+    changed = {"collection": str(tmp_path / "plain"), "target": "response"}
+    given = GuidanceTrainArguments(**{**vars(arguments(world, tmp_path / "module")), **changed})
+    with pytest.raises(ValueError, match="Stage `bridge` learns from scores of prefixes"):
+        train_guidance(given)
+
+
 @pytest.mark.parametrize("options", [{"injection": "inject", "manifold": 0.0}, {"conditional": False}])
 def test_ablations(world, tmp_path, options):
     short = {"text_epochs": 1, "pair_epochs": 1, "bridge_epochs": 1, "layer": 0, "num_bridges": 2, "value_width": 16}
@@ -195,6 +217,16 @@ def test_a_recipe_without_a_head(world, tmp_path):
     for change in ({"calibrate": {}}, {"push": {"repo_id": "me/head"}}):
         with pytest.raises(ValueError, match="lacks train"):
             run_recipe(recipe | change)
+    with pytest.raises(ValueError, match="needs `prefixes: true` in section 'label'"):
+        run_recipe(recipe | {"label": {"judges": [judge]}})
+    for change, message in (
+        ({"target": "rsik"}, "`target` has to be one of response, prefix, hazard, risk; got 'rsik'"),
+        ({"injection": "injct"}, "`injection` has to be one of bridge, inject"),
+        ({"text_rate": "1e-3"}, "`text_rate` has to be a number, got '1e-3'"),
+        ({"layer": "first"}, "`layer` has to be a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_recipe(recipe | {"guide": small | change})
     assert not output.exists()
     assert run_recipe(recipe) == output / "module"
     module = ValueGuidanceModule.from_pretrained(output / "module")
