@@ -199,8 +199,8 @@ class _Loop:
         for step in itertools.count():
             live = unfinished if self.pads else torch.ones_like(unfinished)
             draw = self._draw(step, input_ids, processors, state, live)
-            outcome = self._step(draw)
-            state, tokens = outcome.state, outcome.tokens
+            state, outcome = self._step(draw)
+            tokens = outcome.tokens
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
             unfinished = unfinished & ~criteria(input_ids, tuple(self.record.scores) or None)
             if self.abstention is not None:
@@ -232,13 +232,13 @@ class _Loop:
             tokens = torch.where(live, tokens, self.config._pad_token_tensor.to(tokens.device))
         return Draw(step, input_ids, scores, tokens, live, forced, live & ~possible)
 
-    def _step(self, draw: Draw) -> Outcome:
+    def _step(self, draw: Draw) -> tuple[State, Outcome]:
         if self.filter is not None:
             return self.filter.step(draw)
         draw.refuse_impossible()
         state = self.engine.advance(torch.cat([draw.input_ids, draw.tokens[:, None]], dim=-1))
         values = self._score(self.scorer, state, draw.step, draw.live)
-        return Outcome(state, draw.tokens, draw.live.long(), values, draw.tokens[:, None], values[:, None])
+        return state, Outcome(draw.tokens, draw.live.long(), values, draw.tokens[:, None], values[:, None])
 
     def _record_state(self, scores: Tensor, state: State) -> None:
         if not self.config.return_dict_in_generate:

@@ -24,7 +24,8 @@ class State:
     """What the last token left behind, for each row.
 
     Args:
-        logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw.
+        logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw. `(rows, 0)` of a look-ahead inside a step,
+            which computes those of all rows.
         feature (`torch.FloatTensor` of shape `(rows, width)`): what the output embedding consumed.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
     """
@@ -35,12 +36,39 @@ class State:
     attentions: tuple[Tensor, ...] | None
 
     def overwrite(self, rows: Tensor, other: "State", keep: Tensor) -> None:
-        """Replace `rows[keep]` by the rows `keep` of `other`."""
-        pairs = [(self.logits, other.logits), (self.feature, other.feature)]
+        """Replace `rows[keep]` by the rows `keep` of `other`, but for logits that it does not have."""
+        pairs = [(self.feature, other.feature)]
+        if other.logits.shape[1]:
+            pairs.append((self.logits, other.logits))
         pairs += zip(self.hidden_states or (), other.hidden_states or (), strict=True)
         pairs += zip(self.attentions or (), other.attentions or (), strict=True)
         for mine, theirs in pairs:
             mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)]
+
+
+@dataclass
+class Revision:
+    """Some rows go on with another token than the one that a step forwarded.
+
+    Args:
+        rows (`torch.LongTensor` of shape `(n,)`): rows that were looked at.
+        state ([`State`]): of the chosen candidates, `(n, ...)`.
+        keep (`torch.BoolTensor` of shape `(n,)`): which of them go on with it.
+    """
+
+    rows: Tensor
+    state: State
+    keep: Tensor
+
+    def of_features(self, features: Tensor) -> Tensor:
+        """Features `(batch, 1, width)` of the tokens that the rows go on with."""
+        revised = features.clone()
+        revised[self.rows[self.keep].to(features.device), -1] = self.state.feature[self.keep.to(features.device)]
+        return revised
+
+
+# From the features `(batch, width)` of what a step forwarded.
+Revise = Callable[[Tensor], Revision | None]
 
 
 class Engine:
@@ -103,20 +131,46 @@ class Engine:
         if self.guidance is not None:
             self.guidance.begin_step()
 
-    def advance(self, input_ids: Tensor) -> State:
-        """Forward the last token of each row, as plain `generate` does."""
+    def advance(self, input_ids: Tensor, revise: Revise = lambda _: None) -> State:
+        """Forward the last token of each row, as plain `generate` does.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, the last token included.
+            revise: may look ahead in some rows and let them go on with another token.
+        """
         self._remember()
         if self.steering is not None:
             self.steering.read_generated()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
-        if self.compiled is not None:
+        revisions: list[Revision | None] = []
+
+        def finish_layers(feature: Tensor) -> Tensor:
+            self.live.advance()
+            revisions.append(revise(feature[:, -1]))
+            return feature if revisions[0] is None else revisions[0].of_features(feature)
+
+        if self.looks_inside:
+            outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True), finish_layers)
+        elif self.compiled is not None:
             outputs, feature = self.compiled.step(inputs)
+            finish_layers(feature)
         else:
-            guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
-            with guided:
+            assert self.guidance is not None
+            with self.guidance.guiding(self.live.cache):
                 outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
-        self.live.advance()
-        return self._state(outputs, feature[:, -1], input_ids.device)
+            finish_layers(feature)
+        state = self._state(outputs, feature[:, -1], input_ids.device)
+        if revisions[0] is not None:
+            state.overwrite(revisions[0].rows, revisions[0].state, revisions[0].keep)
+        return state
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether rows are revised between the layers and the output embedding, which is then computed once.
+
+        It is not where another forward may not run inside one: in a graph, and under the hooks of the guidance.
+        """
+        return self.compiled is None and self.guidance is None
 
     def look_ahead(
         self,
@@ -132,8 +186,8 @@ class Engine:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
             candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
             choose: from features `(rows, K, width)` to the chosen columns `(rows,)`; may raise.
-            rows (`torch.LongTensor`, *optional*): which rows these are. With `rows`, the live cache already holds the
-                natural sample, which the candidates do not see.
+            rows (`torch.LongTensor`, *optional*): which rows these are, inside [`advance`]: the live cache already
+                holds the natural sample, which the candidates do not see.
             most (`int`, *optional*): the most candidates that a look-ahead of this generation has: a compiled one
                 always forwards so many, in all rows.
         """
@@ -145,19 +199,22 @@ class Engine:
         if self.compiled is not None and isinstance(self.kernel, Whole):
             return self._look_ahead_compiled(self.compiled, input_ids, candidates, choose, rows, most)
         chosen: list[Tensor] = []
+        features: list[Tensor] = []
+        positions = 0 if rows is not None and self.looks_inside else 1
 
         def keep_chosen(feature: Tensor) -> Tensor:
             feature = feature.reshape(*candidates.shape, -1)
             chosen.append(choose(feature))
-            return pick(feature, chosen[-1])
+            features.append(pick(feature, chosen[-1]))
+            return features[-1][:, :positions]
 
         look = self._look(input_ids, candidates, rows)
         inputs = self.kernel.inputs(look)
         guided = nullcontext() if self.guidance is None else self.guidance.branching(look.cache)
         with self.kernel.attention(look), guided:
-            outputs, feature = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
+            outputs, _ = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
         self._pick(outputs, chosen[0])
-        return self._state(outputs, feature[:, 0], candidates.device), look.cache
+        return self._state(outputs, features[0][:, 0], candidates.device), look.cache
 
     def _look(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> Look:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
@@ -203,16 +260,23 @@ class Engine:
     def _forward(
         self, run: Callable[[], ModelOutput], transform: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[ModelOutput, Tensor]:
+        """One forward, or with chunks of a prompt several; `transform` says what the output embedding consumes."""
         features: list[Tensor] = []
 
         def intercept(feature: Tensor) -> Tensor | None:
-            features.append(feature if transform is None else transform(feature))
-            return None if transform is None else features[-1]
+            if transform is None:
+                features.append(feature)
+                return None
+            if not features:  # else it is that of a look-ahead inside this forward
+                features.append(feature)
+                features[0] = transform(feature)
+                return features[0]
+            return None
 
         with intercept_feature(self.model, intercept):
             outputs = run()
         return outputs, features[-1]
 
     def _state(self, outputs: ModelOutput, feature: Tensor, device: torch.device) -> State:
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
+        logits = outputs.logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
         return State(logits, feature, outputs.get("hidden_states"), outputs.get("attentions"))

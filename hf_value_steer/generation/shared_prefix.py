@@ -21,6 +21,7 @@ from hf_value_steer.generation.lookahead import ExpandedLayer, LookaheadCache, a
 ATTENTION = "value_steer_shared_prefix"
 HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
 _active: ContextVar[LookaheadCache] = ContextVar("lookahead of the forward that is running")
+_updated: ContextVar["SharedPrefixLayer"] = ContextVar("layer of it whose keys and values came last")
 
 
 class SharedPrefixLayer(ExpandedLayer):
@@ -33,6 +34,7 @@ class SharedPrefixLayer(ExpandedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states
+        _updated.set(self)
         return key_states, value_states
 
 
@@ -81,7 +83,9 @@ def shared_prefix_attention(
         RuntimeError: for anything that would make the result differ from the model's own attention.
     """
     lookahead = _active.get()
-    layer = _layer_of(lookahead, key, value)
+    layer = _updated.get()
+    if layer.keys is not key or layer.values is not value:
+        raise RuntimeError('This model changes keys or values after they were cached; pass lookahead="expanded".')
     unknown = [name for name, extra in kwargs.items() if isinstance(extra, Tensor) and name not in HARMLESS_TENSORS]
     if kwargs.get("softcap") is not None:
         unknown.append("softcap")
@@ -105,13 +109,6 @@ def shared_prefix_attention(
     share = torch.sigmoid(own_scores - log_denominator.view(own_scores.shape))
     merged = torch.lerp(output.view(*share.shape[:-1], -1).float(), own_values, share)
     return merged.to(value.dtype).transpose(1, 2).reshape(len(query), 1, heads, -1), None
-
-
-def _layer_of(lookahead: LookaheadCache, key: Tensor, value: Tensor) -> SharedPrefixLayer:
-    for layer in map(attention_of, lookahead.layers):
-        if isinstance(layer, SharedPrefixLayer) and layer.keys is key and layer.values is value:
-            return layer
-    raise RuntimeError('This model changes keys or values after they were cached; pass lookahead="expanded".')
 
 
 def attend_prefix(

@@ -14,7 +14,7 @@ from hf_value_steer.generation.candidates import (
     sampled_alternatives,
     uniforms,
 )
-from hf_value_steer.generation.engine import Engine, State
+from hf_value_steer.generation.engine import Engine, Revision, State
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer, require_finite
 from hf_value_steer.policy import select
@@ -53,7 +53,6 @@ class Draw:
 class Outcome:
     """What a step committed, all of shape `(batch, ...)`; see [`ValueSteerDecoderOnlyOutput`] for the fields."""
 
-    state: State
     tokens: Tensor
     evaluated: Tensor
     values: Tensor
@@ -104,7 +103,7 @@ class ValueFilter:
         self.key = random_key(device, config.seed)
         self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)
 
-    def step(self, draw: Draw) -> Outcome:
+    def step(self, draw: Draw) -> tuple[State, Outcome]:
         """Forward, choose and commit one token a row."""
         checked = draw.live & ~draw.forced
         if draw.step < self.config.min_new_tokens:
@@ -112,24 +111,29 @@ class ValueFilter:
         if self.config.max_interventions is not None:
             checked = checked & (self.interventions < self.config.max_interventions)
         if self.config.evaluation == "lazy":
-            outcome = self._lazy(draw, checked)
+            state, outcome = self._lazy(draw, checked)
         else:
-            outcome = self._eager(draw, checked)
+            state, outcome = self._eager(draw, checked)
         self.interventions += outcome.tokens != draw.tokens
-        return outcome
+        return state, outcome
 
-    def _lazy(self, draw: Draw, checked: Tensor) -> Outcome:
-        state = self.engine.advance(torch.cat([draw.input_ids, draw.tokens[:, None]], dim=-1))
-        values = self.scorer.values(state.feature)
-        outcome = self._natural_outcome(state, draw, values)
-        rejected = checked & ~self.scorer.accepts(values)
-        if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
+    def _lazy(self, draw: Draw, checked: Tensor) -> tuple[State, Outcome]:
+        outcomes: list[Outcome] = []
+
+        def revise(features: Tensor) -> Revision | None:
+            values = self.scorer.values(features)
+            outcomes.append(self._natural_outcome(draw, values))
+            rejected = checked & ~self.scorer.accepts(values)
+            if not bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
+                return None
             draw.refuse_impossible()
             require_finite(values, draw.live, draw.step)
-            self._replace_rejected(outcome, draw, rejected.nonzero().squeeze(1))
-        return outcome
+            return self._replace_rejected(outcomes[0], draw, rejected.nonzero().squeeze(1))
 
-    def _eager(self, draw: Draw, checked: Tensor) -> Outcome:
+        state = self.engine.advance(torch.cat([draw.input_ids, draw.tokens[:, None]], dim=-1), revise)
+        return state, outcomes[0]
+
+    def _eager(self, draw: Draw, checked: Tensor) -> tuple[State, Outcome]:
         draw.refuse_impossible()
         rows = torch.arange(len(checked), device=checked.device)
         candidates = self._candidates(draw, rows).masked_fill(~checked[:, None], -1)
@@ -138,21 +142,22 @@ class ValueFilter:
         look = _Look(self, draw, rows, checked, candidates, known)
         state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose, most=self.most)
         lookahead.append(look.slot())
-        outcome = self._natural_outcome(state, draw, look.decision.values[:, 0])
+        outcome = self._natural_outcome(draw, look.decision.values[:, 0])
         self._write(outcome, rows, look)
-        return outcome
+        return state, outcome
 
-    def _replace_rejected(self, outcome: Outcome, draw: Draw, rows: Tensor) -> None:
+    def _replace_rejected(self, outcome: Outcome, draw: Draw, rows: Tensor) -> Revision | None:
         known = outcome.values[rows, None]
         look = _Look(self, draw, rows, torch.ones_like(rows, dtype=torch.bool), self._candidates(draw, rows), known)
+        revision = None
         if look.tokens.shape[1] == 0:
             look.decide(look.known)
         else:
             state, lookahead = self.engine.look_ahead(draw.input_ids, look.tokens, look.choose, rows, self.most)
-            replaced = look.first_column() > 0
-            lookahead.replace(replaced, look.slot())
-            outcome.state.overwrite(rows, state, replaced)
+            revision = Revision(rows, state, look.first_column() > 0)
+            lookahead.replace(revision.keep, look.slot())
         self._write(outcome, rows, look)
+        return revision
 
     def _candidates(self, draw: Draw, rows: Tensor) -> Tensor:
         """Natural sample and alternatives of some rows, `(rows, K)`, -1 where there is none."""
@@ -164,14 +169,14 @@ class ValueFilter:
             others = likely_alternatives(scores, natural, count)
         return torch.cat([natural[:, None], others], dim=1)
 
-    def _natural_outcome(self, state: State, draw: Draw, values: Tensor) -> Outcome:
+    def _natural_outcome(self, draw: Draw, values: Tensor) -> Outcome:
         shape = (len(draw.tokens), self.config.num_candidates)
         candidates = torch.full(shape, -1, device=draw.tokens.device)
         candidate_values = torch.full(shape, torch.nan, device=draw.tokens.device)
         values = values.masked_fill(~draw.live, torch.nan)
         candidates[:, 0] = draw.tokens.masked_fill(~draw.live, -1)
         candidate_values[:, 0] = values
-        return Outcome(state, draw.tokens, draw.live.long(), values, candidates, candidate_values)
+        return Outcome(draw.tokens, draw.live.long(), values, candidates, candidate_values)
 
     def _write(self, outcome: Outcome, rows: Tensor, look: "_Look") -> None:
         live = look.draw.live[rows]
