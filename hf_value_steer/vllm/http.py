@@ -1,7 +1,8 @@
 """Steering reports in the responses of vLLM's HTTP server, and as Prometheus metrics beside its own.
 
 A JSON response gets a field `value_steer`, a list with the report of each choice; a stream gets one more chunk,
-without choices, before `[DONE]`.
+without choices, before `[DONE]`. vLLM begins a stream before it asks whether the request can be steered: so that what
+is refused is HTTP 400 there, too, its status waits for the first event.
 """
 
 import json
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # Of the response under way: a list for each prompt of the request.
 _REPORTS: ContextVar[list[list[dict[str, Any]]]] = ContextVar("value_steer_reports")
-_DONE = b"data: [DONE]"
+_DONE, _ERROR = b"data: [DONE]", b'data: {"error"'
 
 _REQUESTS = Counter("value_steer_requests", "Finished requests.")
 _TOKENS = Counter("value_steer_tokens", "Tokens of finished requests.")
@@ -107,7 +108,7 @@ class _Response:
 
     def __init__(self, forward: Send, told: list[list[dict[str, Any]]]):
         self.forward, self.told = forward, told
-        self.held: Message | None = None
+        self.part: Send = forward
         self.body = b""
         self.event = b"data: {}"
 
@@ -117,29 +118,51 @@ class _Response:
         return [report for reports in self.told for report in reports]
 
     async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await self.part(message)
+            return
         if message["type"] == "http.response.start":
-            if MutableHeaders(scope=message).get("content-type") == "application/json":
-                self.held = message
+            self.start, kind = message, MutableHeaders(scope=message).get("content-type", "")
+            if kind == "application/json":
+                self.part = self._gather
                 return
-        elif message["type"] == "http.response.body":
-            body = message.get("body", b"")
-            if self.held is not None:
-                self.body += body
-                if not message.get("more_body", False):
-                    await self._send_json(self.held)
+            if kind.startswith("text/event-stream"):
+                self.part = self._begin_stream
                 return
-            message = {**message, "body": self._with_chunk(body) if self.reports else body}
         await self.forward(message)
 
-    async def _send_json(self, start: Message) -> None:
+    async def _gather(self, message: Message) -> None:
+        self.body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
         if self.reports:
             content = json.loads(self.body)
             if "kv_transfer_params" in content:  # where vLLM puts that of one choice
                 content["kv_transfer_params"] = None
             self.body = json.dumps({**content, "value_steer": self.reports}).encode()
-            MutableHeaders(scope=start)["content-length"] = str(len(self.body))
-        await self.forward(start)
-        await self.forward({"type": "http.response.body", "body": self.body})
+        await self._send_json(self.body)
+
+    async def _begin_stream(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if not body.startswith(_ERROR):
+            self.part = self._pass_event
+            await self.forward(self.start)
+            await self._pass_event(message)
+            return
+        self.part = _drop
+        error = json.loads(body.partition(b"\n\n")[0].removeprefix(b"data: "))
+        self.start["status"] = error["error"]["code"]
+        MutableHeaders(scope=self.start)["content-type"] = "application/json"
+        await self._send_json(json.dumps(error).encode())
+
+    async def _send_json(self, body: bytes) -> None:
+        MutableHeaders(scope=self.start)["content-length"] = str(len(body))
+        await self.forward(self.start)
+        await self.forward({"type": "http.response.body", "body": body})
+
+    async def _pass_event(self, message: Message) -> None:
+        body = message.get("body", b"")
+        await self.forward({**message, "body": self._with_chunk(body) if self.reports else body})
 
     def _with_chunk(self, body: bytes) -> bytes:
         """One more event before the last one, with the fields of the event before it."""
@@ -150,3 +173,7 @@ class _Response:
         fields = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
         event = json.dumps({**fields, "choices": [], "value_steer": self.reports})
         return f"data: {event}\n\n".encode() + body
+
+
+async def _drop(_message: Message) -> None:
+    """What comes after an error is nothing any more."""

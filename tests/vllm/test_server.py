@@ -131,9 +131,12 @@ def test_a_stream_ends_with_its_report(server: tuple[str, Path]) -> None:
         ({"use_beam_search": True, "n": 2, "seed": None}, "beam search"),
     ],
 )
-def test_a_wrong_request_gets_its_reason(server: tuple[str, Path], body: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_wrong_request_gets_its_reason(
+    server: tuple[str, Path], stream: bool, body: dict[str, Any], message: str
+) -> None:
     with pytest.raises(HTTPError) as caught:
-        _post(server[0], **body)
+        _post(server[0], **body, stream=stream)
     assert caught.value.code == 400
     assert message in json.loads(caught.value.read())["error"]["message"]
     assert _post(server[0])["choices"]
