@@ -32,11 +32,15 @@ class Artefact(PreTrainedModel):  # type: ignore[misc]
         """Load from a folder or the Hub: `config.json` and `model.safetensors`, never a pickle.
 
         Raises:
+            OSError: if there is nothing there, or the Hub cannot be reached.
             ValueError: if this is something else, or if weights are missing, do not fit the config, or are not finite.
         """
         source = str(pretrained_model_name_or_path)
         if kwargs.get("config") is None:
-            found, _ = cls.config_class.get_config_dict(source, **kwargs)
+            try:
+                found, _ = cls.config_class.get_config_dict(source, **kwargs)
+            except OSError as error:
+                raise OSError(f"No {cls.kind} at {source!r}, neither a folder here nor on the Hub: {error}") from error
             if found.get("model_type") != cls.config_class.model_type:
                 raise ValueError(
                     f"{source} is no {cls.kind}: config.json is missing or not of model_type "

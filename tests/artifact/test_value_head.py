@@ -218,3 +218,8 @@ def test_foreign_bins_are_refused_and_not_executed(head, tmp_path, capsys):
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="value-steer knows only mlp heads"):
         ValueHead(ValueHeadConfig(hidden_size=4, architecture="linear")).save_value_steer(path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match=f"No value head at '{tmp_path}/misspelt'"):
+        ValueHead.from_pretrained(tmp_path / "misspelt")
