@@ -87,3 +87,15 @@ def test_a_model_that_attends_on_its_own_is_not_steered_without_a_prefix(monkeyp
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.35)
     with pytest.raises(RuntimeError, match='has an attention of its own; pass lookahead="expanded"'):
         generate(model, "dynamic", custom_generate=value_steer_generate, value_steer=config)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_output_embedding_is_read_once_a_step(kernel):
+    """However many rows look ahead: logits are computed when it is known which tokens go on."""
+    model, computed = build("llama"), []
+    config = ValueFilterConfig(value_head=random_head(model), num_candidates=4, lookahead=kernel)
+    with model.lm_head.register_forward_hook(lambda *call: computed.append(call[-1].shape[:2].numel())):
+        steering = {"custom_generate": value_steer_generate, "value_steer": config}
+        out = generate(model, "dynamic", **steering, eos_token_id=None, output_hidden_states=True)
+    assert out.interventions.any()
+    assert [count for count in computed if count] == [3] * 15
