@@ -144,6 +144,8 @@ class Engine:
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         revisions: list[Revision | None] = []
 
+        # Where a user compiled `model.forward`, its graph ends here.
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def finish_layers(feature: Tensor) -> Tensor:
             self.live.advance()
             revisions.append(revise(feature[:, -1]))

@@ -77,3 +77,20 @@ def test_a_kernel_that_was_asked_for_is_used_beside_the_compiled_step(lookahead,
     compiled = generate(model, compile_config, **steer)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
     assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.usefixtures("compile_config")
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+def test_a_forward_that_the_user_compiled(evaluation):
+    def steered(model):
+        config = ValueFilterConfig(value_head=random_head(model), num_candidates=4, evaluation=evaluation)
+        set_seed(3)
+        arguments = {"custom_generate": value_steer_generate, "value_steer": config, "return_dict_in_generate": True}
+        return model.generate(**prompts(3), do_sample=True, max_new_tokens=12, eos_token_id=None, **arguments)
+
+    model, expected = build("llama"), steered(build("llama"))
+    model.forward = torch.compile(model.forward, backend="eager")
+    out = steered(model)
+    assert expected.interventions.any() and torch.equal(out.interventions, expected.interventions)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.values, expected.values)
