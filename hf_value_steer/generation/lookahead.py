@@ -145,6 +145,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     Attributes:
         on_commit (`Callable`, *optional*): told which rows `(n,)` of the batch go on with which of the `rows * K`
             candidates, `(n,)`.
+        attention (`list` of [`LookaheadLayer`]): the layers, or parts of them, that hold keys and values.
         row_numbers, padding (`list` of `int`): each looked-at row, and the number of padded positions to the left of
             its text, for kernels that need them.
     """
@@ -157,6 +158,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self.row_numbers: list[int] = []
         self.padding: list[int] = []
         super().__init__(layers=[self._borrow(index) for index in range(len(live.cache.layers))])
+        self.attention = [layer for layer in map(attention_of, self.layers) if layer is not None]
 
     def _borrow(self, index: int) -> Any:
         layer = self.live.cache.layers[index]
@@ -181,9 +183,8 @@ class LookaheadCache(Cache):  # type: ignore[misc]
 
     def keep_rows(self, rows: Tensor) -> None:
         """Forget the candidates of all rows but these, after a forward of all of them."""
-        for layer in map(attention_of, self.layers):
-            if layer is not None:
-                layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        for layer in self.attention:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
     def append(self, columns: Tensor) -> None:
         """Add candidate `columns[row]` of every row to the live cache, as an ordinary step would have."""

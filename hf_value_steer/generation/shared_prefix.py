@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
-from hf_value_steer.generation.lookahead import ExpandedLayer, LookaheadCache, attention_of
+from hf_value_steer.generation.lookahead import ExpandedLayer, LookaheadCache
 
 
 ATTENTION = "value_steer_shared_prefix"
 HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
 _active: ContextVar[LookaheadCache] = ContextVar("lookahead of the forward that is running")
-_updated: ContextVar["SharedPrefixLayer"] = ContextVar("layer of it whose keys and values came last")
 
 
 class SharedPrefixLayer(ExpandedLayer):
@@ -34,7 +33,6 @@ class SharedPrefixLayer(ExpandedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys, self.values = key_states, value_states
-        _updated.set(self)
         return key_states, value_states
 
 
@@ -53,8 +51,7 @@ def shared_prefix(model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator
     finally:
         config._attn_implementation = implementation
         _active.reset(token)
-    layers = [attention_of(layer) for layer in lookahead.layers]
-    if not all(layer.attended for layer in layers if isinstance(layer, SharedPrefixLayer)):
+    if not all(layer.attended for layer in lookahead.attention if isinstance(layer, SharedPrefixLayer)):
         raise RuntimeError(f'{type(model).__name__} has an attention of its own; pass lookahead="expanded".')
 
 
@@ -83,9 +80,7 @@ def shared_prefix_attention(
         RuntimeError: for anything that would make the result differ from the model's own attention.
     """
     lookahead = _active.get()
-    layer = _updated.get()
-    if layer.keys is not key or layer.values is not value:
-        raise RuntimeError('This model changes keys or values after they were cached; pass lookahead="expanded".')
+    layer = _layer_of(lookahead, key, value)
     unknown = [name for name, extra in kwargs.items() if isinstance(extra, Tensor) and name not in HARMLESS_TENSORS]
     if kwargs.get("softcap") is not None:
         unknown.append("softcap")
@@ -109,6 +104,13 @@ def shared_prefix_attention(
     share = torch.sigmoid(own_scores - log_denominator.view(own_scores.shape))
     merged = torch.lerp(output.view(*share.shape[:-1], -1).float(), own_values, share)
     return merged.to(value.dtype).transpose(1, 2).reshape(len(query), 1, heads, -1), None
+
+
+def _layer_of(lookahead: LookaheadCache, key: Tensor, value: Tensor) -> SharedPrefixLayer:
+    for layer in lookahead.attention:
+        if layer.keys is key and layer.values is value and isinstance(layer, SharedPrefixLayer):
+            return layer
+    raise RuntimeError('This model changes keys or values after they were cached; pass lookahead="expanded".')
 
 
 def attend_prefix(
