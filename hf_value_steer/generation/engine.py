@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.activation.apply import Steering
-from hf_value_steer.backbone import intercept_feature
+from hf_value_steer.backbone import intercept_feature, output_embedding
 from hf_value_steer.generation.cache import LiveCache, cache_name
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
 from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
@@ -98,6 +99,7 @@ class Engine:
         self.steering, self.guidance = steering, guidance
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
         self.compiled: CompiledForwards | None = None
+        self.sharded = any(isinstance(weight, DTensor) for weight in output_embedding(model).parameters())
 
     def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
         """Forward the prompt; the state is that of its last token."""
@@ -131,12 +133,12 @@ class Engine:
         if self.guidance is not None:
             self.guidance.begin_step()
 
-    def advance(self, input_ids: Tensor, revise: Revise = lambda _: None) -> State:
+    def advance(self, input_ids: Tensor, revise: Revise | None = None) -> State:
         """Forward the last token of each row, as plain `generate` does.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, the last token included.
-            revise: may look ahead in some rows and let them go on with another token.
+            revise (*optional*): may look ahead in some rows and let them go on with another token.
         """
         self._remember()
         if self.steering is not None:
@@ -148,17 +150,17 @@ class Engine:
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def finish_layers(feature: Tensor) -> Tensor:
             self.live.advance()
-            revisions.append(revise(feature[:, -1]))
+            revisions.append(None if revise is None else revise(feature[:, -1]))
             return feature if revisions[0] is None else revisions[0].of_features(feature)
 
-        if self.looks_inside:
+        if revise is not None and self.looks_inside:
             outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True), finish_layers)
         elif self.compiled is not None:
             outputs, feature = self.compiled.step(inputs)
             finish_layers(feature)
         else:
-            assert self.guidance is not None
-            with self.guidance.guiding(self.live.cache):
+            guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
+            with guided:
                 outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
             finish_layers(feature)
         state = self._state(outputs, feature[:, -1], input_ids.device)
@@ -170,9 +172,10 @@ class Engine:
     def looks_inside(self) -> bool:
         """Whether rows are revised between the layers and the output embedding, which is then computed once.
 
-        It is not where another forward may not run inside one: in a graph, and under the hooks of the guidance.
+        It is not where another forward may not run inside one: in a graph, under the hooks of the guidance, and with
+        an output embedding that is sharded, whose own hooks gather it.
         """
-        return self.compiled is None and self.guidance is None
+        return self.compiled is None and self.guidance is None and not self.sharded
 
     def look_ahead(
         self,
@@ -277,6 +280,11 @@ class Engine:
 
         with intercept_feature(self.model, intercept):
             outputs = run()
+        if not features:
+            raise RuntimeError(
+                "The output embedding was called where it cannot be watched: if `model.forward` was compiled, compile "
+                "it anew, and steer with it before anything else runs."
+            )
         return outputs, features[-1]
 
     def _state(self, outputs: ModelOutput, feature: Tensor, device: torch.device) -> State:

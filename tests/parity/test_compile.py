@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, set_seed
 
-from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer import AbstentionConfig, ValueFilterConfig, value_steer_generate
 from hf_value_steer.generation.kernels import Whole
 from tests.families import accepting_head, build, prompts, random_head
 
@@ -94,3 +94,23 @@ def test_a_forward_that_the_user_compiled(evaluation):
     assert expected.interventions.any() and torch.equal(out.interventions, expected.interventions)
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(out.values, expected.values)
+
+
+@pytest.mark.usefixtures("compile_config")
+def test_abstention_keeps_a_whole_graph_whole():
+    model = build("llama")
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    config = AbstentionConfig(value_head=random_head(model, "desirable"), threshold=0.01)
+    steer = {"custom_generate": value_steer_generate, "value_steer": config}
+    out = model.generate(**prompts(2), max_new_tokens=6, return_dict_in_generate=True, **steer)
+    assert out.values.isfinite().any()
+
+
+@pytest.mark.usefixtures("compile_config")
+def test_a_graph_that_was_made_without_us_is_refused():
+    model = build("llama")
+    model.forward = torch.compile(model.forward, backend="eager")
+    model.generate(**prompts(2), max_new_tokens=6)
+    steer = {"custom_generate": value_steer_generate, "value_steer": ValueFilterConfig(value_head=random_head(model))}
+    with pytest.raises(RuntimeError, match="compile it anew"):
+        model.generate(**prompts(2), max_new_tokens=6, **steer)
