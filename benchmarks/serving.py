@@ -38,7 +38,8 @@ ENGINE = {
     "max_model_len": 512,
     "enforce_eager": not torch.cuda.is_available(),
     "gpu_memory_utilization": 0.24,
-    "kv_cache_memory_bytes": None if torch.cuda.is_available() else 1 << 30,  # there, all engines share one account
+    # By itself a CPU engine takes off what the others in the process hold.
+    "kv_cache_memory_bytes": None if torch.cuda.is_available() else 1 << 30,
     "max_num_seqs": 8,
     "block_size": 32,
     "num_gpu_blocks_override": 512,

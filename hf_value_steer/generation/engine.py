@@ -36,8 +36,9 @@ class State:
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
-    def overwrite(self, rows: Tensor, other: "State", keep: Tensor) -> None:
-        """Replace `rows[keep]` by the rows `keep` of `other`, but for logits that it does not have."""
+    def overwrite(self, revision: "Revision") -> None:
+        """Put the revised rows' state in its place, but for logits that it does not have."""
+        rows, other, keep = revision.rows, revision.state, revision.keep
         pairs = [(self.feature, other.feature)]
         if other.logits.shape[1]:
             pairs.append((self.logits, other.logits))
@@ -144,28 +145,37 @@ class Engine:
         if self.steering is not None:
             self.steering.read_generated()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
+        if revise is not None and self.looks_inside:
+            return self._advance_inside(inputs, revise, input_ids.device)
+        if self.compiled is not None:
+            outputs, feature = self.compiled.step(inputs)
+        else:
+            guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
+            with guided:
+                outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
+        self.live.advance()
+        state = self._state(outputs, feature[:, -1], input_ids.device)
+        revision = None if revise is None else revise(state.feature)
+        if revision is not None:
+            state.overwrite(revision)
+        return state
+
+    def _advance_inside(self, inputs: dict[str, Any], revise: Revise, device: torch.device) -> State:
+        """The same, but rows are revised between the layers and the output embedding."""
         revisions: list[Revision | None] = []
 
         # Where a user compiled `model.forward`, its graph ends here.
         @torch.compiler.disable  # type: ignore[untyped-decorator]
         def finish_layers(feature: Tensor) -> Tensor:
             self.live.advance()
-            revisions.append(None if revise is None else revise(feature[:, -1]))
-            return feature if revisions[0] is None else revisions[0].of_features(feature)
+            revision = revise(feature[:, -1])
+            revisions.append(revision)
+            return feature if revision is None else revision.of_features(feature)
 
-        if revise is not None and self.looks_inside:
-            outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True), finish_layers)
-        elif self.compiled is not None:
-            outputs, feature = self.compiled.step(inputs)
-            finish_layers(feature)
-        else:
-            guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
-            with guided:
-                outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
-            finish_layers(feature)
-        state = self._state(outputs, feature[:, -1], input_ids.device)
+        outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True), finish_layers)
+        state = self._state(outputs, feature[:, -1], device)
         if revisions[0] is not None:
-            state.overwrite(revisions[0].rows, revisions[0].state, revisions[0].keep)
+            state.overwrite(revisions[0])
         return state
 
     @property
@@ -272,11 +282,11 @@ class Engine:
             if transform is None:
                 features.append(feature)
                 return None
-            if not features:  # else it is that of a look-ahead inside this forward
-                features.append(feature)
-                features[0] = transform(feature)
-                return features[0]
-            return None
+            if features:  # this one is that of a look-ahead inside the forward
+                return None
+            features.append(feature)
+            features[0] = transform(feature)
+            return features[0]
 
         with intercept_feature(self.model, intercept):
             outputs = run()

@@ -99,11 +99,14 @@ def test_a_forward_that_the_user_compiled(evaluation):
 @pytest.mark.usefixtures("compile_config")
 def test_abstention_keeps_a_whole_graph_whole():
     model = build("llama")
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     config = AbstentionConfig(value_head=random_head(model, "desirable"), threshold=0.01)
     steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    out = model.generate(**prompts(2), max_new_tokens=6, return_dict_in_generate=True, **steer)
+    arguments = {**prompts(2), "max_new_tokens": 6, "return_dict_in_generate": True, **steer}
+    expected = model.generate(**arguments)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    out = model.generate(**arguments)
     assert out.values.isfinite().any()
+    torch.testing.assert_close(out.values, expected.values, equal_nan=True)
 
 
 @pytest.mark.usefixtures("compile_config")
