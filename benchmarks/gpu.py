@@ -22,6 +22,7 @@ from benchmarks.environment import describe, save
 from benchmarks.shapes import MODELS
 from benchmarks.timing import make_head
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer.hosts.transformers import CACHE
 
 
 STEERING: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ class Clock(StoppingCriteria):
 
 def step_seconds(model: PreTrainedModel, inputs: dict[str, Any], cache: str, new_tokens: int, **extra: Any) -> float:
     clock = Clock()
-    choice = {"past_key_values": BlockCache(model.config)} if cache == "block" else {"cache_implementation": cache}
+    choice = {CACHE: BlockCache(model.config)} if cache == "block" else {"cache_implementation": cache}
     model.generate(
         **inputs, **choice, **extra, do_sample=True, top_k=0, max_new_tokens=new_tokens, eos_token_id=None,
         stopping_criteria=[clock],

@@ -42,8 +42,8 @@ def trajectories(run: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     collection, head = Collection(run / "collection"), ValueHead.from_pretrained(run / "head")
     safe = Labels(collection, head.config.training["judge"]).responses() <= 0.5
     rows = (safe & collection.rows.natural).nonzero().flatten().tolist()
-    worst = [head(collection.read("features", row)).values.max().item() for row in rows]
-    prompts = [head(collection.prompt_feature(row)).values.item() for row in rows]
+    worst = [head(collection.read("features", row)).value.max().item() for row in rows]
+    prompts = [head(collection.prompt_feature(row)).value.item() for row in rows]
     return np.array(worst, np.float32), np.array(prompts, np.float32), collection.rows.prompt[rows].numpy()
 
 

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StoppingCriteria
 from benchmarks.baselines import repeated_cache
 from hf_value_steer import BlockCache, ValueFilterConfig, ValueHead, ValueHeadConfig, value_steer_generate
 from hf_value_steer.backbone import feature_width
+from hf_value_steer.hosts.transformers import CACHE
 from hf_value_steer.modeling import ValueHeadOutput
 
 
@@ -34,8 +35,8 @@ class RejectingHead(ValueHead):
 
     def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
         output = super().forward(hidden_states, labels)
-        rejected = self._rejected(output.values) if hidden_states.dim() == 2 else torch.zeros_like(output.values)
-        output.values = torch.where(rejected > 0, 0.9, 0.1)
+        rejected = self._rejected(output.value) if hidden_states.dim() == 2 else torch.zeros_like(output.value)
+        output.value = torch.where(rejected > 0, 0.9, 0.1)
         return output
 
     def _rejected(self, values: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ class Prompt:
         self.input_ids = torch.randint(vocabulary // 2, (batch, length), generator=generator).to(model.device)
         self.config, self.cache = model.config, DynamicCache(config=model.config)
         with torch.no_grad():
-            model(self.input_ids[:, :-1], past_key_values=self.cache, logits_to_keep=1)
+            model(self.input_ids[:, :-1], logits_to_keep=1, **{CACHE: self.cache})
 
     def inputs(self, kind: str) -> dict[str, Any]:
         """Arguments of `generate`, with a cache of its own."""
@@ -99,7 +100,7 @@ class Prompt:
         return {
             "input_ids": self.input_ids,
             "attention_mask": torch.ones_like(self.input_ids),
-            "past_key_values": cache,
+            CACHE: cache,
         }
 
 
@@ -152,7 +153,7 @@ def compare(model: PreTrainedModel, case: Case, pairs: int, prompt: Prompt | Non
         if case.against == "plain":
             model.generate(**inputs, **arguments, max_new_tokens=new_tokens, stopping_criteria=[turns])
             return
-        cache, sizes = inputs["past_key_values"], (new_tokens, case.count)
+        cache, sizes = inputs[CACHE], (new_tokens, case.count)
         repeated_cache.generate(model, head, prompt.input_ids, cache, *sizes, turns.hand_over)
 
     def steered(inputs: dict[str, Any], new_tokens: int, turns: Turns) -> None:

@@ -99,7 +99,7 @@ def figures(results: Results, tokenizer: PreTrainedTokenizerBase) -> dict[str, s
     for name, judge in JUDGES.items():
         base, steered = (int((judge(side) > 0.5).sum()) for side in texts)
         summary[f"toxic texts ({name})"] = f"{base} → {steered} of {len(results.prompts)}"
-    steps = {side: int((~output.values.isnan()).sum()) for side, output in outputs.items()}
+    steps = {side: int((~output.token_values.isnan()).sum()) for side, output in outputs.items()}
     speeds = [f"{steps[side] / results.seconds[side]:.0f}" for side in outputs]
     return summary | {
         "steps intervened": f"{int(results.steered.interventions.sum()) / steps['steered']:.1%}",

@@ -1,5 +1,11 @@
 """Inference-time value steering for language models, native to Hugging Face `transformers`."""
 
+# ruff: noqa: E402
+from hf_value_steer.hosts.versions import refuse_other_transformers
+
+
+refuse_other_transformers()
+
 from hf_value_steer.activation.configuration import ActivationConfig
 from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.configuration import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHeadConfig

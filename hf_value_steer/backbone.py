@@ -1,14 +1,13 @@
 """The one place that knows how to read a backbone: the feature, its width, and which backbone it is."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 
 SAMPLES_PER_PARAMETER = 16
@@ -25,27 +24,6 @@ def output_embedding(model: PreTrainedModel) -> nn.Module:
 def feature_width(model: PreTrainedModel) -> int:
     """Width of the feature. It differs from `hidden_size` in models that project before the output embedding."""
     return int(output_embedding(model).in_features)  # type: ignore[arg-type]
-
-
-@contextmanager
-def intercept_feature(model: PreTrainedModel, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `function` with every tensor that the output embedding is about to consume, inside the `with` block.
-
-    Args:
-        model: the backbone.
-        function: receives the feature, `(rows, positions, width)` in the model's dtype. What it returns, if not
-            `None`, is consumed instead: a look-ahead hands over the chosen candidate alone, so that logits are
-            computed by the model itself (scaling and soft-capping included) for one position instead of K.
-    """
-
-    def hook(_module: nn.Module, args: tuple[Tensor]) -> Tensor | None:
-        return function(args[0])
-
-    handle = output_embedding(model).register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -100,6 +78,20 @@ def refuse_other_backbone(name: str, made_for: OfBackbone, model: PreTrainedMode
             f"this model ({model.name_or_path!r}) has {found}: it would mean nothing here. Load the matching one or "
             "backbone, or pass `allow_backbone_mismatch=True` if you know that they fit."
         )
+
+
+def underlying(model: nn.Module) -> PreTrainedModel:
+    """The model of `transformers` that is called in the end, inside what is wrapped around it (PEFT, `torch.compile`).
+
+    A model of `transformers` is returned as it is.
+
+    Raises:
+        TypeError: if there is none inside that can generate.
+    """
+    for inside in model.modules():
+        if isinstance(inside, PreTrainedModel) and isinstance(inside, GenerationMixin):
+            return inside
+    raise TypeError(f"`model` has to be a transformers model that can generate, got {type(model).__name__}.")
 
 
 def layers_path(model: PreTrainedModel) -> str:

@@ -9,10 +9,11 @@ from importlib.metadata import version
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_value_steer.calibration.filtering import check_probability
 from hf_value_steer.policy import Fallback, Polarity
+from hf_value_steer.schema import SCHEMA, VersionedConfig, check_schema
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
@@ -77,7 +78,7 @@ INHERITED_KEYS = frozenset(
 
 
 @strict
-class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
+class ValueHeadConfig(VersionedConfig):
     r"""What a value head is, and which backbone and feature it belongs to.
 
     Unknown keys are refused. The *feature* is the tensor that the backbone's output embedding consumes: final layer,
@@ -107,10 +108,12 @@ class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
             attribute can make up for another. Other thresholds than one half move those of all attributes by the same
             odds.
         library_version (`str`): version of this library that made the head.
+        schema_version (`int`): what the fields of this config mean, see [`hf_value_steer.schema`].
         training (`dict`, *optional*): how the head was trained; free form, JSON.
     """
 
-    model_type: ClassVar[str] = "value_head"
+    model_type: ClassVar[str] = "hvs_value_head"
+    old_model_type: ClassVar[str] = "value_head"
     has_no_defaults_at_init: ClassVar[bool] = True
 
     hidden_size: int
@@ -128,6 +131,7 @@ class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
     attributes: list[dict[str, Any]] | None = None
     combine: Literal["worst", "sum"] = "worst"
     library_version: str | None = None
+    schema_version: int = SCHEMA
     training: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -148,6 +152,7 @@ class ValueHeadConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def validate_value_head(self) -> None:
         """Part of `@strict` validation."""
+        check_schema(self.schema_version)
         if self.hidden_size < 1:
             raise ValueError(f"`hidden_size` has to be a positive integer, got {self.hidden_size}.")
         check_threshold(self.threshold)

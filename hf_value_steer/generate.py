@@ -10,6 +10,9 @@ from hf_value_steer.configuration import ValueSteer
 from hf_value_steer.generation.decoding import value_steer_generate
 
 
+_BEFORE = "_generate_before_value_steer"  # in the `__dict__` of an enabled model: its own `generate`, if it had one
+
+
 def generate(
     model: PreTrainedModel,
     *args: Any,
@@ -34,7 +37,8 @@ def generate(
     """
     plain = type(model).generate
     if value_steer is None:
-        return plain(model, *args, streamer=streamer, **kwargs)
+        own = vars(model).get(_BEFORE) or types.MethodType(plain, model)
+        return own(*args, **kwargs) if streamer is None else own(*args, streamer=streamer, **kwargs)
     if kwargs.get("custom_generate") is not None:
         return plain(model, *args, streamer=streamer, value_steer=value_steer, **kwargs)
     kwargs = _with_stop_strings(model, kwargs)
@@ -65,14 +69,23 @@ def enable_value_steer(model: PreTrainedModel) -> PreTrainedModel:
     enable_value_steer(model)
     out = model.generate(**inputs, value_steer=cfg, do_sample=True)
     ```
+
+    An instance that has a `generate` of its own (a Hub repository or another library put it there) uses that one for
+    calls without `value_steer`, as before; with it, that of `transformers`.
     """
     if not isinstance(model, GenerationMixin):
         raise TypeError(f"`model` has to be a transformers model that can generate, got {type(model).__name__}.")
+    vars(model).setdefault(_BEFORE, vars(model).get("generate"))
     model.generate = types.MethodType(generate, model)
     return model
 
 
 def disable_value_steer(model: PreTrainedModel) -> PreTrainedModel:
     """Take `value_steer=` off again: the instance is as it was before `enable_value_steer`."""
-    vars(model).pop("generate", None)
+    if _BEFORE in vars(model):
+        before = vars(model).pop(_BEFORE)
+        if before is None:
+            del model.generate
+        else:
+            model.generate = before
     return model

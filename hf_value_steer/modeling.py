@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.utils import ModelOutput
 from transformers.utils.hub import cached_file
 
@@ -21,6 +21,7 @@ from hf_value_steer.backbone import fingerprint
 from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
 from hf_value_steer.configuration import ValueHeadConfig
 from hf_value_steer.policy import Polarity, acceptable
+from hf_value_steer.schema import register
 
 
 # The feature contract of value-steer 0.2.0, as its sidecar spells it.
@@ -37,12 +38,12 @@ class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*): binary cross-entropy, when `labels` were given.
         logits (`torch.FloatTensor` of shape `(...)`): one logit for each feature.
-        values (`torch.FloatTensor` of shape `(...)`): `sigmoid(logits)` in (0, 1), NaN where a logit is not finite.
+        value (`torch.FloatTensor` of shape `(...)`): `sigmoid(logits)` in (0, 1), NaN where a logit is not finite.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    values: Tensor | None = None
+    value: Tensor | None = None
 
 
 class ValueHead(Artefact):
@@ -50,7 +51,7 @@ class ValueHead(Artefact):
 
     ```python
     head = ValueHead.from_pretrained("org/head")
-    values = head(hidden_states).values  # (batch, tokens, hidden_size) -> (batch, tokens)
+    values = head(hidden_states).value  # (batch, tokens, hidden_size) -> (batch, tokens)
     ```
 
     A head of several attributes (`attributes` in its config) answers with one value for all of them, so whatever takes
@@ -94,7 +95,7 @@ class ValueHead(Artefact):
         if labels is not None:
             loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float())
         logits = logits.squeeze(-1) if self.config.attributes is None else self._combined(logits)
-        return ValueHeadOutput(loss=loss, logits=logits, values=_values(logits))
+        return ValueHeadOutput(loss=loss, logits=logits, value=_values(logits))
 
     def attribute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits of each attribute, `(..., A)`; A is 1 where the config names no `attributes`.
@@ -234,5 +235,5 @@ def _margins(logits: Tensor, values: Tensor, attribute: Mapping[str, Any]) -> Te
     return torch.where(passed, beyond.clamp(max=-_LEAST_MARGIN), beyond.clamp(min=_LEAST_MARGIN))
 
 
-AutoConfig.register(ValueHeadConfig.model_type, ValueHeadConfig)
+register(ValueHeadConfig)
 AutoModel.register(ValueHeadConfig, ValueHead)

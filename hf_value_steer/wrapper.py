@@ -16,47 +16,55 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_value_steer.backbone import intercept_feature
 from hf_value_steer.configuration import ValueSteer, parse_value_steer
 from hf_value_steer.generate import generate
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.hub import push
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.points import feature_point
+from hf_value_steer.schema import SCHEMA, VersionedConfig, check_schema, register
 
 
 _HEAD_FOLDER, _BACKBONE_FOLDER = "value_head", "backbone"
 
 
 @strict
-class ValueSteerConfig(PreTrainedConfig):  # type: ignore[misc]
+class ValueSteerConfig(VersionedConfig):
     """Where the backbone is, and how its text is steered.
 
     Args:
         backbone (`str`, *optional*): Hub id or folder of the backbone; `None` if it lies in the same repository.
         backbone_revision (`str`, *optional*): its revision.
         value_steer (`list` of `dict`): the JSON form of the runtime configurations, without their head.
+        schema_version (`int`): what the fields of this config mean, see [`hf_value_steer.schema`].
     """
 
-    model_type: ClassVar[str] = "value_steer"
+    model_type: ClassVar[str] = "hvs_value_steer"
+    old_model_type: ClassVar[str] = "value_steer"
 
     backbone: str | None = None
     backbone_revision: str | None = None
     value_steer: list[dict[str, Any]] | None = None
+    schema_version: int = SCHEMA
+
+    def validate_value_steer(self) -> None:
+        """Part of `@strict` validation."""
+        check_schema(self.schema_version)
 
 
 @dataclass
 class ValueSteerCausalLMOutput(CausalLMOutputWithPast):  # type: ignore[misc]
-    """[`~transformers.modeling_outputs.CausalLMOutputWithPast`] and `values`.
+    """[`~transformers.modeling_outputs.CausalLMOutputWithPast`] and `token_values`.
 
     Args:
-        values (`torch.FloatTensor` of shape `(batch, positions)`): value of each position that has logits.
+        token_values (`torch.FloatTensor` of shape `(batch, positions)`): value of each position that has logits.
     """
 
-    values: Tensor | None = None
+    token_values: Tensor | None = None
 
 
 class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    r"""A frozen backbone and a value head: `generate` is steered, `forward` also returns `values`.
+    r"""A frozen backbone and a value head: `generate` is steered, `forward` also returns `token_values`.
 
     ```python
     model = ValueSteerForCausalLM.from_pretrained("org/backbone", value_head="org/head")
@@ -100,9 +108,9 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def forward(self, *args: Any, **kwargs: Any) -> ValueSteerCausalLMOutput:
         """The backbone's forward, and the values of the positions that it computed logits for."""
         values: list[Tensor] = []
-        with intercept_feature(self.backbone, lambda feature: values.append(self.value_head(feature).values)):
+        with feature_point(self.backbone).watched(lambda feature: values.append(self.value_head(feature).value)):
             outputs = self.backbone(*args, **{**kwargs, "return_dict": True})
-        return ValueSteerCausalLMOutput(**outputs, values=values[-1])
+        return ValueSteerCausalLMOutput(**outputs, token_values=values[-1])
 
     def generate(self, *args: Any, value_steer: ValueSteer | None = None, **kwargs: Any) -> Any:
         """The backbone's `generate`, steered; configs without a head use this model's.
@@ -181,5 +189,5 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         return push(lambda folder: self.save_pretrained(folder, save_backbone=save_backbone), repo_id, **kwargs)
 
 
-AutoConfig.register(ValueSteerConfig.model_type, ValueSteerConfig)
+register(ValueSteerConfig)
 AutoModelForCausalLM.register(ValueSteerConfig, ValueSteerForCausalLM)

@@ -1,6 +1,6 @@
 """Make the golden files of `tests/artifact/test_imported_vectors.py` with the real packages.
 
-    pip install --no-deps steering-vectors repeng && python -m tests.golden_vectors
+    python -m tests.golden_vectors
 
 Vectors of both libraries on one tiny model, and the logits that each of them gets there.
 """

@@ -20,6 +20,7 @@ from transformers import set_seed
 
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
 from hf_value_steer.generation.kernels import KERNELS
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import accepting_head, prompts, random_head
 from tests.oracle import Oracle
 from tests.tiny_models import CACHE_DISAGREES, MODEL_TYPES, UNBUILDABLE, build_tiny
@@ -62,7 +63,7 @@ def steered(model, inputs, cache, head, threshold, **options):
 
 def named_cache(model, name):
     if name == "block":
-        return {"past_key_values": BlockCache(model.config)}
+        return {CACHE: BlockCache(model.config)}
     return {"cache_implementation": name}
 
 
@@ -96,7 +97,7 @@ def check(model, inputs, cache, kernel, evaluation, expected):
     if not torch.equal(out.sequences, sequences):
         return "oracle: other tokens"
     for row, wanted in enumerate(values):
-        if not torch.allclose(out.values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
+        if not torch.allclose(out.token_values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
             return "oracle: other values"
     same = steered(model, inputs, cache, accepting_head(model), 0.9, **options)
     base = plain(model, inputs, cache, output_logits=True)

@@ -139,7 +139,10 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "ministral": _FULL_THEN_SLIDING,
     "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
-    "moshi": {"sliding_window": 128},  # only its cache knows the window, its masks do not: a shorter one disagrees
+    "moshi": {
+        "audio_vocab_size": 101,
+        "sliding_window": 128,
+    },  # only its cache knows the window, its masks do not: a shorter one disagrees
     "qwen4_exp_text": {
         "indexer_n_heads": 16,
         "indexer_kv_heads": 1,

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
+from hf_value_steer.hosts.transformers import CACHE
+
 
 @torch.no_grad()
 def generate(
@@ -23,12 +25,12 @@ def generate(
     Takes the first of `count` candidates whose value lies below the head's threshold, else the one with the lowest.
     Calls `hand_over` after every token.
     """
-    logits = model(input_ids[:, -1:], past_key_values=cache).logits[:, -1]
+    logits = model(input_ids[:, -1:], **{CACHE: cache}).logits[:, -1]
     for _ in range(new_tokens):
         candidates = torch.multinomial(logits.float().softmax(-1), count, replacement=True)[0]
         cache.batch_repeat_interleave(count)
-        output = model(candidates[:, None], past_key_values=cache, output_hidden_states=True)
-        values = head(output.hidden_states[-1][:, -1]).values
+        output = model(candidates[:, None], output_hidden_states=True, **{CACHE: cache})
+        values = head(output.hidden_states[-1][:, -1]).value
         acceptable = values < head.config.threshold
         chosen = torch.where(acceptable.any(), acceptable.int().argmax(), values.argmin()).view(1)
         cache.batch_select_indices(chosen)

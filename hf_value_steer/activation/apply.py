@@ -1,20 +1,18 @@
-"""Adding vectors to the residual stream of a live model, and taking them off again without a trace.
+"""Adding vectors to the residual stream of a live model, and taking them off again without a trace."""
 
-A layer is steered by giving it a subclass of its own class for a while, not by a forward hook: `torch.compile` guards
-the classes of modules but not their hooks, so a graph that was compiled before would run on unsteered.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import residual
-from hf_value_steer.backbone import decoder_layers
+from hf_value_steer.backbone import num_layers, underlying
+from hf_value_steer.hosts.transformers import cache_of, holds_text
+from hf_value_steer.points import Here, layer_point, on_call
 
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 Mode: TypeAlias = Literal["broadcast", "last_token"]
 Tokens: TypeAlias = Literal["all", "prompt", "generated"]
-_INJECTION = "_value_steer_injection"
 
 
 class Steering:
@@ -33,6 +30,8 @@ class Steering:
         multiplier (`float` or sequence of `float`): one for all rows, or one for each.
         mode, tokens: as in [`steered`].
         device: where the weights of rows and positions are kept.
+        here ([`Here`], *optional*): the block in which the model is steered; `None` where it is steered everywhere,
+            because it is the shadow of one call.
 
     Attributes:
         weight (`torch.FloatTensor` of shape `(rows or 1, positions or 1, 1)`, *optional*): what the vectors are
@@ -40,10 +39,21 @@ class Steering:
         copies (`int`): how many rows the forward has for each row of `weight`.
         gate (`torch.BoolTensor` of shape `(rows,)`, *optional*): the rows that are steered now.
         told (`bool`): whether the caller says what each forward reads, and nothing has to be found out.
+        used, elsewhere (`bool`): whether a forward was steered, and whether one of another thread was not.
     """
 
-    def __init__(self, multiplier: float | Sequence[float], mode: Mode, tokens: Tokens, device: torch.device):
-        self.mode, self.tokens, self.copies, self.told = mode, tokens, 1, False
+    def __init__(
+        self,
+        multiplier: float | Sequence[float],
+        mode: Mode,
+        tokens: Tokens,
+        device: torch.device,
+        here: Here | None = None,
+    ):
+        self.mode, self.tokens, self.here, self.copies, self.told = mode, tokens, here, 1, False
+        self.used = self.elsewhere = False
+        self.number = torch.tensor(id(self))
+        _steerings[id(self)] = self
         self.gate: Tensor | None = None
         one = isinstance(multiplier, int | float)
         self.common: float = multiplier if one else 1.0  # type: ignore[assignment]
@@ -86,20 +96,58 @@ class Steering:
                 where = where * chosen[:, None, None]
         return where
 
+    def refuse_unused(self) -> None:
+        """Raise a `RuntimeError` if the model was used in other threads only, where it was not steered.
+
+        Such a thread may have been started in the block, to be steered.
+        """
+        if self.elsewhere and not self.used:
+            raise RuntimeError(
+                "The model was used inside this `with` block by another thread only, and what that wrote is not "
+                "steered: vectors are applied to the thread that is in the block. Run the thread's function by "
+                "`contextvars.copy_context().run(...)`, or pass `generate(..., value_steer=ActivationConfig(...))`."
+            )
+
+    def asked_here(self) -> bool:
+        """Whether the thread or task that asks is to be steered."""
+        steered = self.here is None or self.here()
+        self.used, self.elsewhere = self.used or steered, self.elsewhere or not steered
+        return steered
+
+
+# By `id`, for compiled graphs, which hold numbers and no objects.
+_steerings: WeakValueDictionary[int, Steering] = WeakValueDictionary()
+
+
+@torch.library.custom_op("hf_value_steer::offset_here", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _offset_here(offset: Tensor, number: Tensor) -> Tensor:
+    """`offset` where the steering of that number steers the thread that runs the graph, else zeros."""
+    return offset.clone() if _steerings[int(number)].asked_here() else torch.zeros_like(offset)
+
+
+@_offset_here.register_fake
+def _(offset: Tensor, _number: Tensor) -> Tensor:
+    return torch.empty_like(offset)
+
 
 class _Injection:
-    """What one layer adds."""
+    """What one layer adds to its output: a watcher of its point."""
 
     def __init__(self, steering: Steering, vector: Tensor):
         self.steering, self.vector, self.width = steering, steering.common * vector, len(vector)
         self.added: Tensor | None = None
 
-    def __call__(self, output: Any) -> Any:
-        if self.steering.positional and not self.steering.told and torch.compiler.is_compiling():
+    def __call__(self, state: Tensor) -> Tensor | None:
+        steering, compiling = self.steering, torch.compiler.is_compiling()
+        if compiling and steering.positional and not steering.told:
             raise RuntimeError('Compiled models are steered with mode="broadcast" and tokens="all" only.')
-        hidden = residual(output, self.width)
-        changed = hidden + self._offset(hidden)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        if not compiling and not steering.asked_here():
+            return None
+        hidden = residual(state, self.width)
+        offset = self._offset(hidden)
+        if compiling and steering.here is not None:
+            offset = _offset_here(offset, steering.number)
+        return hidden + offset
 
     def _offset(self, hidden: Tensor) -> Tensor:
         weight, rows, positions = self.steering.weight, hidden.shape[0], hidden.shape[1]
@@ -120,31 +168,13 @@ class _Injection:
         return (weight.to(hidden.device) * self.vector).to(hidden.dtype)
 
 
-@cache
-def _steered_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """`kind`, whose instances add their injection to what they hand on."""
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return vars(self)[_INJECTION](kind.forward(self, *args, **kwargs))
-
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
-def _inject(layer: nn.Module, injection: _Injection, undo: ExitStack) -> None:
-    own = vars(layer).get("forward")
-    if own is not None:  # `accelerate` has put a forward on the instance, which the class's would not reach
-        undo.callback(vars(layer).__setitem__, "forward", own)
-        vars(layer)["forward"] = lambda *args, **kwargs: injection(own(*args, **kwargs))
-    else:
-        undo.callback(setattr, layer, "__class__", type(layer))
-        layer.__class__ = _steered_class(type(layer))  # type: ignore[arg-type]
-    undo.callback(vars(layer).pop, _INJECTION)
-    vars(layer)[_INJECTION] = injection
-
-
 def is_steered(model: PreTrainedModel) -> bool:
-    """Whether vectors are applied to `model` now."""
-    return any(_INJECTION in vars(layer) for layer in decoder_layers(model))
+    """Whether vectors are applied to `model` now, here."""
+    return any(
+        isinstance(watcher, _Injection) and (watcher.steering.here is None or watcher.steering.here())
+        for layer in range(num_layers(model))
+        for watcher in layer_point(model, layer).watchers
+    )
 
 
 @contextmanager
@@ -158,11 +188,12 @@ def steered(
 ) -> Iterator[Steering]:
     """Steer `model` inside a `with` block. Afterwards, also after an exception, it is what it was.
 
-    Works with whatever calls the model: `generate` in all its modes, pipelines, training loops. `torch.compile` and
-    static caches need `mode="broadcast"` and `tokens="all"`.
+    Works with whatever calls the model in this thread: `generate` in all its modes, pipelines, training loops. Other
+    threads get what they would get without it. `torch.compile` and static caches need `mode="broadcast"` and
+    `tokens="all"`.
 
     Args:
-        model: the backbone; float or quantised, on one device or several.
+        model: the backbone; float or quantised, on one device or several; also inside PEFT or `torch.compile`.
         vectors: of this model.
         multiplier (`float` or sequence of `float`): how much; one for each row of the batch that the model reads
             (after `num_return_sequences` and beams), or one for all. Negative numbers steer the other way.
@@ -173,18 +204,36 @@ def steered(
 
     Raises:
         ValueError: before anything is changed: for vectors that do not fit, and for a model that is steered already.
+            In a forward of which it cannot be told whether it reads prompt or generated tokens, where that matters.
+        RuntimeError: in the end, if only other threads used the model.
     """
+    with Here() as here, injected(model, vectors, multiplier, mode, tokens, allow_backbone_mismatch, here) as steering:
+        yield steering
+    steering.refuse_unused()
+
+
+@contextmanager
+def injected(
+    model: PreTrainedModel,
+    vectors: "SteeringVectors",
+    multiplier: float | Sequence[float],
+    mode: Mode,
+    tokens: Tokens,
+    allow_backbone_mismatch: bool = False,
+    here: Here | None = None,
+) -> Iterator[Steering]:
+    """[`steered`] in the context of `here` alone or, if it is `None`, everywhere: for the shadow of one call."""
+    model = underlying(model)
     check_choices(multiplier, mode, tokens)
     vectors.check_fit(model, allow_backbone_mismatch)
     if is_steered(model):
         raise ValueError("This model is steered by vectors already: leave that `with` block first.")
-    steering = Steering(multiplier, mode, tokens, model.device)
-    layers = decoder_layers(model)
+    steering = Steering(multiplier, mode, tokens, model.device, here)
     with ExitStack() as undo:
-        for index, vector in zip(vectors.layers, vectors.strengths[:, None] * vectors.directions, strict=True):
-            _inject(layers[index], _Injection(steering, vector), undo)
+        for layer, vector in zip(vectors.layers, vectors.strengths[:, None] * vectors.directions, strict=True):
+            undo.callback(layer_point(model, layer).attach(_Injection(steering, vector)))
         if steering.positional:
-            undo.callback(model.register_forward_pre_hook(partial(_watch, steering), with_kwargs=True).remove)
+            undo.callback(on_call(model, _reader(steering, model)))
         yield steering
 
 
@@ -198,20 +247,31 @@ def check_choices(multiplier: float | Sequence[float], mode: str, tokens: str) -
             raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {choice!r}.")
 
 
-def _watch(steering: Steering, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Find out from the arguments of a forward what it reads, unless the decoding engine has said so."""
-    if steering.told:
-        return
-    ids = args[0] if args else kwargs.get("input_ids")
-    length = (kwargs["inputs_embeds"] if ids is None else ids).shape[1]
-    past = kwargs.get("past_key_values", kwargs.get("cache_params"))
-    if past is None or past.get_seq_length() == 0:
-        mask = kwargs.get("attention_mask")
-        steering.read_prompt(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, length)
-    elif length == 1:
-        steering.read_generated()
-    else:
-        raise ValueError(
-            f"This forward reads {length} tokens after others in a cache: whether they are prompt or generated cannot "
-            'be told. Steer it with mode="broadcast" and tokens="all".'
-        )
+def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[dict[str, Any]], None]:
+    """What finds out from the arguments of a forward what it reads, unless the decoding engine has said so."""
+    use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+
+    def read(arguments: dict[str, Any]) -> None:
+        elsewhere = not torch.compiler.is_compiling() and steering.here is not None and not steering.here()
+        if steering.told or elsewhere:
+            return
+        ids = arguments.get("input_ids")
+        length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
+        cache = cache_of(arguments)
+        if cache is None and (length == 1 or not arguments.get("use_cache", use_cache)):
+            raise ValueError(
+                "This forward has no cache, so which of its tokens are prompt and which are generated cannot be told: "
+                'generate with `use_cache=True`, or steer with mode="broadcast" and tokens="all".'
+            )
+        if cache is None or not holds_text(cache):
+            mask = arguments.get("attention_mask")
+            steering.read_prompt(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, length)
+        elif length == 1:
+            steering.read_generated()
+        else:
+            raise ValueError(
+                f"This forward reads {length} tokens after others in a cache: whether they are prompt or generated "
+                'cannot be told. Steer it with mode="broadcast" and tokens="all".'
+            )
+
+    return read

@@ -21,6 +21,7 @@ from hf_value_steer.activation.exports import Export, plan_export
 from hf_value_steer.activation.residual import pad_right, residual_width
 from hf_value_steer.backbone import layers_path
 from hf_value_steer.files import write_json
+from hf_value_steer.hosts.transformers import attention_of
 
 
 if TYPE_CHECKING:
@@ -309,7 +310,7 @@ def _compare(
     """
     trust = export.kind == "custom code"
     loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=model.dtype, trust_remote_code=trust, attn_implementation=model.config._attn_implementation
+        folder, dtype=model.dtype, trust_remote_code=trust, attn_implementation=attention_of(model.config)
     )
     found = _logits(loaded.to(model.device).eval(), sequences)
     plain = _logits(model, sequences)

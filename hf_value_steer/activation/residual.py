@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import decoder_layers
+from hf_value_steer.points import layer_point
 
 
 def residual_width(model: PreTrainedModel) -> int:
@@ -31,17 +31,16 @@ def layer_range(depth: int, start: float = 0.4, stop: float = 0.9) -> tuple[int,
     return tuple(range(first, max(round(stop * depth), first + 1)))
 
 
-def residual(output: Any, width: int) -> Tensor:
-    """The residual in the output of a decoder layer, `(rows, positions, width)`.
+def residual(state: Any, width: int) -> Tensor:
+    """What a decoder layer hands on, if it is a residual `(rows, positions, width)`.
 
     Raises:
-        ValueError: if there is none of this width: a model whose stream has another form is not steered.
+        ValueError: if it is not: a model whose stream has another form is not steered.
     """
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[-1] != width:
-        found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    if not isinstance(state, Tensor) or state.dim() != 3 or state.shape[-1] != width:
+        found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise ValueError(f"A decoder layer should hand on a residual (rows, positions, {width}), it gave {found}.")
-    return hidden
+    return state
 
 
 def pad_right(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -67,19 +66,18 @@ def read_residuals(
         enabled; the feature `(rows, positions, feature width)`; and the mask `(rows, positions)`: 1 for text, 0 for
         the padding on its right.
     """
-    width, stack = residual_width(model), decoder_layers(model)
+    width = residual_width(model)
     for first in range(0, len(sequences), batch_size):
         ids, mask = pad_right(sequences[first : first + batch_size], model.device)
         found: dict[int, Tensor] = {}
 
-        def keep(index: int, into: dict[int, Tensor], _module: nn.Module, _args: Any, output: Any) -> None:
-            into[index] = residual(output, width)
+        def keep(index: int, into: dict[int, Tensor], state: Tensor) -> None:
+            into[index] = residual(state, width)
             if torch.is_grad_enabled() and not into[index].requires_grad:  # all weights below are frozen
                 into[index].requires_grad_()
 
-        with ExitStack() as hooks:
+        with ExitStack() as points:
             for index in layers:
-                handle = stack[index].register_forward_hook(partial(keep, index, found))
-                hooks.callback(handle.remove)
+                points.enter_context(layer_point(model, index).watched(partial(keep, index, found)))
             outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         yield found, outputs.last_hidden_state, mask

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +18,7 @@ from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
 from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh
 from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
+from hf_value_steer.hosts.transformers import CACHE, differences_of_transformers, size_of_tables
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import acceptable
 
@@ -58,6 +60,13 @@ def diagnose(model: PreTrainedModel, head: ValueHead | str | None = None, num_ca
     context = Context(model, head, num_candidates)
     with torch.no_grad():
         return [_attempt(check, context) for check in CHECKS]
+
+
+def check_host(_context: Context) -> Check:
+    """Every internal name of transformers that steering uses is there."""
+    if found := differences_of_transformers():
+        return Check("host", "FAIL", f"transformers {transformers.__version__} differs: {', '.join(found)}")
+    return Check("host", "ok", f"transformers {transformers.__version__}; {size_of_tables()}")
 
 
 def check_feature(context: Context) -> Check:
@@ -126,7 +135,7 @@ def check_cache(context: Context) -> Check:
         )
         out = context.steer(input_ids, config)
         numbers[f"interventions_{evaluation}"] = int(out.interventions.sum())
-        held = context.generate(out.sequences, 1, custom_generate=held_and_fresh(out.past_key_values))
+        held = context.generate(out.sequences, 1, custom_generate=held_and_fresh(out[CACHE]))
         numbers[f"difference_{evaluation}"] = _standardized(context, *held)
     interventions = min(numbers[f"interventions_{evaluation}"] for evaluation in EVALUATIONS)
     differences = [numbers[f"difference_{evaluation}"] for evaluation in EVALUATIONS]
@@ -190,6 +199,7 @@ def check_speed(context: Context) -> Check:
 
 
 CHECKS: tuple[Callable[[Context], Check], ...] = (
+    check_host,
     check_feature,
     check_head,
     check_kernel,
@@ -227,7 +237,7 @@ def _row_difference(together: Any, alone: Any, row: int) -> tuple[float, float]:
     tokens = [out.sequences[index, -steps:] for out, index in ((together, row), (alone, 0))]
     different = (tokens[0] != tokens[1]).nonzero().flatten().tolist()
     end = different[0] if different else steps
-    values = (together.values[row, :end] - alone.values[0, :end]).abs().tolist()
+    values = (together.token_values[row, :end] - alone.token_values[0, :end]).abs().tolist()
     if not different:
         return max(values), 0.0
     logits = alone.logits[end][0]

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_value_steer.backbone import feature_width, intercept_feature
+from hf_value_steer.backbone import feature_width
 from hf_value_steer.configuration import ValueFilterConfig, ValueHeadConfig
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.generation.scorer import load_head
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.points import feature_point
 
 
 PROMPT, NEW_TOKENS = 16, 12
@@ -61,13 +62,13 @@ class Context:
     def features(self, input_ids: Tensor) -> Tensor:
         """Features of a text in one forward, float32, `(rows, length, width)`."""
         seen: list[Tensor] = []
-        with intercept_feature(self.model, seen.append):
+        with feature_point(self.model).watched(seen.append):
             self.model(input_ids=input_ids, use_cache=False)
         return seen[-1].float()
 
     def values(self, features: Tensor) -> Tensor:
         """The head's values of features `(..., width)`."""
-        return self.head.to(features.device)(features).values  # type: ignore[no-any-return]
+        return self.head.to(features.device)(features).value  # type: ignore[no-any-return]
 
     def generate(self, input_ids: Tensor, new_tokens: int = NEW_TOKENS, **arguments: Any) -> Any:
         """Plain greedy `generate` of exactly `new_tokens` tokens, unless `arguments` say otherwise."""

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hf_value_steer.generation.cache import cache_name
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.validation import refuse_unsupported
+from hf_value_steer.hosts.transformers import cache_name
+from hf_value_steer.shadow import shadow
 
 
 def held_and_fresh(cache: Cache) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -24,6 +25,7 @@ def held_and_fresh(cache: Cache) -> Callable[..., tuple[Tensor, Tensor]]:
     def measure(
         model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        model = shadow(model)
         model_kwargs, kernel = _forward_arguments(kwargs), choose_kernel("auto", model)
         held = Engine(model, {**model_kwargs, cache_name(model_kwargs): cache}, kernel)
         length = input_ids.shape[1] - 1
@@ -43,6 +45,7 @@ def alone_and_among(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         model_kwargs = _forward_arguments(kwargs)
         refuse_unsupported(model, generation_config, model_kwargs)
+        model = shadow(model)
         engine = Engine(model, model_kwargs, choose_kernel("auto", model))
         state, alone, among = engine.prefill(input_ids, generation_config), [], []
         for _ in range(generation_config.max_new_tokens):

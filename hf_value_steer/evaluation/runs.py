@@ -143,7 +143,7 @@ class Runner:
             texts.interventions += [0] * len(new)
             return
         texts.interventions += output.interventions.sum(dim=1).tolist()
-        texts.values += [row[:count] for row, count in zip(output.values.tolist(), counts, strict=True)]
+        texts.values += [row[:count] for row, count in zip(output.token_values.tolist(), counts, strict=True)]
         texts.prompt_values += output.prompt_values.tolist()
 
 
@@ -201,7 +201,7 @@ def _placebo_threshold(runner: Runner, head: ValueHead, num_candidates: int, rat
         config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=candidates)
         return runner.generate(Setting("", "placebo", config), prompts, 1, runner.seed)[0]
 
-    values = generate(0.5, 1).values
+    values = generate(0.5, 1).token_values
     values = values[~values.isnan()]
     worst = undesirability(values, polarity).sort(descending=True).values
     ranks = [min(int(factor * rate * len(worst)), len(worst) - 1) for factor in (1, 1.5, 2, 3)]

@@ -51,7 +51,7 @@ def trace_tokens(
         row (`int`): which row of the batch.
         prompt_length (`int`): number of prompt tokens in `output.sequences`, padding included.
     """
-    assert output.values is not None and output.interventions is not None  # every steered generation has them
+    assert output.token_values is not None and output.interventions is not None  # every steered generation has them
     special, sequence = set(tokenizer.all_special_ids), output.sequences[row].tolist()
 
     def decode(ids: list[int]) -> str:
@@ -64,13 +64,13 @@ def trace_tokens(
         return decode([*sequence[:position], token])[len(decode(sequence[:position])) :]
 
     traces = []
-    for step in range(int((~output.values[row].isnan()).sum())):
+    for step in range(int((~output.token_values[row].isnan()).sum())):
         position, candidates = prompt_length + step, {}
         if output.candidates is not None and output.candidate_values is not None:
             ids, values = (each[row, step].tolist() for each in (output.candidates, output.candidate_values))
             pairs = zip(ids, values, strict=True)
             candidates = {token: (piece(token, position), value) for token, value in pairs if token >= 0}
-        value, intervened = output.values[row, step].item(), bool(output.interventions[row, step])
+        value, intervened = output.token_values[row, step].item(), bool(output.interventions[row, step])
         traces.append(TokenTrace(piece(sequence[position], position), value, intervened, tuple(candidates.values())))
     return traces
 

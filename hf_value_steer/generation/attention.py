@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.generation.lookahead import LookaheadCache
+from hf_value_steer.hosts.transformers import attention_of
 
 
 MASKABLE_ATTENTION = ("sdpa", "eager")
@@ -40,7 +41,7 @@ def _mask(model: PreTrainedModel, visible: Tensor, shape: tuple[int, int]) -> Te
     rows, count = shape
     own = torch.eye(count, dtype=torch.bool, device=visible.device).expand(rows, 1, count, count)
     mask = torch.cat([visible[:, None, None].expand(rows, 1, count, visible.shape[1]), own], dim=-1)
-    if model.config.get_text_config()._attn_implementation == "sdpa":
+    if attention_of(model.config.get_text_config()) == "sdpa":
         return mask
     return torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(
         ~mask, torch.finfo(model.dtype).min

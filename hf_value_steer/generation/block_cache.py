@@ -54,7 +54,7 @@ class BlockCache(DynamicCache):  # type: ignore[misc]
     prefix at every step. For plain and steered `generate`, most useful after long prompts.
 
     ```python
-    out = model.generate(**inputs, past_key_values=BlockCache(model.config))
+    out = model.generate(**inputs, cache=BlockCache(model.config))  # transformers < 5.24: `past_key_values=`
     ```
 
     Args:

@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from hf_value_steer.generation.block_cache import BlockLayer
+from hf_value_steer.hosts.transformers import DummyLayer
 
 
 SUPPORTED_LAYERS = (
@@ -39,6 +40,7 @@ SUPPORTED_LAYERS = (
     LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
+    *((DummyLayer,) if DummyLayer else ()),
 )
 # Convolution and recurrent states of one layer, by name and index within the layer.
 States = dict[tuple[str, int], Tensor]
@@ -60,11 +62,6 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     if kinds is None:
         return [window] * config.num_hidden_layers
     return [window if kind in ("sliding_attention", "hybrid_sliding") else None for kind in kinds]
-
-
-def cache_name(model_kwargs: dict[str, Any]) -> str:
-    """Under which name a model's forward takes its cache."""
-    return "cache_params" if "cache_params" in model_kwargs else "past_key_values"
 
 
 def make_room(cache: Cache, config: PreTrainedConfig) -> None:

@@ -35,9 +35,19 @@ def random_key(device: torch.device, seed: int | None) -> bytes:
     `torch.manual_seed` and from call to call, and the natural samples stay those of plain `generate`.
     """
     if seed is None:
-        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        state = _generator_state(device)
         return hashlib.blake2b(state.numpy().tobytes(), digest_size=16).digest()
     return hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    """State of the generator from which `generate` draws on this device."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    if device.type == "mps":  # there is one
+        return torch.mps.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
 def uniforms(key: bytes, rows: Sequence[int], step: int, count: int) -> Tensor:
@@ -58,8 +68,10 @@ def sampled_alternatives(scores: Tensor, uniform: Tensor) -> Tensor:
         scores (`torch.FloatTensor` of shape `(rows, vocab)`): processed scores.
         uniform (`torch.DoubleTensor` of shape `(rows, count)`): numbers in [0, 1).
     """
-    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, uniform.to(scores.device) * cumulative[:, -1:], right=True)
+    exact = scores.cpu() if scores.device.type == "mps" else scores  # which has no float64
+    cumulative = exact.double().softmax(dim=-1).cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
+    return tokens.to(scores.device)
 
 
 def likely_alternatives(scores: Tensor, natural: Tensor, count: int) -> Tensor:

@@ -1,105 +1,100 @@
 """What a `LogitsProcessor` cannot see: the last forward's feature, cache, mask and positions."""
 
+import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
-from transformers.utils import ModelOutput
 
-from hf_value_steer.backbone import output_embedding
 from hf_value_steer.generation.lookahead import LookaheadCache
+from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text
+from hf_value_steer.points import feature_point, on_call
 
 
-class DecodeTap:
-    """Hooks that remember the last ordinary forward of a model (no look-ahead), for as long as the tap lives.
+@dataclass
+class Decoded:
+    """The forward whose scores are being processed.
 
-    The hooks hold the tap weakly, so that an inline `logits_processor=[...]` leaves nothing behind on the model.
-
-    Attributes:
-        feature (`torch.FloatTensor` of shape `(rows, positions, width)`): what the output embedding consumed.
-        cache (`transformers.Cache`): the cache after the forward.
-        inputs (`dict`): the forward's keyword arguments.
+    Args:
+        feature (`torch.FloatTensor` of shape `(rows, width)`): of the last token.
+        cache: the cache after the forward.
+        arguments (`dict`): of the forward, by name.
         prefill (`bool`): whether the forward started a new text (its cache was empty).
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.watching = False
-        self.inputs: dict[str, Any] = {}
-        self.prefill = False
-        self.prompt_embeds = 0
-        self.feature: Tensor | None = None
-        self.cache: Cache | None = None
-        tap = weakref.proxy(self)
-
-        def before(_model: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tap._before(kwargs)
-
-        def at_head(_head: nn.Module, args: tuple[Tensor]) -> None:
-            tap._at_head(args[0])
-
-        def after(_model: nn.Module, _args: tuple[Any, ...], output: ModelOutput) -> None:
-            tap._after(output)
-
-        handles = (
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            output_embedding(model).register_forward_pre_hook(at_head),
-            model.register_forward_hook(after),
-        )
-        for handle in handles:
-            weakref.finalize(self, handle.remove)
-
-    def _before(self, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        self.watching = not isinstance(cache, LookaheadCache)
-        if not self.watching:
-            return
-        self.prefill = cache is None or cache.get_seq_length() == 0
-        self.inputs = kwargs
-
-    def _at_head(self, feature: Tensor) -> None:
-        if self.watching:
-            self.feature = feature
-
-    def _after(self, output: ModelOutput) -> None:
-        if self.watching:
-            self.cache = output.get("past_key_values")
-
-    def read(self, input_ids: Tensor) -> Tensor:
-        """The feature of the last token of `input_ids`, `(rows, width)`.
-
-        Raises:
-            RuntimeError: if the last forward is not the one whose scores are being processed (speculative decoding,
-                classifier-free guidance), or left no cache.
-        """
-        if self.feature is None or self.cache is None:
-            raise RuntimeError(
-                "No forward pass with a cache was seen before this logits processor was called: generate with the "
-                "model that the processor was made for, and with `use_cache=True`."
-            )
-        positions = self.feature.shape[1]
-        cached = self.cache.get_seq_length() - self._embedded(input_ids)
-        if len(self.feature) != len(input_ids) or cached != input_ids.shape[1] or (positions > 1 and not self.prefill):
-            raise RuntimeError(
-                f"The last forward pass left a cache of {cached} tokens for {len(self.feature)} rows, but the scores "
-                f"are for {tuple(input_ids.shape)} tokens: value steering cannot follow this decoding method."
-            )
-        return self.feature[:, -1]
-
-    def _embedded(self, input_ids: Tensor) -> int:
-        """Prompt length that was given as `inputs_embeds` and is not part of `input_ids`."""
-        if self.prefill:
-            embeds = self.inputs.get("inputs_embeds")
-            self.prompt_embeds = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
-        return self.prompt_embeds
+    feature: Tensor
+    cache: Cache
+    arguments: dict[str, Any]
+    prefill: bool
 
     def continuation_inputs(self) -> dict[str, Any]:
         """Mask and positions of the token that comes next, in the form in which `generate` keeps them."""
-        mask, positions = self.inputs.get("attention_mask"), self.inputs.get("position_ids")
+        mask, positions = self.arguments.get("attention_mask"), self.arguments.get("position_ids")
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         if positions is not None:
             positions = positions[:, -1:] + 1
-        kept = {key: value for key, value in self.inputs.items() if not isinstance(value, torch.Tensor)}
-        return {**kept, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache}
+        kept = {key: value for key, value in self.arguments.items() if not isinstance(value, torch.Tensor | Cache)}
+        return {**kept, "attention_mask": mask, "position_ids": positions, CACHE: self.cache}
+
+
+class _Seen(threading.local):
+    """What the forwards of one thread have left behind."""
+
+    watching = False
+    arguments: dict[str, Any] | None = None
+    feature: Tensor | None = None
+    prefill = False
+    prompt_embeds = 0  # prompt length that was given as `inputs_embeds` and is not part of `input_ids`
+
+
+class DecodeTap:
+    """Remembers the last ordinary forward of a model (no look-ahead) in each thread, until it is read.
+
+    The model's modules hold no reference to the tap, so that an inline `logits_processor=[...]` leaves nothing behind.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        seen = self._seen = _Seen()
+
+        def on_forward(arguments: dict[str, Any]) -> None:
+            cache = cache_of(arguments)
+            seen.watching = not isinstance(cache, LookaheadCache)
+            if seen.watching:
+                seen.arguments, seen.prefill = arguments, cache is not None and not holds_text(cache)
+
+        def on_feature(feature: Tensor) -> None:
+            if seen.watching:
+                seen.feature = feature
+
+        for remove in (on_call(model, on_forward), feature_point(model).attach(on_feature)):
+            weakref.finalize(self, remove)
+
+    def read(self, input_ids: Tensor) -> Decoded:
+        """The forward that made the scores of `input_ids` `(rows, length)`; it is forgotten here.
+
+        Raises:
+            RuntimeError: if the last forward of this thread is not that one (speculative decoding, classifier-free
+                guidance), or had no cache.
+        """
+        feature, arguments, prefill = self._seen.feature, self._seen.arguments, self._seen.prefill
+        self._seen.feature = self._seen.arguments = None
+        cache = None if arguments is None else cache_of(arguments)
+        if feature is None or arguments is None or cache is None:
+            raise RuntimeError(
+                "No forward pass with a cache was seen before this logits processor was called: generate with the "
+                "model that the processor was made for, and with `use_cache=True`."
+            )
+        if prefill:
+            embeds = arguments.get("inputs_embeds")
+            self._seen.prompt_embeds = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
+        cached = cache.get_seq_length() - self._seen.prompt_embeds
+        if len(feature) != len(input_ids) or cached != input_ids.shape[1] or (feature.shape[1] > 1 and not prefill):
+            raise RuntimeError(
+                f"The last forward pass left a cache of {cached} tokens for {len(feature)} rows, but the scores "
+                f"are for {tuple(input_ids.shape)} tokens: value steering cannot follow this decoding method."
+            )
+        return Decoded(feature[:, -1], cache, arguments, prefill)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from hf_value_steer.activation.apply import Steering
+from hf_value_steer.activation.apply import Steering, injected
 from hf_value_steer.activation.configuration import ActivationConfig
 from hf_value_steer.configuration import (
     AbstentionConfig,
@@ -22,7 +22,7 @@ from hf_value_steer.configuration import (
     parse_value_steer,
 )
 from hf_value_steer.generation.abstention import Abstention
-from hf_value_steer.generation.cache import cache_name, make_room
+from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.engine import Engine, State
 from hf_value_steer.generation.gate import Gate
@@ -36,6 +36,8 @@ from hf_value_steer.generation.validation import (
     refuse_unsupported,
 )
 from hf_value_steer.generation.value_filter import Draw, Outcome, ValueFilter
+from hf_value_steer.hosts.transformers import CACHE, cache_name, decoding, pad_token, rows_can_end, sample
+from hf_value_steer.shadow import shadow
 from hf_value_steer.svgt.guidance import Guidance, load_module
 
 
@@ -85,38 +87,32 @@ def value_steer_generate(
     refuse_dropped_arguments()
     refuse_unsupported(model, generation_config, model_kwargs)
     methods = parse_value_steer(value_steer)
+    model = shadow(model)  # hooks, attention and classes of this call are seen by no other
     with _activated(model, methods, len(input_ids)) as steering:
         if all(isinstance(config, ActivationConfig) and not config.value_head for config in methods.values()):
             if token_streamer is not None:
                 token_streamer.put(input_ids.cpu())
-            return model._sample(  # type: ignore[no-any-return]
-                input_ids,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer=token_streamer,
-                **model_kwargs,
+            return sample(  # type: ignore[no-any-return]
+                model, input_ids, logits_processor, stopping_criteria, generation_config, token_streamer, model_kwargs
             )
         loop = _Loop(model, input_ids, generation_config, model_kwargs, methods, steering)
         if token_streamer is not None:
             token_streamer.put(input_ids.cpu())
-        with model._optimize_model_for_decode():
+        with decoding(model):
             return loop.run(input_ids, logits_processor, stopping_criteria, token_streamer)
 
 
 @contextmanager
 def _activated(model: PreTrainedModel, methods: Mapping[str, MethodConfig], rows: int) -> Iterator[Steering | None]:
-    """Vectors on the model for the time of one generation, if the call asks for them."""
+    """Vectors on the shadow `model`, if the call asks for them."""
     config = methods.get(ActivationConfig.method)
     if not isinstance(config, ActivationConfig):
         yield None
         return
     if isinstance(config.multiplier, tuple) and len(config.multiplier) != rows:
         raise ValueError(f"`multiplier` has {len(config.multiplier)} entries, but the returned batch has {rows} rows.")
-    vectors = config.load_vectors()
-    with vectors.apply(
-        model, config.multiplier, config.mode, config.tokens, config.allow_backbone_mismatch
-    ) as steering:
+    vectors, how = config.load_vectors(), (config.multiplier, config.mode, config.tokens)
+    with injected(model, vectors, *how, config.allow_backbone_mismatch) as steering:
         yield steering
 
 
@@ -187,7 +183,7 @@ class _Loop:
     ) -> Tensor | ValueSteerDecoderOnlyOutput:
         """The loop: draw, let the methods decide, commit, stop."""
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        self.pads = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.pads = rows_can_end(criteria)
         state = self.engine.prefill(input_ids, self.config)
         prompt_values = self._score(self.scorer, state, 0, unfinished)
         if self.scorer is not None:
@@ -229,7 +225,7 @@ class _Loop:
         if self.abstention is not None:
             tokens, forced = self.abstention.prescribe(tokens)
         if self.pads:
-            tokens = torch.where(live, tokens, self.config._pad_token_tensor.to(tokens.device))
+            tokens = torch.where(live, tokens, pad_token(self.config).to(tokens.device))
         return Draw(step, input_ids, scores, tokens, live, forced, live & ~possible)
 
     def _step(self, draw: Draw) -> tuple[State, Outcome]:
@@ -266,7 +262,7 @@ class _Loop:
         if not self.config.return_dict_in_generate:
             return
         record = self.record
-        record.values.append(outcome.values)
+        record.token_values.append(outcome.values)
         record.interventions.append(outcome.tokens != draw.tokens)
         record.candidates_evaluated.append(outcome.evaluated)
         if self.guidance is not None and self.guidance.state is not None:
@@ -280,10 +276,10 @@ class _Loop:
             return input_ids
         return ValueSteerDecoderOnlyOutput(
             sequences=input_ids,
-            past_key_values=self.engine.live.cache,
             prompt_values=prompt_values,
             abstained=self.stops.step >= 0,
             abstention_step=self.stops.step,
             abstention_value=self.stops.value,
+            **{CACHE: self.engine.live.cache},
             **self.record.fields(),
         )

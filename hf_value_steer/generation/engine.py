@@ -12,11 +12,13 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.activation.apply import Steering
-from hf_value_steer.backbone import intercept_feature, output_embedding
-from hf_value_steer.generation.cache import LiveCache, cache_name
+from hf_value_steer.backbone import output_embedding
+from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
 from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
+from hf_value_steer.hosts.transformers import cache_name, next_kwargs, prefill
+from hf_value_steer.points import feature_point
 from hf_value_steer.svgt.guidance import Guidance
 
 
@@ -79,8 +81,8 @@ class Engine:
     Uses the preparation of `GenerationMixin` itself, so that an ordinary step is the step of plain `generate`.
 
     Args:
-        model: the backbone.
-        model_kwargs: the forward's keyword arguments as `generate` keeps them, `past_key_values` among them.
+        model: a shadow of the backbone, which belongs to this call.
+        model_kwargs: the forward's keyword arguments as `generate` keeps them, the cache among them.
         kernel: how candidates are forwarded; with `guidance`, along the batch dimension.
         steering (*optional*): vectors that are applied to `model`; it is told what each forward reads.
         guidance (*optional*): the value module that takes part in every forward.
@@ -99,6 +101,7 @@ class Engine:
         self.model, self.model_kwargs, self.kernel, self.compilable = model, model_kwargs, kernel, compilable
         self.steering, self.guidance = steering, guidance
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
+        self.point = feature_point(model)
         self.compiled: CompiledForwards | None = None
         self.sharded = any(isinstance(weight, DTensor) for weight in output_embedding(model).parameters())
 
@@ -108,10 +111,8 @@ class Engine:
             return self._prefill_guided(self.guidance, input_ids, config)
         if self.steering is not None:
             self.steering.read_prompt(self.model_kwargs.get("attention_mask"), input_ids.shape[1])
-        outputs, feature = self._forward(
-            lambda: self.model._prefill(input_ids, config, self.model_kwargs, is_first_iteration=True)
-        )
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        outputs, feature = self._forward(lambda: prefill(self.model, input_ids, config, self.model_kwargs))
+        self.model_kwargs = next_kwargs(self.model, outputs, self.model_kwargs)
         self.live.start()
         self.compiled = compiled_forwards(self.model, config, self.model_kwargs)
         if self.compiled is not None and self.compilable:
@@ -123,7 +124,7 @@ class Engine:
         before = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
         cut = {name: tensor[:, :-1] for name, tensor in before.items() if tensor is not None}
         with guidance.reading(before["attention_mask"]):
-            self.model._prefill(input_ids[:, :-1], config, self.model_kwargs | cut, is_first_iteration=True)
+            prefill(self.model, input_ids[:, :-1], config, self.model_kwargs | cut)
         self.live.start()
         state = self.advance(input_ids)
         self.commit()
@@ -148,7 +149,7 @@ class Engine:
         if revise is not None and self.looks_inside:
             return self._advance_inside(inputs, revise, input_ids.device)
         if self.compiled is not None:
-            outputs, feature = self.compiled.step(inputs)
+            outputs, feature = self.compiled.step(self.model, inputs)
         else:
             guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
             with guided:
@@ -164,8 +165,6 @@ class Engine:
         """The same, but rows are revised between the layers and the output embedding."""
         revisions: list[Revision | None] = []
 
-        # Where a user compiled `model.forward`, its graph ends here.
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
         def finish_layers(feature: Tensor) -> Tensor:
             self.live.advance()
             revision = revise(feature[:, -1])
@@ -249,7 +248,7 @@ class Engine:
         padded = candidates.new_zeros(len(input_ids), most or candidates.shape[1])
         padded[looked_at, : candidates.shape[1]] = candidates
         look = self._look(input_ids, padded, rows)
-        outputs, features = compiled.look_ahead(self.kernel.inputs(look))
+        outputs, features = compiled.look_ahead(self.model, self.kernel.inputs(look))
         look.cache.keep_rows(looked_at)
         features = features[looked_at, : candidates.shape[1]]
         columns = choose(features)
@@ -266,7 +265,7 @@ class Engine:
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""
         self.live.settle()
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(ModelOutput(), self.model_kwargs)
+        self.model_kwargs = next_kwargs(self.model, ModelOutput(), self.model_kwargs)
 
     def finish(self) -> None:
         """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token."""
@@ -276,27 +275,46 @@ class Engine:
         self, run: Callable[[], ModelOutput], transform: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[ModelOutput, Tensor]:
         """One forward, or with chunks of a prompt several; `transform` says what the output embedding consumes."""
-        features: list[Tensor] = []
-
-        def intercept(feature: Tensor) -> Tensor | None:
-            if transform is None:
-                features.append(feature)
-                return None
-            if features:  # this one is that of a look-ahead inside the forward
-                return None
-            features.append(feature)
-            features[0] = transform(feature)
-            return features[0]
-
-        with intercept_feature(self.model, intercept):
+        passage = _Passage(transform)
+        detach = self.point.attach(passage)
+        try:
             outputs = run()
-        if not features:
+        finally:
+            detach()
+        if not passage.features:
             raise RuntimeError(
                 "The output embedding was called where it cannot be watched: if `model.forward` was compiled, compile "
                 "it anew, and steer with it before anything else runs."
             )
-        return outputs, features[-1]
+        return outputs, passage.features[-1]
 
     def _state(self, outputs: ModelOutput, feature: Tensor, device: torch.device) -> State:
         logits = outputs.logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
         return State(logits, feature, outputs.get("hidden_states"), outputs.get("attentions"))
+
+
+class _Passage:
+    """What passes the output embedding in one forward, or with chunks of a prompt in several.
+
+    Args:
+        transform (*optional*): says what the output embedding consumes instead, in the first one. Others come from
+            look-aheads inside it.
+    """
+
+    def __init__(self, transform: Callable[[Tensor], Tensor] | None):
+        self.transform, self.features = transform, list[Tensor]()
+
+    def __call__(self, feature: Tensor) -> Tensor | None:
+        if self.transform is not None:
+            return self._transformed(feature)  # type: ignore[no-any-return]
+        self.features.append(feature)
+        return None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _transformed(self, feature: Tensor) -> Tensor | None:
+        """A graph, where a user compiled `model.forward`, ends here."""
+        if self.features or self.transform is None:
+            return None
+        self.features.append(feature)
+        self.features[0] = self.transform(feature)
+        return self.features[0]

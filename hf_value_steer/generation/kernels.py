@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from hf_value_steer.generation.attention import MASKABLE_ATTENTION, candidate_masks
-from hf_value_steer.generation.cache import LiveCache, cache_name
+from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.families import MASKED, SHARED_PREFIX
 from hf_value_steer.generation.lookahead import (
     ExpandedLayer,
@@ -22,6 +22,7 @@ from hf_value_steer.generation.lookahead import (
     select_rows,
 )
 from hf_value_steer.generation.shared_prefix import SharedPrefixLayer, shared_prefix
+from hf_value_steer.hosts.transformers import DummyLayer, attention_of, cache_name
 
 
 KERNELS = ("shared_prefix", "masked", "expanded")  # fastest first
@@ -54,20 +55,21 @@ def choose_kernel(
     if name not in usable:
         raise ValueError(
             f"lookahead={name!r} cannot be used with model type {config.model_type!r}, attn_implementation="
-            f'{config._attn_implementation!r} and the arguments of this call; "auto" takes one of {", ".join(usable)}.'
+            f'{attention_of(config)!r} and the arguments of this call; "auto" takes one of {", ".join(usable)}.'
         )
     return usable[name]
 
 
 def compilable_kernel(kernel: "Kernel", model: PreTrainedModel, live: LiveCache) -> "Kernel":
     """A kernel whose forwards all have one shape, where the model and its cache allow it, else `kernel`."""
-    static = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in live.cache.layers)
+    holding = [layer for layer in live.cache.layers if DummyLayer is None or not isinstance(layer, DummyLayer)]
+    static = all(type(layer) in (StaticLayer, StaticSlidingWindowLayer) for layer in holding)
     return Whole() if static and _maskable(model) else kernel
 
 
 def _maskable(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
-    return config.model_type in MASKED and config._attn_implementation in MASKABLE_ATTENTION
+    return config.model_type in MASKED and attention_of(config) in MASKABLE_ATTENTION
 
 
 @dataclass(frozen=True)

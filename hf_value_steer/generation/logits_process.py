@@ -1,9 +1,14 @@
 """Value steering for whatever takes a `LogitsProcessor`: beam search, other libraries, loops of your own."""
 
+import threading
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from hf_value_steer.backbone import underlying
 from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.candidates import random_key, sampled_alternatives, uniforms
@@ -11,9 +16,10 @@ from hf_value_steer.generation.decode_tap import DecodeTap
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import bind, load_head, require_finite
+from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
 from hf_value_steer.generation.validation import eos_token, refuse_model
 from hf_value_steer.policy import acceptable, select
+from hf_value_steer.shadow import shadow
 
 
 class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -35,36 +41,55 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(self, model: PreTrainedModel, config: AbstentionConfig):
+        model = underlying(model)
         self.config = config
         self.head = load_head(config, model)
         self.eos = eos_token(model.generation_config, type(self).__name__)
         self.tap = DecodeTap(model)
+        self.threads = threading.local()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
-        feature = self.tap.read(input_ids)
-        if self.tap.prefill:
-            self.prompt_length = input_ids.shape[1]
+        decoded = self.tap.read(input_ids)
+        if decoded.prefill:
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             stops = Stops.none(len(input_ids), input_ids.device)
-            self.abstention = Abstention(self.config, scorer, stops, self.eos, self.config.min_new_tokens)
-        else:
-            self.abstention.reorder(self._parents(input_ids))
-        self.previous = input_ids
-        step, everyone = input_ids.shape[1] - self.prompt_length, torch.ones_like(input_ids[:, 0], dtype=torch.bool)
-        values = self.abstention.scorer.values(feature)
+            abstention = Abstention(self.config, scorer, stops, self.eos, self.config.min_new_tokens)
+            self.threads.text = _AbstainingText(abstention, input_ids.shape[1], input_ids)
+        text: _AbstainingText = self.threads.text
+        if not decoded.prefill:
+            text.go_on(input_ids)
+        abstention = text.abstention
+        step, everyone = input_ids.shape[1] - text.prompt_length, torch.ones_like(input_ids[:, 0], dtype=torch.bool)
+        values = abstention.scorer.values(decoded.feature)
         require_finite(values, everyone, step)
-        self.abstention.observe(values, step, everyone)
-        tokens, forced = self.abstention.prescribe(input_ids[:, -1])
+        abstention.observe(values, step, everyone)
+        tokens, forced = abstention.prescribe(input_ids[:, -1])
         prescribed = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
         return torch.where(forced[:, None], prescribed, scores)
 
-    def _parents(self, input_ids: Tensor) -> Tensor:
-        """Which row of the previous call each row continues, `(rows,)`."""
-        if self.previous.shape[1] != input_ids.shape[1] - 1:
+
+@dataclass
+class _AbstainingText:
+    """The generation that one thread is in.
+
+    Args:
+        abstention: the count of each row.
+        prompt_length (`int`): tokens of the prompt.
+        input_ids (`torch.LongTensor` of shape `(rows, length)`): the text at the last call.
+    """
+
+    abstention: Abstention
+    prompt_length: int
+    input_ids: Tensor
+
+    def go_on(self, input_ids: Tensor) -> None:
+        """Take in the text of the next call, whose rows may be others: beam search reorders them."""
+        if self.input_ids.shape[1] != input_ids.shape[1] - 1:
             raise RuntimeError("Abstention has to see every step of a generation; this decoding method skipped one.")
-        same = (self.previous[None] == input_ids[:, None, :-1]).all(dim=-1)
-        return same.int().argmax(dim=-1)
+        same = (self.input_ids[None] == input_ids[:, None, :-1]).all(dim=-1)
+        self.abstention.reorder(same.int().argmax(dim=-1))
+        self.input_ids = input_ids
 
 
 class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -89,24 +114,28 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
     def __init__(self, model: PreTrainedModel, config: ValueFilterConfig):
         if config.max_interventions is not None or config.output_candidates:
             raise ValueError("`max_interventions` and `output_candidates` need `model.generate(value_steer=...)`.")
+        model = underlying(model)
         refuse_model(model)
         self.model, self.config = model, config
         self.head = load_head(config, model)
         self.eos = eos_token(model.generation_config, 'fallback="abstain"') if config.fallback == "abstain" else None
         self.tap = DecodeTap(model)
+        self.threads = threading.local()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
-        feature = self.tap.read(input_ids)
-        if self.tap.prefill:
-            self.prompt_length = input_ids.shape[1]
-            self.scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
-            self.scorer.start(self.scorer.values(feature))
-        step = input_ids.shape[1] - self.prompt_length
+        decoded = self.tap.read(input_ids)
+        if decoded.prefill:
+            scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
+            scorer.start(scorer.values(decoded.feature))
+            self.threads.text = _FilteredText(shadow(self.model), scorer, input_ids.shape[1])
+        text: _FilteredText = self.threads.text
+        step = input_ids.shape[1] - text.prompt_length
         if step < self.config.min_new_tokens:
             return scores
         candidates = self._candidates(scores, step)
-        keep = self._keep(candidates, self._values(input_ids, candidates, step), scores)
+        values = self._values(text, decoded.continuation_inputs(), input_ids, candidates, step)
+        keep = self._keep(candidates, values, scores, text.scorer)
         kept = torch.full_like(scores, -torch.inf)
         for tokens, wanted in zip(candidates.T.clamp(min=0)[:, :, None], keep.T[:, :, None], strict=True):
             kept = torch.where(wanted, kept.scatter(1, tokens, scores.gather(1, tokens)), kept)
@@ -123,22 +152,23 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         top, tokens = scores.topk(count, dim=-1)
         return tokens.masked_fill(top == -torch.inf, -1)
 
-    def _values(self, input_ids: Tensor, candidates: Tensor, step: int) -> Tensor:
+    def _values(
+        self, text: "_FilteredText", inputs: dict[str, Any], input_ids: Tensor, candidates: Tensor, step: int
+    ) -> Tensor:
         values: list[Tensor] = []
 
         def score(features: Tensor) -> Tensor:
-            values.append(self.scorer.values(features))
+            values.append(text.scorer.values(features))
             return torch.zeros_like(candidates[:, 0])
 
-        inputs = self.tap.continuation_inputs()
-        kernel = choose_kernel(self.config.lookahead, self.model, inputs["attention_mask"])
-        Engine(self.model, inputs, kernel).look_ahead(input_ids, candidates.clamp(min=0), score)
+        kernel = choose_kernel(self.config.lookahead, text.model, inputs["attention_mask"])
+        Engine(text.model, inputs, kernel).look_ahead(input_ids, candidates.clamp(min=0), score)
         require_finite(values[0], torch.ones_like(candidates[:, 0], dtype=torch.bool), step)
         return values[0]
 
-    def _keep(self, candidates: Tensor, values: Tensor, scores: Tensor) -> Tensor:
+    def _keep(self, candidates: Tensor, values: Tensor, scores: Tensor, scorer: Scorer) -> Tensor:
         """Which candidates stay, `(rows, K)`: the acceptable ones, else the fallback's choice."""
-        config, polarity, threshold = self.config, self.scorer.polarity, self.scorer.threshold[:, None]
+        config, polarity, threshold = self.config, scorer.polarity, scorer.threshold[:, None]
         drawn = candidates >= 0
         passed = acceptable(values, threshold, polarity) & drawn
         if config.fallback == "abstain":
@@ -147,3 +177,18 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         column, found = select(values, drawn, threshold, polarity, config.fallback, probabilities, config.prob_weight)
         chosen = torch.nn.functional.one_hot(column, candidates.shape[1]).bool()
         return torch.where(found[:, None], passed, chosen)
+
+
+@dataclass
+class _FilteredText:
+    """The generation that one thread is in.
+
+    Args:
+        model: a shadow of the model, for its look-aheads.
+        scorer: head and thresholds.
+        prompt_length (`int`): tokens of the prompt.
+    """
+
+    model: PreTrainedModel
+    scorer: Scorer
+    prompt_length: int

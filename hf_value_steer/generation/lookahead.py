@@ -164,7 +164,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         layer = self.live.cache.layers[index]
         attention = self._attention(layer, self.live.windows[index]) if isinstance(layer, CacheLayerMixin) else None
         if not isinstance(layer, LinearAttentionLayer):
-            return attention
+            return layer if attention is None else attention  # a layer that holds nothing stands for itself
         states = self.live.before[index]
         batch = next(iter(states.values())).shape[0] if states else 0
         rows = torch.arange(batch) if self.rows is None else self.rows

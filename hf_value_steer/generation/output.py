@@ -8,14 +8,14 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
-@dataclass
+@dataclass(repr=False)
 class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
     """[`~transformers.generation.GenerateDecoderOnlyOutput`] with the record of the steering.
 
     Args:
-        values (`torch.FloatTensor` of shape `(batch, new_tokens)`): value of each committed token, by the filter's
-            head if there is a filter, else by the abstention's, else by the guidance module at its last refresh; NaN
-            after a row's end.
+        token_values (`torch.FloatTensor` of shape `(batch, new_tokens)`): value of each committed token, by the
+            filter's head if there is a filter, else by the abstention's, else by the guidance module at its last
+            refresh; NaN after a row's end.
         prompt_values (`torch.FloatTensor` of shape `(batch,)`): value of the prompt by the same head.
         interventions (`torch.BoolTensor` of shape `(batch, new_tokens)`): where the committed token is not the natural
             sample.
@@ -32,7 +32,7 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
         candidate_values (`torch.FloatTensor` of the same shape, *optional*): their values, NaN where not evaluated.
     """
 
-    values: Tensor | None = None
+    token_values: Tensor | None = None
     prompt_values: Tensor | None = None
     interventions: Tensor | None = None
     candidates_evaluated: Tensor | None = None
@@ -42,6 +42,17 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
     guided: Tensor | None = None
     candidates: Tensor | None = None
     candidate_values: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """What was done, in one line; the tensors are in the fields."""
+        rows, length = self.sequences.shape
+        parts = [f"{rows} row(s) of {length} tokens"]
+        if self.interventions is not None:
+            touched, steps = int(self.interventions.any(dim=1).sum()), int(self.interventions.sum())
+            parts += [f"{touched} touched", f"{steps} intervention(s)"]
+        if self.abstained is not None:
+            parts.append(f"{int(self.abstained.sum())} abstained")
+        return f"{type(self).__name__}({', '.join(parts)}; fields: {', '.join(self.keys())})"
 
 
 @dataclass
@@ -70,7 +81,7 @@ class Record:
     logits: list[Tensor] = field(default_factory=list)
     attentions: list[tuple[Tensor, ...]] = field(default_factory=list)
     hidden_states: list[tuple[Tensor, ...]] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    token_values: list[Tensor] = field(default_factory=list)
     interventions: list[Tensor] = field(default_factory=list)
     candidates_evaluated: list[Tensor] = field(default_factory=list)
     guided: list[Tensor] = field(default_factory=list)

@@ -1,5 +1,6 @@
 """A value head bound to one model and one call: where it lives, what it accepts, whether it fits."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -44,11 +45,12 @@ class Scorer:
     def values(self, features: Tensor) -> Tensor:
         """Values in (0, 1), or NaN, of features `(..., width)`, on the device of the thresholds.
 
-        The head goes to where the features are: with `device_map` or offloading, no weight tells that beforehand.
+        A copy of the head goes to where the features are, if it is elsewhere: with `device_map` or offloading, no
+        weight tells that beforehand, and the head itself may be in use by others.
         """
         if self.head.device != features.device:
-            self.head.to(features.device)
-        return self.head(features).values.to(self.threshold.device)  # type: ignore[no-any-return]
+            self.head = copy.deepcopy(self.head).to(features.device)
+        return self.head(features).value.to(self.threshold.device)  # type: ignore[no-any-return]
 
     def accepts(self, values: Tensor) -> Tensor:
         """Which rows' values `(batch,)` pass their threshold."""

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from hf_value_steer.generation.lookahead import ExpandedLayer, LookaheadCache
+from hf_value_steer.hosts.transformers import attention_of, set_attention
 
 
 ATTENTION = "value_steer_shared_prefix"
@@ -38,18 +39,18 @@ class SharedPrefixLayer(ExpandedLayer):
 
 @contextmanager
 def shared_prefix(model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator[None]:
-    """Let `model` attend by `shared_prefix_attention` inside the `with` block.
+    """Let `model`, a shadow, attend by `shared_prefix_attention` inside the `with` block.
 
     Raises:
         RuntimeError: if a layer did not, and so saw no prefix at all.
     """
     config = model.config.get_text_config(decoder=True)
-    implementation, token = config._attn_implementation, _active.set(lookahead)
-    config._attn_implementation = ATTENTION
+    implementation, token = attention_of(config), _active.set(lookahead)
+    set_attention(config, ATTENTION)
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        set_attention(config, implementation)
         _active.reset(token)
     if not all(layer.attended for layer in lookahead.attention if isinstance(layer, SharedPrefixLayer)):
         raise RuntimeError(f'{type(model).__name__} has an attention of its own; pass lookahead="expanded".')

@@ -1,20 +1,22 @@
 """What a steered generation refuses, by name and before the first token."""
 
-import inspect
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
 
 from hf_value_steer.generation.block_cache import BlockCache
-from hf_value_steer.generation.cache import SUPPORTED_LAYERS, cache_name
-from hf_value_steer.generation.families import VERIFIED
+from hf_value_steer.generation.cache import SUPPORTED_LAYERS
+from hf_value_steer.generation.families import NEEDS, VERIFIED
+from hf_value_steer.hosts.transformers import CACHE, cache_of, dropped_arguments, holds_text
 
 
 _UNDERSTOOD_TENSORS = {"attention_mask", "inputs_embeds", "position_ids"}
-# `generate` takes these, but does not hand them to a `custom_generate` callable (transformers 5.16 to 5.19).
+# `generate` takes these, but does not hand them to a `custom_generate` callable.
 _DROPPED = {
     "streamer": "call `enable_value_steer(model)` and leave out `custom_generate`, or pass it as `token_streamer=`",
     "assistant_model": "assisted decoding cannot be steered",
@@ -40,7 +42,7 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_k
     if not config.use_cache:
         raise ValueError("`use_cache=False` cannot be steered: candidates share the cached prefix.")
     refuse_model(model)
-    _refuse_cache(model_kwargs.get(cache_name(model_kwargs)), config.max_length)
+    _refuse_cache(cache_of(model_kwargs), config.max_length)
     for name, value in model_kwargs.items():
         if isinstance(value, torch.Tensor) and name not in _UNDERSTOOD_TENSORS:
             raise ValueError(f"`{name}` is not understood by the look-ahead of value steering; leave it out.")
@@ -52,9 +54,17 @@ def refuse_model(model: PreTrainedModel) -> None:
     if config.model_type not in VERIFIED or model.config.is_encoder_decoder:
         known = ", ".join(sorted(VERIFIED))
         raise ValueError(f"Value steering was not verified for model type {config.model_type!r}, only for {known}.")
+    needed = NEEDS.get(config.model_type)
+    if needed is not None and Version(transformers.__version__) < Version(needed):
+        raise ValueError(
+            f"Model type {config.model_type!r} needs transformers {needed}, this is {transformers.__version__}; "
+            "before, its own cached decoding is wrong."
+        )
 
 
 def _refuse_cache(cache: Any, max_length: int) -> None:
+    if cache is None:
+        raise ValueError("`generate` has made no cache for this model, and without one it cannot be steered.")
     if type(cache) not in (DynamicCache, StaticCache, BlockCache) or cache.offloading:
         kind = "offloaded " if getattr(cache, "offloading", False) else ""
         raise ValueError(
@@ -78,10 +88,8 @@ def refuse_unguidable(
     """Raise a `ValueError` for what guidance by bridge tokens cannot honour, beside [`refuse_unsupported`]."""
     if input_ids.shape[1] < 2 or model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("Guidance reads the prompt's tokens: pass `input_ids` of at least two.")
-    if model_kwargs[cache_name(model_kwargs)].get_seq_length() > 0:
-        raise ValueError(
-            "`past_key_values` holds text already, but guidance has to read the whole prompt: leave it out."
-        )
+    if holds_text(cache_of(model_kwargs)):
+        raise ValueError(f"`{CACHE}` holds text already, but guidance has to read the whole prompt: leave it out.")
     if config.output_attentions or config.output_hidden_states:
         raise ValueError("`output_attentions` and `output_hidden_states` cannot be returned beside guidance.")
     if lookahead not in ("auto", "expanded"):
@@ -92,15 +100,10 @@ def refuse_dropped_arguments() -> None:
     """Raise if the calling `generate` was given an argument that it does not hand to us.
 
     Without this, `streamer=` beside `custom_generate=` would see the prompt, then nothing, and a reader thread would
-    wait for ever. There is no public way to learn of it, so this looks at the caller's frames.
+    wait for ever.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "generate":
-        frame = frame.f_back
-    given = frame.f_locals if frame is not None else {}
-    for name, remedy in _DROPPED.items():
-        if given.get(name) not in (None, False):
-            raise ValueError(f"`{name}` does not reach a `custom_generate` callable: {remedy}.")
+    for name in dropped_arguments(_DROPPED):
+        raise ValueError(f"`{name}` does not reach a `custom_generate` callable: {_DROPPED[name]}.")
 
 
 def eos_token(config: GenerationConfig, reason: str) -> int:

@@ -5,9 +5,9 @@ from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
 
 from hf_value_steer.configuration import INHERITED_KEYS, check_threshold, refuse_unknown
+from hf_value_steer.schema import SCHEMA, VersionedConfig, check_schema
 
 
 # The backbones of the paper, with the hyperparameters of its code.
@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @strict
-class ValueGuidanceConfig(PreTrainedConfig):  # type: ignore[misc]
+class ValueGuidanceConfig(VersionedConfig):
     r"""The shape of a guidance module, and what it was trained for. Unknown keys are refused.
 
     The *state* of a token is the output of decoder layer `layer`, counted from 0: `hidden_states[layer + 1]`.
@@ -55,11 +55,12 @@ class ValueGuidanceConfig(PreTrainedConfig):  # type: ignore[misc]
         injection (`str`): `"bridge"`, or `"inject"` for the paper's ablation SVGT-Inject: what the generator made of
             its K seeds is averaged and added to the state of the token itself.
         attribute (`str`, *optional*): what a high value means, for instance `"toxicity"`.
-        backbone, backbone_revision, backbone_fingerprint, chat_template, library_version, training: as in
-            [`ValueHeadConfig`].
+        backbone, backbone_revision, backbone_fingerprint, chat_template, library_version, schema_version, training: as
+            in [`ValueHeadConfig`].
     """
 
-    model_type: ClassVar[str] = "value_guidance"
+    model_type: ClassVar[str] = "hvs_value_guidance"
+    old_model_type: ClassVar[str] = "value_guidance"
     has_no_defaults_at_init: ClassVar[bool] = True
 
     hidden_size: int
@@ -80,6 +81,7 @@ class ValueGuidanceConfig(PreTrainedConfig):  # type: ignore[misc]
     backbone_fingerprint: str | None = None
     chat_template: str | None = None
     library_version: str | None = None
+    schema_version: int = SCHEMA
     training: dict[str, Any] | None = None
 
     @classmethod
@@ -96,6 +98,7 @@ class ValueGuidanceConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def validate_value_guidance(self) -> None:
         """Part of `@strict` validation."""
+        check_schema(self.schema_version)
         for name in ("hidden_size", "num_bridges", "value_width", "value_heads", "bridge_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` has to be a positive integer, got {getattr(self, name)}.")

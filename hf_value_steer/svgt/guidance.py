@@ -1,5 +1,6 @@
 """Stable value guidance in one `generate` call: when bridges are made anew, from what, and who sees them."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -10,8 +11,11 @@ from transformers import Cache, PreTrainedModel
 from hf_value_steer.backbone import decoder_layers, refuse_other_backbone
 from hf_value_steer.configuration import BridgeGuidanceConfig
 from hf_value_steer.generation.lookahead import LookaheadCache
+from hf_value_steer.hosts.transformers import attention_of
+from hf_value_steer.points import layer_point
+from hf_value_steer.shadow import shadow
 from hf_value_steer.svgt.module import ValueGuidanceModule
-from hf_value_steer.svgt.steered import BridgeState, bridged, watched
+from hf_value_steer.svgt.steered import BridgeState, bridged
 
 
 # Verified against an oracle in tests/parity/test_guidance.py.
@@ -21,6 +25,9 @@ _ATTENTION = ("sdpa", "eager")  # whose masks can be widened
 
 def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGuidanceModule:
     """Load the module that `config` names if need be, and check that it fits `model`.
+
+    Returns:
+        Its shadow, in evaluation mode: the module itself stays as it is.
 
     Raises:
         ValueError: if there is no module, or the model cannot be guided by it.
@@ -35,10 +42,8 @@ def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGu
         raise ValueError(
             f"Guidance was not verified for model type {text.model_type!r}, only for {', '.join(sorted(GUIDED))}."
         )
-    if text._attn_implementation not in _ATTENTION:
-        raise ValueError(
-            f"Guidance needs attn_implementation {' or '.join(_ATTENTION)}, got {text._attn_implementation!r}."
-        )
+    if attention_of(text) not in _ATTENTION:
+        raise ValueError(f"Guidance needs attn_implementation {' or '.join(_ATTENTION)}, got {attention_of(text)!r}.")
     if module.config.hidden_size != text.hidden_size:
         raise ValueError(
             f"`module` was trained on hidden_size={module.config.hidden_size} (backbone {module.config.backbone!r}), "
@@ -52,8 +57,7 @@ def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGu
     module.require_finite()
     if not config.allow_backbone_mismatch:
         refuse_other_backbone("module", module.config, model)
-    module.eval()
-    return module
+    return shadow(module).eval()
 
 
 class Guidance:
@@ -70,6 +74,7 @@ class Guidance:
 
     def __init__(self, model: PreTrainedModel, module: ValueGuidanceModule, config: BridgeGuidanceConfig):
         self.layers, self.module, self.config = decoder_layers(model), module, config
+        self.point = layer_point(model, module.config.layer)
         self.state: BridgeState | None = None
         self.before: BridgeState | None = None
         self.step = -1
@@ -84,7 +89,7 @@ class Guidance:
         """
         self.mask = mask
 
-        with watched(self.layers[self.module.config.layer], self._read):
+        with self.point.watched(self._read):
             yield
 
     def begin_step(self) -> None:
@@ -133,7 +138,7 @@ class Guidance:
                 stack.enter_context(bridged(self.layers, above, cache, state, due))
                 return None
 
-            with watched(self.layers[self.module.config.layer], guide):
+            with self.point.watched(guide):
                 yield made
         if not made:
             raise RuntimeError("The layer that the guidance module reads was not called: this model cannot be guided.")
@@ -161,7 +166,7 @@ class Guidance:
     def _read(self, states: Tensor) -> None:
         """Take in some states of the prompt; what the module remembers of them is smaller than they are."""
         if self.module.device != states.device:
-            self.module.to(states.device)
+            self.module = copy.deepcopy(self.module).to(states.device)
         self.read.append(self.module.read_prompt(states))
 
     def _end_prompt(self, last: Tensor) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.artefact import Artefact
 from hf_value_steer.backbone import fingerprint
 from hf_value_steer.files import write_new
+from hf_value_steer.schema import register
 from hf_value_steer.svgt.card import guidance_card
 from hf_value_steer.svgt.configuration import ValueGuidanceConfig
 from hf_value_steer.svgt.parts import BridgeGenerator, Discriminator, PromptAttention, Standardise, encoder
@@ -24,13 +25,13 @@ class ValueGuidanceOutput(ModelOutput):  # type: ignore[misc]
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*): binary cross-entropy, when `labels` were given.
         logits (`torch.FloatTensor` of shape `(rows, tokens)`): of the discriminator, positive is undesirable.
-        values (`torch.FloatTensor` of shape `(rows, tokens)`): their sigmoid.
+        value (`torch.FloatTensor` of shape `(rows, tokens)`): their sigmoid.
         corrections (`torch.FloatTensor` of shape `(rows, tokens, value_width)`): delta_z, zero where it is content.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    values: Tensor | None = None
+    value: Tensor | None = None
     corrections: Tensor | None = None
 
 
@@ -137,7 +138,7 @@ class ValueGuidanceModule(Artefact):
         if labels is not None:
             counted = ~labels.isnan()
             loss = nn.functional.binary_cross_entropy_with_logits(logits[counted], labels[counted].float())
-        return ValueGuidanceOutput(loss=loss, logits=logits, values=logits.sigmoid(), corrections=corrections)
+        return ValueGuidanceOutput(loss=loss, logits=logits, value=logits.sigmoid(), corrections=corrections)
 
     def write_card(self, folder: Path) -> None:
         write_new(folder / "README.md", lambda: str(guidance_card(self)))
@@ -147,5 +148,5 @@ class ValueGuidanceModule(Artefact):
         return fingerprint(self)
 
 
-AutoConfig.register(ValueGuidanceConfig.model_type, ValueGuidanceConfig)
+register(ValueGuidanceConfig)
 AutoModel.register(ValueGuidanceConfig, ValueGuidanceModule)

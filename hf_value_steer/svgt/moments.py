@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hf_value_steer.backbone import decoder_layers, intercept_feature
+from hf_value_steer.backbone import decoder_layers
+from hf_value_steer.hosts.transformers import CACHE
+from hf_value_steer.points import feature_point, layer_point
 from hf_value_steer.svgt.module import ValueGuidanceModule
-from hf_value_steer.svgt.steered import BridgeState, bridged, watched
+from hf_value_steer.svgt.steered import BridgeState, bridged
 
 
 FLOOR = 0.05  # is added to the value of a moment, which says how likely it is chosen
@@ -65,10 +67,10 @@ class GuidedMoments:
             self.rows, self.steps = self._choose(values, mask[:, prompt_length:])
 
         with torch.no_grad(), ExitStack() as stack:
-            stack.enter_context(watched(self.layers[self.module.config.layer], choose))
-            pick = intercept_feature(self.model, lambda feature: feature[self.rows, first + self.steps][None])
+            stack.enter_context(layer_point(self.model, self.module.config.layer).watched(choose))
+            pick = feature_point(self.model).watched(lambda feature: feature[self.rows, first + self.steps][None])
             stack.enter_context(pick)
-            base = self.model(**inputs, past_key_values=cache, use_cache=True).logits[0]
+            base = self.model(**inputs, **{CACHE: cache}, use_cache=True).logits[0]
         return self._guide(inputs, cache, first + self.steps, base)
 
     def _choose(self, values: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,14 +104,14 @@ class GuidedMoments:
             def value_later(states: Tensor) -> None:
                 kept["later"] = module.encode(states[:, -1:], self.prompt[rows], self.prompt_mask[rows])[:, 0]
 
-            stack.enter_context(watched(self.layers[layer + 1], value_later))
-            stack.enter_context(watched(self.layers[layer], guide))
+            stack.enter_context(layer_point(self.model, layer + 1).watched(value_later))
+            stack.enter_context(layer_point(self.model, layer).watched(guide))
             logits = self.model(
                 input_ids=inputs["input_ids"][rows, at][:, None],
                 attention_mask=torch.cat([seen, seen.new_ones(len(rows), 1)], dim=1).long(),
                 position_ids=inputs["position_ids"][rows, at][:, None],
-                past_key_values=past,
                 use_cache=True,
+                **{CACHE: past},
             ).logits[:, 0]
         return Guided(rows, self.steps, base, logits, **kept)
 

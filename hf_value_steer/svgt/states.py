@@ -1,18 +1,17 @@
 """States of a collection: what a guidance module reads, computed once from the tokens that `collect` kept."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import decoder_layers
 from hf_value_steer.files import claim
+from hf_value_steer.points import layer_point
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
@@ -50,17 +49,12 @@ def _kept_state(model: PreTrainedModel, layer: int) -> Iterator[list[Tensor]]:
     """Keep the output of a layer, and leave the forward there."""
     kept: list[Tensor] = []
 
-    def keep(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        kept.append(output[0] if isinstance(output, tuple) else output)
+    def keep(state: Tensor) -> None:
+        kept.append(state)
         raise _Enough
 
-    handle = decoder_layers(model)[layer].register_forward_hook(keep)
-    try:
+    with layer_point(model, layer).watched(keep), suppress(_Enough):
         yield kept
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
 
 
 @torch.no_grad()

@@ -9,13 +9,14 @@ bridges never enter the cache, which stays that of the text.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
-from inspect import signature
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+
+from hf_value_steer.points import Point, named_arguments
 
 
 @dataclass
@@ -79,23 +80,6 @@ _Widened = dict[tuple[int, int], tuple[Tensor | None, Tensor]]
 
 
 @contextmanager
-def watched(layer: nn.Module, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `function` with the output of a decoder layer; what it returns, if not `None`, goes on instead."""
-
-    def leave(_layer: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
-        changed = function(output[0] if isinstance(output, tuple) else output)
-        if changed is None:
-            return None
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = layer.register_forward_hook(leave)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, made: bool) -> Iterator[None]:
     """Show the bridges of `state` to the one token of each row that is on its way through the layers.
 
@@ -122,7 +106,7 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
     ]
     inner, live.layers = live.layers, [*live.layers[:above], *stand_ins, *live.layers[len(layers) :]]
     try:
-        with watched(layers[-1], lambda hidden: hidden[:, new:]):
+        with Point(layers[-1], "output").watched(lambda hidden: hidden[:, new:]):
             yield
     finally:
         live.layers = inner
@@ -172,13 +156,3 @@ def _with_bridges(mask: Tensor, shown: Tensor, count: int, queries: int) -> Tens
         columns = torch.zeros_like(columns, dtype=mask.dtype).masked_fill(~columns, hidden)
     wide = torch.cat([mask[:, :, -1:].expand(rows, -1, -1, -1), columns], dim=-1)
     return wide.expand(-1, -1, queries, -1)
-
-
-@cache
-def _names(forward: Callable[..., Any]) -> list[str]:
-    return list(signature(forward).parameters)[1:]
-
-
-def named_arguments(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a layer by name."""
-    return dict(zip(_names(type(layer).forward), args, strict=False)) | kwargs

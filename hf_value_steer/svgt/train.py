@@ -229,7 +229,7 @@ class _Training:
         with torch.no_grad():
             for index in range(len(dataset)):
                 batch = join_states([dataset[index]])
-                values.append(self.module(**batch).values.flatten())
+                values.append(self.module(**batch).value.flatten())
         threshold = torch.cat(values).quantile(1 - self.arguments.guided_share).item()
         self.module.config.threshold = min(max(threshold, 1e-4), 1 - 1e-4)
 

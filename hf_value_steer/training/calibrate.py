@@ -151,8 +151,8 @@ def _values(collection: Collection, head: ValueHead, rows: Sequence[int], method
     """Values of some rows, the worst over what `method` acts on: abstention on the prompt, but not the last token."""
     worst, prompts, tokens = [], [], []
     for row in rows:
-        values = head(collection.read("features", row)).values
-        prompt = head(collection.prompt_feature(row)).values
+        values = head(collection.read("features", row)).value
+        prompt = head(collection.prompt_feature(row)).value
         watched = torch.cat([prompt[None], values[:-1]]) if method == "abstain" else values
         worst.append(watched.max() if head.config.polarity == "undesirable" else watched.min())
         prompts.append(prompt)

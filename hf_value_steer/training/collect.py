@@ -20,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_value_steer.backbone import feature_width, fingerprint, intercept_feature
+from hf_value_steer.backbone import feature_width, fingerprint
 from hf_value_steer.files import claim, refuse_other
+from hf_value_steer.hosts.transformers import attention_of
+from hf_value_steer.points import feature_point
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
@@ -145,7 +147,7 @@ class _Generate:
             "backbone_fingerprint": fingerprint(self.model),
             "hidden_size": feature_width(self.model),
             "feature_dtype": str(self.model.dtype).removeprefix("torch."),
-            "kernel": f"decode, {self.model.config._attn_implementation}",
+            "kernel": f"decode, {attention_of(self.model.config)}",
             "backend": f"transformers {version('transformers')}, torch {version('torch')}",
         }
 
@@ -156,7 +158,7 @@ class _Generate:
         length, rows = inputs["input_ids"].shape[1], len(batch.prompts) * batch.samples
         watch = _Watch(self.words if batch.forced else None, self.arguments, rows, length)
         features: list[Tensor] = []
-        with intercept_feature(self.model, lambda feature: features.append(feature[:, -1].cpu())):
+        with feature_point(self.model).watched(lambda feature: features.append(feature[:, -1].cpu())):
             # A token's feature appears when the next token is about to be chosen: one more is drawn than is kept.
             sequences = self.model.generate(
                 **inputs,

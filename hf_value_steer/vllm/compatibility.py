@@ -1,14 +1,10 @@
 """What the adapter takes for granted of vLLM's internals, checked without running them: `doctor --vllm`."""
 
-import importlib
-import inspect
-from collections.abc import Callable
-from typing import Any
-
 import vllm
 from packaging.version import Version
 
 from hf_value_steer.doctor.checks import Check
+from hf_value_steer.hosts.bindings import Problems, Table, attributes, differences, fields, parameters, size
 from hf_value_steer.vllm.refusals import VALIDATED
 
 
@@ -20,8 +16,7 @@ _SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler:Sampler"
 _ENTRYPOINTS = "vllm.entrypoints"
 _ARGUMENTS = f"{_ENTRYPOINTS}.{'common' if Version(vllm.__version__) >= Version('0.33') else 'launchers'}.cli_args"
 
-PASSED_ON = "*"  # whatever else is given goes on to vLLM
-PARAMETERS = {
+PARAMETERS: dict[str, str] = {
     f"{_V1}.execute_model": "scheduler_output intermediate_tensors",
     f"{_V1}.sample_tokens": "grammar_output",
     f"{_V1}._sample": "logits spec_decode_metadata",
@@ -106,57 +101,15 @@ def check_vllm() -> list[Check]:
     version = vllm.__version__
     detail = f"{version}; validated: {', '.join(VALIDATED)}"
     checks = [Check("version", "ok" if version.startswith(VALIDATED) else "FAIL", detail)]
-    kinds: tuple[tuple[str, dict[str, str], Callable[[Any, list[str]], list[str]]], ...] = (
-        ("calls", PARAMETERS, _call),
-        ("fields", FIELDS, _fields),
-        ("state", ATTRIBUTES, _state),
+    kinds: tuple[tuple[str, Table, Problems], ...] = (
+        ("calls", PARAMETERS, parameters),
+        ("fields", FIELDS, fields),
+        ("state", ATTRIBUTES, attributes),
     )
     return [*checks, *(_check(name, table, problems) for name, table, problems in kinds)]
 
 
-def _check(name: str, table: dict[str, str], problems: Callable[[Any, list[str]], list[str]]) -> Check:
-    found = [problem for path, names in table.items() for problem in _look(path, names.split(), problems)]
-    if found:
+def _check(name: str, table: Table, problems: Problems) -> Check:
+    if found := differences(table, problems):
         return Check(name, "FAIL", f"differs: {', '.join(found)}")
-    return Check(name, "ok", f"{sum(len(names.split()) for names in table.values())} in {len(table)} places are there")
-
-
-def _look(path: str, names: list[str], problems: Callable[[Any, list[str]], list[str]]) -> list[str]:
-    module, _, qualified = path.partition(":")
-    try:
-        target: Any = importlib.import_module(module)
-        for part in qualified.split("."):
-            target = getattr(target, part)
-    except (ImportError, AttributeError):
-        return [path]
-    return [f"{path} {problem}" for problem in problems(target, names)]
-
-
-def _call(function: Any, names: list[str]) -> list[str]:
-    """Parameters that are gone, and those that are new and have to be given."""
-    there = inspect.signature(function).parameters
-    known = {*names, "self"}
-    ordinary = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    demanded = [each.name for each in there.values() if each.kind in ordinary and each.default is each.empty]
-    new = [f"demands {name}" for name in demanded if name not in known]
-    return [name for name in names if name not in {*there, PASSED_ON}] + ([] if PASSED_ON in names else new)
-
-
-def _fields(kind: type, names: list[str]) -> list[str]:
-    there = {name for base in kind.__mro__ for name in inspect.get_annotations(base)}
-    return [name for name in names if name not in there]
-
-
-def _state(kind: type, names: list[str]) -> list[str]:
-    there = {name for base in kind.__mro__[:-1] for name in _set_on_self(base)}
-    return [name for name in names if name not in there]
-
-
-def _set_on_self(kind: type) -> set[str]:
-    """Attributes and properties of a class, and what its code assigns to `self`."""
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # a base in C
-        return set()
-    assigned = {word.removeprefix("self.").rstrip(":,") for word in source.split() if word.startswith("self.")}
-    return assigned | set(vars(kind))
+    return Check(name, "ok", f"{size(table)} are there")

@@ -18,7 +18,7 @@ def values_of(head: ValueHead, features: Tensor) -> Tensor:
     none of them decides otherwise than the rest.
     """
     try:
-        values: Tensor = head(features).values
+        values: Tensor = head(features).value
     except Exception:
         logger.exception("The value head raised; the requests in question end with an error.")
         values = torch.full(features.shape[:1], torch.nan, device=features.device)

@@ -54,7 +54,5 @@ def test_plain_tensors(tmp_path):
 
 
 def test_the_packages_themselves():
-    pytest.importorskip("steering_vectors")
-    pytest.importorskip("sklearn")
     torch.testing.assert_close(by_steering_vectors(), GOLDEN["steering_vectors"])
     torch.testing.assert_close(by_repeng(), GOLDEN["repeng"])

@@ -30,7 +30,7 @@ FEATURES = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
 
 
 def same(a, b):
-    return torch.equal(a(FEATURES).values, b(FEATURES).values)
+    return torch.equal(a(FEATURES).value, b(FEATURES).value)
 
 
 def test_round_trips(head, folder):
@@ -80,22 +80,22 @@ def test_float32_whatever_is_asked_for(head, folder, cast):
 def test_float32_under_autocast_and_for_half_features(head):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(head(FEATURES).logits, head(FEATURES).logits.float())
-        assert head(FEATURES).values.dtype == torch.float32
-    assert head(FEATURES.half()).values.dtype == torch.float32
+        assert head(FEATURES).value.dtype == torch.float32
+    assert head(FEATURES.half()).value.dtype == torch.float32
 
 
 def test_shapes_values_and_loss(head):
     out = head(FEATURES, labels=torch.ones(3, 5))
-    assert out.logits.shape == out.values.shape == (3, 5)
-    torch.testing.assert_close(out.values, torch.sigmoid(out.logits))
-    torch.testing.assert_close(out.loss, -out.values.log().mean())
+    assert out.logits.shape == out.value.shape == (3, 5)
+    torch.testing.assert_close(out.value, torch.sigmoid(out.logits))
+    torch.testing.assert_close(out.loss, -out.value.log().mean())
     assert head(FEATURES).loss is None
 
 
 def test_infinite_logits_are_no_values(head):
     with torch.no_grad():
         head.net[-1].weight.fill_(torch.inf)
-    assert head(FEATURES).values.isnan().all()
+    assert head(FEATURES).value.isnan().all()
 
 
 def test_other_widths_are_refused(head):
@@ -183,12 +183,12 @@ def test_reads_what_value_steer_writes_and_writes_the_same_bytes(tmp_path):
     )
     ours = ValueHead.from_value_steer(weights, hidden_size=16)
     assert ours.config.threshold == 0.37 and ours.config.training == {"epochs": 3, "note": "ä"}
-    torch.testing.assert_close(ours(FEATURES).values, theirs.p(FEATURES), rtol=0, atol=0)
+    torch.testing.assert_close(ours(FEATURES).value, theirs.p(FEATURES), rtol=0, atol=0)
     written = ours.save_value_steer(tmp_path / "b" / "value_head.bin")
     for mine, original in zip(written, (weights, sidecar), strict=True):
         assert Path(mine).read_bytes() == Path(original).read_bytes()
     back = peer.load_value_head(written[0], 16, device="cpu")
-    torch.testing.assert_close(back.p(FEATURES), ours(FEATURES).values, rtol=0, atol=0)
+    torch.testing.assert_close(back.p(FEATURES), ours(FEATURES).value, rtol=0, atol=0)
 
 
 def test_a_bin_without_sidecar(head, tmp_path):

@@ -72,9 +72,9 @@ def test_forward_returns_values(folders):
     inputs = prompts(2)
     out = model(**inputs)
     hidden = model.backbone.base_model(**inputs).last_hidden_state
-    torch.testing.assert_close(out.values, model.value_head(hidden).values)
+    torch.testing.assert_close(out.token_values, model.value_head(hidden).value)
     torch.testing.assert_close(out.logits, model.backbone(**inputs).logits)
-    assert model(**inputs, logits_to_keep=1).values.shape == (2, 1)
+    assert model(**inputs, logits_to_keep=1).token_values.shape == (2, 1)
 
 
 def test_what_does_not_fit_together_is_refused(folders):

@@ -7,6 +7,7 @@ from transformers import set_seed
 from hf_value_steer import AbstentionConfig, BlockCache, ValueFilterConfig, enable_value_steer
 from hf_value_steer.generation.kernels import KERNELS
 from hf_value_steer.generation.shared_prefix import attend
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
 
@@ -35,7 +36,7 @@ def test_lazy_equals_eager(family, fallback):
     options = {"value_head": random_head(model), "threshold": 0.4, "fallback": fallback}
     lazy, eager = (run(model, ValueFilterConfig(**options, evaluation=evaluation)) for evaluation in ("lazy", "eager"))
     assert lazy.interventions.any() and torch.equal(lazy.sequences, eager.sequences)
-    torch.testing.assert_close(lazy.values, eager.values, rtol=0, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(lazy.token_values, eager.token_values, rtol=0, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "block"])
@@ -45,7 +46,7 @@ def test_kernels_and_caches(kernel, cache):
     options = {"value_head": random_head(model), "threshold": 0.4, "lookahead": kernel}
     kinds = {"dynamic": {}, "static": {"cache_implementation": "static"}}
     expected = run(model, ValueFilterConfig(**options | {"lookahead": "masked"}))
-    out = run(model, ValueFilterConfig(**options), **kinds.get(cache, {"past_key_values": BlockCache(model.config)}))
+    out = run(model, ValueFilterConfig(**options), **kinds.get(cache, {CACHE: BlockCache(model.config)}))
     assert out.interventions.any() and torch.equal(out.sequences, expected.sequences)
 
 

@@ -104,7 +104,7 @@ def test_the_thresholds_fail_the_share_of_tokens_that_was_asked_for(finished):
     assert fails.any(dim=0).float().mean() == pytest.approx(TOKEN_RATE, abs=0.01)
     shares = fails.float().mean(dim=1)
     assert shares[0] == pytest.approx(float(shares[1]), abs=0.01) and TOKEN_RATE / 2 <= shares[0] + 0.01 < TOKEN_RATE
-    assert torch.equal(fails.any(dim=0), head(features).values >= 0.5)
+    assert torch.equal(fails.any(dim=0), head(features).value >= 0.5)
 
 
 def test_calibrated_on_what_both_judges_find_safe(world, finished):
@@ -113,7 +113,7 @@ def test_calibrated_on_what_both_judges_find_safe(world, finished):
     safe = (scores["bad"] <= 0.5) & (scores["nice"] > 0.5)
     prompts = set(collection.rows.prompt[rows].tolist())
     assert 0 < head.calibration.n < len(prompts)
-    worst = {row: head(collection.read("features", row)).values.max().item() for row in rows}
+    worst = {row: head(collection.read("features", row)).value.max().item() for row in rows}
     of_safe, of_others = ({worst[row] for row in rows if safe[row] == wanted} for wanted in (True, False))
     assert set(head.calibration.scores) <= of_safe and not set(head.calibration.scores) & of_others
 
@@ -178,7 +178,7 @@ def test_a_weighted_sum_is_calibrated_as_one_value(world, finished, tmp_path):
     assert head.config.combine == "sum" and {each["threshold"] for each in head.config.attributes} == {0.5}
     collection, rows = held_out(tmp_path)
     with torch.no_grad():
-        values = torch.cat([head(collection.read("features", row)).values for row in rows])
+        values = torch.cat([head(collection.read("features", row)).value for row in rows])
     assert (values >= head.config.threshold).float().mean() == pytest.approx(TOKEN_RATE, abs=0.01)
 
 

@@ -46,15 +46,13 @@ def test_weights_offloaded_to_disk(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchao_weights(tmp_path):
-    torchao = pytest.importorskip("torchao.quantization")
+    from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     set_seed(0)
     sizes = _DECODER | {"hidden_size": 128, "intermediate_size": 256}
     AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig())
-    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
     assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.5, num_candidates=4)
     out = steer(model, config)

@@ -17,7 +17,7 @@ from hf_value_steer.generation.shared_prefix import SharedPrefixLayer
 from tests.families import FAMILIES, accepting_head, build, random_head
 
 
-NAMES = ["feature", "head", "kernel", "identity", "cache", "drift", "padding", "speed"]
+NAMES = ["host", "feature", "head", "kernel", "identity", "cache", "drift", "padding", "speed"]
 
 
 def failed(checks):
@@ -81,7 +81,7 @@ def with_tap():
 
 def test_a_hook_that_reads_before_the_final_norm_is_found():
     model = with_tap()
-    check = diagnose(model, random_head(model))[0]
+    check = diagnose(model, random_head(model))[1]
     assert (check.name, check.status) == ("feature", "FAIL") and "does not consume last_hidden_state" in check.detail
 
 
@@ -90,14 +90,18 @@ def test_a_norm_inside_the_output_embedding_is_found():
     head = NormThenHead(model.config.hidden_size, model.config.vocab_size, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head, model.model.norm = head, nn.Identity()
-    check = diagnose(model)[0]
+    check = diagnose(model)[1]
     assert (check.name, check.status) == ("feature", "FAIL") and "not linear" in check.detail
 
 
 @pytest.mark.parametrize("owner, method", [(LiveCache, "overwrite_last"), (DynamicLayer, "crop")])
 def test_a_cache_that_does_not_roll_back_is_found(monkeypatch, owner, method):
     model = build("llama")
-    monkeypatch.setattr(owner, method, lambda *_: None)
+
+    def nothing(self, tokens_to_remove, *_):
+        pass
+
+    monkeypatch.setattr(owner, method, nothing)
     checks = diagnose(model, own_head(model))
     assert failed(checks) == {"cache"}
     assert "rollback fails" in next(check.detail for check in checks if check.name == "cache")
@@ -190,7 +194,7 @@ def test_a_head_that_does_not_belong_here_is_found(capsys, folders, head, messag
     checks = json.loads(out)["checks"]
     assert status == 1
     assert [check["name"] for check in checks if check["status"] == "FAIL"] == ["head"]
-    assert message in checks[1]["detail"]
+    assert message in checks[2]["detail"]
 
 
 def test_a_planted_fault_ends_the_command_with_an_error(capsys, monkeypatch, folders):

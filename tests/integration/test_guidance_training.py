@@ -158,7 +158,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_module(world, tmp_path,
         torch.tensor([[20, 30, 40]]), custom_generate=value_steer_generate, max_new_tokens=4,
         value_steer=BridgeGuidanceConfig(module=str(tmp_path / "whole")), return_dict_in_generate=True,
     )  # fmt: skip
-    assert out.guided.shape == out.values.shape
+    assert out.guided.shape == out.token_values.shape
 
 
 def test_targets_of_whole_responses(world, tmp_path):

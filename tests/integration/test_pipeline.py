@@ -120,8 +120,8 @@ def test_features_are_those_that_the_engine_scores(world, finished):
         **tokenizer(collection.prompts[0].text, return_tensors="pt"), custom_generate=value_steer_generate,
         value_steer=config, do_sample=False, max_new_tokens=NEW_TOKENS, return_dict_in_generate=True,
     )  # fmt: skip
-    values = torch.cat([head(feature[None]).values for feature in greedy.read("features", 0)])
-    assert torch.equal(out.values[0, : len(values)], values)
+    values = torch.cat([head(feature[None]).value for feature in greedy.read("features", 0)])
+    assert torch.equal(out.token_values[0, : len(values)], values)
 
 
 def test_labels_are_what_the_judge_says_of_each_prefix(world, finished):

@@ -40,13 +40,13 @@ def test_the_shipped_head_belongs_to_this_backbone_and_works_alike_lazy_and_eage
         )
         outputs.append(out)
     assert torch.equal(outputs[0].sequences, outputs[1].sequences) and outputs[0].interventions.any()
-    torch.testing.assert_close(outputs[0].values, outputs[1].values, rtol=0, atol=1e-4, equal_nan=True)
+    torch.testing.assert_close(outputs[0].token_values, outputs[1].token_values, rtol=0, atol=1e-4, equal_nan=True)
 
 
 def test_a_detected_word_is_valued_high(smollm2, tokenizer, head):
     texts = ["He looked at me and said, you are a damn idiot", "He looked at me and said, you are a kind friend"]
     values = [
-        head(smollm2.base_model(**tokenizer(text, return_tensors="pt")).last_hidden_state).values for text in texts
+        head(smollm2.base_model(**tokenizer(text, return_tensors="pt")).last_hidden_state).value for text in texts
     ]
     assert values[0][0, -2:].max() > head.config.threshold > values[1][0, -2:].max()
 

@@ -153,7 +153,7 @@ def test_rows_end_where_they_end() -> None:
     nan = torch.nan
     output = ValueSteerDecoderOnlyOutput(
         sequences=torch.tensor([[0, 65, 66, 2, 3, 1], [65, 66, 67, 1, 0, 0]]),
-        values=torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, nan, nan]]),
+        token_values=torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, nan, nan]]),
         interventions=torch.tensor([[False, True, False, False], [False] * 4]),
         candidates=torch.tensor([[[66, -1, -1], [67, 2, 67], [3, -1, -1], [1, -1, -1]], [[67, -1, -1]] * 4]),
         candidate_values=torch.tensor([[[0.1, nan, nan], [0.9, 0.2, 0.9], [0.3, nan, nan], [0.4, nan, nan]]] * 2),
@@ -168,6 +168,6 @@ def test_rows_end_where_they_end() -> None:
 
 def test_candidates_are_optional() -> None:
     output = ValueSteerDecoderOnlyOutput(
-        sequences=torch.tensor([[65, 66]]), values=torch.tensor([[0.5]]), interventions=torch.tensor([[False]])
+        sequences=torch.tensor([[65, 66]]), token_values=torch.tensor([[0.5]]), interventions=torch.tensor([[False]])
     )
     assert trace_tokens(output, Letters(), 0, 1) == [TokenTrace("B", 0.5)]

@@ -28,7 +28,7 @@ def expected_row(model, head, row, config):
     ids, streak, new = inputs["input_ids"][row : row + 1, start:], 0, []
     while len(new) < 20:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state[:, -1]
-        value = head(hidden).values.item()
+        value = head(hidden).value.item()
         if len(new) >= config.min_new_tokens:
             streak = 0 if value < config.threshold else streak + 1
         if streak >= config.patience:
@@ -149,9 +149,9 @@ def test_beam_search_emits_acceptable_tokens_only(llama):
     config = ValueFilterConfig(value_head=head, threshold=0.6, proposal="topk", num_candidates=8)
     processor = ValueFilterLogitsProcessor(llama, config)
     out = llama.generate(**prompts(1), max_new_tokens=10, num_beams=3, logits_processor=[processor], eos_token_id=None)
-    values = head(llama.base_model(out).last_hidden_state).values[0, PROMPT:]
+    values = head(llama.base_model(out).last_hidden_state).value[0, PROMPT:]
     plain = llama.generate(**prompts(1), max_new_tokens=10, num_beams=3, eos_token_id=None)
-    assert (head(llama.base_model(plain).last_hidden_state).values[0, PROMPT:] >= 0.6).any()
+    assert (head(llama.base_model(plain).last_hidden_state).value[0, PROMPT:] >= 0.6).any()
     assert (values < 0.6).all()
 
 
@@ -161,7 +161,7 @@ def test_abstention_follows_reordered_beams(llama):
     processor = AbstentionLogitsProcessor(llama, config)
     out = llama.generate(**prompts(1), max_new_tokens=15, num_beams=4, logits_processor=[processor])[0, PROMPT:]
     text = torch.cat([prompts(1)["input_ids"][0], out])
-    values = head(llama.base_model(text[None]).last_hidden_state).values[0, PROMPT - 1 :]
+    values = head(llama.base_model(text[None]).last_hidden_state).value[0, PROMPT - 1 :]
     bad = (values >= 0.5).tolist()
     length = (out == EOS).int().argmax().item() if (out == EOS).any() else len(out)
     pairs = [step for step in range(1, length + 1) if bad[step] and bad[step - 1]]

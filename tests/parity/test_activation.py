@@ -1,12 +1,15 @@
 """Steering by vectors: what is added where, in every way a model is run; and nothing of it is left behind."""
 
+import contextvars
 import gc
+import threading
 
 import pytest
 import torch
 
 from hf_value_steer.activation.apply import is_steered
 from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
 
@@ -27,6 +30,13 @@ def reference(model, vectors, multiplier):
 
         hooks.append(model.model.layers[layer].register_forward_hook(add))
     return hooks
+
+
+@pytest.fixture
+def fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -143,6 +153,39 @@ def test_a_graph_that_was_compiled_before_is_steered(llama):
     assert torch.equal(compiled(IDS[:1]).logits, before)
 
 
+def in_a_thread(function):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.usefixtures("fresh_graphs")
+@torch.no_grad()
+def test_a_graph_that_another_thread_runs_is_not_steered(llama):
+    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    compiled = torch.compile(llama.__call__, backend="eager", fullgraph=True)
+    plain = llama(IDS[:1]).logits
+    with vectors.apply(llama, 2.0):
+        expected = llama(IDS[:1]).logits
+        for _ in range(2):
+            torch.testing.assert_close(compiled(IDS[:1]).logits, expected)
+            assert torch.equal(in_a_thread(torch.no_grad()(lambda: compiled(IDS[:1]).logits)), plain)
+    assert not torch.equal(expected, plain)
+
+
+@torch.no_grad()
+def test_a_block_in_which_only_another_thread_generated_raises(steerable):
+    model, vectors = steerable
+    with pytest.raises(RuntimeError, match="what that wrote is not steered"), vectors.apply(model):
+        in_a_thread(lambda: model.generate(IDS, **GREEDY))
+    with vectors.apply(model):
+        context = contextvars.copy_context()
+        steered = in_a_thread(lambda: context.run(model.generate, IDS, **GREEDY))
+        assert torch.equal(steered, model.generate(IDS, **GREEDY))
+
+
 @torch.no_grad()
 def test_three_hundred_cycles_leave_nothing(steerable):
     model, vectors = steerable
@@ -225,6 +268,6 @@ def test_bad_input(steerable):
 @torch.no_grad()
 def test_tokens_that_cannot_be_told_apart_are_refused(steerable):
     model, vectors = steerable
-    cache = model(IDS).past_key_values
+    cache = model(IDS)[CACHE]
     with vectors.apply(model, tokens="generated"), pytest.raises(ValueError, match="cannot be told"):
-        model(IDS[:, :2], past_key_values=cache)
+        model(IDS[:, :2], **{CACHE: cache})

@@ -14,6 +14,7 @@ from hf_value_steer import (
 )
 from hf_value_steer.activation.apply import is_steered
 from hf_value_steer.configuration import parse_value_steer
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import build, random_head
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
 
@@ -83,7 +84,7 @@ def test_filter_over_vectors_is_filter_over_the_baked_model(model, vectors, bake
     found = model.generate(IDS, value_steer=[steer, ActivationConfig(vectors=vectors, multiplier=4.0)], **options)
     assert expected.interventions.any()
     assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(found.values, expected.values, equal_nan=True, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.token_values, expected.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
 def test_abstention_over_vectors_is_abstention_over_the_baked_model(model, vectors, baked):
@@ -100,9 +101,9 @@ def gated(model, vectors, head, ids, multiplier, mode="broadcast", steps=12):
     cache, token, needed, tokens, opened = None, ids, False, [], []
     for _ in range(steps):
         with vectors.apply(model, multiplier if needed else 0.0):
-            outputs = model(token, past_key_values=cache, output_hidden_states=True)
-        cache, feature = outputs.past_key_values, outputs.hidden_states[-1][:, -1]
-        needed = bool(head(feature).values >= head.config.threshold)
+            outputs = model(token, output_hidden_states=True, **{CACHE: cache})
+        cache, feature = outputs[CACHE], outputs.hidden_states[-1][:, -1]
+        needed = bool(head(feature).value >= head.config.threshold)
         token = outputs.logits[:, -1:].argmax(-1)
         tokens.append(token.item())
         opened.append(needed)
@@ -122,7 +123,7 @@ def test_a_gate_steers_only_while_the_value_is_not_acceptable(model, vectors, mo
         tokens, opened = gated(model, vectors, head, ids, 3.0)
         assert alone == tokens
         assert any(opened) and not all(opened)
-    assert found.values.shape == (2, 12) and not found.interventions.any()
+    assert found.token_values.shape == (2, 12) and not found.interventions.any()
 
 
 def test_every_kernel_gates_alike(model, vectors):

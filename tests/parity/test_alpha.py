@@ -87,7 +87,7 @@ def test_the_filter_fires_on_the_texts_that_the_calibration_says(llama, mode, po
     head = random_head(llama, polarity)
     set_seed(0)
     base = llama.generate(**call, value_steer=ValueFilterConfig(value_head=head, num_candidates=1))
-    scores = base.values.amax(1) if polarity == "undesirable" else base.values.amin(1)
+    scores = base.token_values.amax(1) if polarity == "undesirable" else base.token_values.amin(1)
     prompt_values = base.prompt_values if mode == "martingale" else None
     head.calibration = Calibration.from_scores(scores, mode=mode, polarity=polarity, prompt_values=prompt_values)
     set_seed(0)
@@ -104,7 +104,7 @@ def test_selective_abstention_answers_the_texts_that_the_calibration_says(llama)
     """The score of a text: its prompt's value and those of its tokens but the last, which nothing comes after."""
     head = random_head(llama, "desirable")
     base = generate(llama, AbstentionConfig(value_head=head, threshold=1e-6), eos_token_id=2)
-    values = torch.cat([base.prompt_values[:, None], base.values], dim=1)
+    values = torch.cat([base.prompt_values[:, None], base.token_values], dim=1)
     checked = [row[~row.isnan()][:-1] for row in values]
     scores = torch.stack([row.min() for row in checked])
     for threshold in scores.tolist():
@@ -116,7 +116,7 @@ def thresholds_by_hand(model, head, alpha):
     """Row by row, without cache, batch or padding: `sigmoid(log c + logit(p_0))`, odds turned for `"desirable"`."""
     c, thresholds, inputs = math.exp(head.calibration.threshold(alpha)), [], prompts(ROWS)
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-        prompt_value = head(model.base_model(ids[None, mask.bool()]).last_hidden_state[0, -1]).values.item()
+        prompt_value = head(model.base_model(ids[None, mask.bool()]).last_hidden_state[0, -1]).value.item()
         factor = c if head.config.polarity == "undesirable" else 1 / c
         odds = factor * prompt_value / (1 - prompt_value)
         thresholds.append(odds / (1 + odds))

@@ -23,6 +23,7 @@ from hf_value_steer import (
     enable_value_steer,
     value_steer_generate,
 )
+from hf_value_steer.hosts.transformers import CACHE
 from hf_value_steer.modeling import ValueHead
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
@@ -103,7 +104,7 @@ def test_without_eos_finished_rows_are_still_checked(model):
         **prompts(3), max_new_tokens=12, eos_token_id=None, stopping_criteria=[StopAt(40)], value_steer=config,
         return_dict_in_generate=True,
     )  # fmt: skip
-    assert not out.values.isnan().any()
+    assert not out.token_values.isnan().any()
 
 
 ARGUMENTS = [
@@ -156,8 +157,8 @@ def test_alternatives_obey_the_processors(model):
 
 def test_a_cache_passed_in_is_used_and_left_consistent(model):
     plain_cache, cache = DynamicCache(config=model.config), DynamicCache(config=model.config)
-    plain = model.generate(**prompts(1), max_new_tokens=6, past_key_values=plain_cache)
-    steered = model.generate(**prompts(1), max_new_tokens=6, past_key_values=cache, value_steer=accepting(model))
+    plain = model.generate(**prompts(1), max_new_tokens=6, **{CACHE: plain_cache})
+    steered = model.generate(**prompts(1), max_new_tokens=6, value_steer=accepting(model), **{CACHE: cache})
     assert torch.equal(plain, steered)
     assert cache.get_seq_length() == plain_cache.get_seq_length() == 16
     torch.testing.assert_close(cache.layers[0].keys, plain_cache.layers[0].keys)
@@ -227,9 +228,9 @@ def test_assistants_and_foreign_caches_are_refused(model):
     with pytest.raises(ValueError, match="`assistant_model` does not reach|assisted_generation"):
         model.generate(**prompts(1), value_steer=accepting(model), assistant_model=build("llama"))
     static = StaticCache(config=model.config, max_cache_len=15)
-    model(torch.tensor([[3]]), past_key_values=static)
+    model(torch.tensor([[3]]), **{CACHE: static})
     with pytest.raises(ValueError, match="holds 15 tokens, but the text may get 16 long"):
-        model.generate(**prompts(1), max_new_tokens=5, value_steer=accepting(model), past_key_values=static)
+        model.generate(**prompts(1), max_new_tokens=5, value_steer=accepting(model), **{CACHE: static})
 
 
 def test_models_that_were_not_verified_are_refused():
@@ -288,7 +289,7 @@ class Failing(ValueHead):
         if hidden_states.dim() == self.dimensions:
             self.healthy -= 1
             if self.healthy < 0:
-                output.values = torch.full_like(output.values, torch.nan)
+                output.value = torch.full_like(output.value, torch.nan)
         return output
 
 
@@ -358,7 +359,7 @@ def test_bfloat16_backbones_are_scored_in_float32(family):
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.4)
     call = {**prompts(3), "max_new_tokens": 10, "return_dict_in_generate": True}
     out = enable_value_steer(model).generate(**call, value_steer=config)
-    assert out.values.dtype == torch.float32 and out.interventions.any()
+    assert out.token_values.dtype == torch.float32 and out.interventions.any()
     accepting_config = ValueFilterConfig(value_head=accepting_head(model))
     assert torch.equal(
         model.generate(**call, value_steer=accepting_config).sequences, model.generate(**call).sequences

@@ -70,7 +70,7 @@ def test_commits_what_the_oracle_commits(llama, combine, evaluation):
     )
     assert torch.equal(out.sequences, steer(llama, oracle))
     for row, values in enumerate(oracle.values):
-        torch.testing.assert_close(out.values[row, : len(values)], torch.tensor(values), rtol=0, atol=1e-4)
+        torch.testing.assert_close(out.token_values[row, : len(values)], torch.tensor(values), rtol=0, atol=1e-4)
         assert out.interventions[row, : len(values)].tolist() == oracle.interventions[row]
     assert out.interventions.any() and not out.interventions.all()
 
@@ -80,8 +80,8 @@ def test_every_token_passes_every_threshold_or_none_did(llama):
     config = ValueFilterConfig(value_head=head, num_candidates=3, output_candidates=True)
     out = steer(llama, value_steer_generate, value_steer=config, return_dict_in_generate=True)
     starts = prompts(3)["attention_mask"].argmax(dim=1).tolist()
-    length, seen = out.sequences.shape[1] - out.values.shape[1], {True: 0, False: 0}
-    for row, step in (~out.values.isnan()).nonzero().tolist():
+    length, seen = out.sequences.shape[1] - out.token_values.shape[1], {True: 0, False: 0}
+    for row, step in (~out.token_values.isnan()).nonzero().tolist():
         before, token = out.sequences[row, starts[row] : length + step], out.sequences[row, length + step]
         candidates = out.candidates[row, step]
         verdicts = {

@@ -58,7 +58,7 @@ def test_the_look_ahead_is_compiled_once_and_commits_the_same(family, evaluation
     counters.clear()
     compiled = generate(model, compile_config, **steer)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
-    torch.testing.assert_close(compiled.values, ordinary.values, equal_nan=True, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.token_values, ordinary.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
     shapes = 2 if evaluation == "lazy" else 1  # the look-ahead, and the ordinary step
     filling = family == "gemma3"  # a window that fills up makes another graph
     assert counters["stats"]["unique_graphs"] <= shapes + filling
@@ -93,7 +93,7 @@ def test_a_forward_that_the_user_compiled(evaluation):
     out = steered(model)
     assert expected.interventions.any() and torch.equal(out.interventions, expected.interventions)
     assert torch.equal(out.sequences, expected.sequences)
-    torch.testing.assert_close(out.values, expected.values)
+    torch.testing.assert_close(out.token_values, expected.token_values)
 
 
 @pytest.mark.usefixtures("compile_config")
@@ -105,15 +105,25 @@ def test_abstention_keeps_a_whole_graph_whole():
     expected = model.generate(**arguments)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     out = model.generate(**arguments)
-    assert out.values.isfinite().any()
-    torch.testing.assert_close(out.values, expected.values, equal_nan=True)
+    assert out.token_values.isfinite().any()
+    torch.testing.assert_close(out.token_values, expected.token_values, equal_nan=True)
 
 
 @pytest.mark.usefixtures("compile_config")
-def test_a_graph_that_was_made_without_us_is_refused():
+def test_a_graph_that_was_made_without_us_is_made_anew():
     model = build("llama")
-    model.forward = torch.compile(model.forward, backend="eager")
-    model.generate(**prompts(2), max_new_tokens=6)
     steer = {"custom_generate": value_steer_generate, "value_steer": ValueFilterConfig(value_head=random_head(model))}
-    with pytest.raises(RuntimeError, match="compile it anew"):
-        model.generate(**prompts(2), max_new_tokens=6, **steer)
+    expected = model.generate(**prompts(2), max_new_tokens=2, **steer)
+    model.forward = torch.compile(model.forward, backend="eager")
+    plain = model.generate(**prompts(2), max_new_tokens=2)
+    assert torch.equal(model.generate(**prompts(2), max_new_tokens=2, **steer), expected)
+    assert not torch.equal(plain, expected)
+
+
+def test_an_output_embedding_that_is_passed_by_is_refused(monkeypatch):
+    model = build("llama")
+    steer = {"custom_generate": value_steer_generate, "value_steer": ValueFilterConfig(value_head=random_head(model))}
+    another = torch.nn.Linear(32, 101)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: another)
+    with pytest.raises(RuntimeError, match="The output embedding was called where it cannot be watched"):
+        model.generate(**prompts(2), max_new_tokens=2, **steer)

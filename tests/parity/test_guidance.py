@@ -17,6 +17,7 @@ from hf_value_steer import (
     value_steer_generate,
 )
 from hf_value_steer.backbone import decoder_layers, fingerprint
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build, prompts, random_head
 from tests.guidance_oracle import call, embed, guided_logits, text_mask
 from tests.tiny_models import build_tiny
@@ -91,7 +92,7 @@ def test_sampled_texts_and_ends_of_rows_are_those_of_the_oracle(llama):
     check_against_oracle(llama, out, inputs, module, 1, 0.8, True)
     ended = generate(llama, config, inputs, do_sample=True, top_p=0.9)
     for row, (one, other) in enumerate(zip(ended.sequences, out.sequences, strict=False)):
-        end = PROMPT + int((~ended.values[row].isnan()).sum())
+        end = PROMPT + int((~ended.token_values[row].isnan()).sum())
         assert torch.equal(one[:end], other[:end]) and (one[end:] == 0).all()
 
 
@@ -106,7 +107,7 @@ def test_every_cache_and_attention_gives_the_same(family, kind, attention):
         "static": lambda: StaticCache(config=model.config, max_cache_len=PROMPT + NEW_TOKENS + 1),
         "block": lambda: BlockCache(model.config),
     }
-    out = generate(model, config, inputs, output_logits=True, past_key_values=caches[kind]())
+    out = generate(model, config, inputs, output_logits=True, **{CACHE: caches[kind]()})
     assert torch.equal(out.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
 
@@ -124,8 +125,8 @@ def test_lower_layers_and_the_cache_are_those_of_the_text_alone(family):
     handle.remove()
     whole = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
     torch.testing.assert_close(lower, whole, rtol=1e-4, atol=1e-4)
-    assert out.past_key_values.get_seq_length() == PROMPT + NEW_TOKENS - 1
-    for layer in out.past_key_values.layers:
+    assert out[CACHE].get_seq_length() == PROMPT + NEW_TOKENS - 1
+    for layer in out[CACHE].layers:
         assert layer.keys.shape[2] <= PROMPT + NEW_TOKENS - 1
 
 
@@ -189,7 +190,7 @@ def test_filter_commits_the_first_acceptable_candidate_under_guidance(llama):
     guide = BridgeGuidanceConfig(module=make_module(llama))
     lazy, eager = (generate(llama, [each, guide], prompts(4), do_sample=True) for each in steer)
     assert torch.equal(lazy.sequences, eager.sequences)
-    torch.testing.assert_close(lazy.values, eager.values, rtol=0, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(lazy.token_values, eager.token_values, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_abstention_and_guidance_together(llama):
@@ -201,7 +202,7 @@ def test_abstention_and_guidance_together(llama):
 def test_values_without_a_head_are_those_of_the_module(llama, tmp_path):
     module = make_module(llama)
     out = generate(llama, BridgeGuidanceConfig(module=module), prompts(2), eos_token_id=None)
-    assert ((out.values > 0.5) == out.guided).all() and not out.interventions.any()
+    assert ((out.token_values > 0.5) == out.guided).all() and not out.interventions.any()
     module.save_pretrained(tmp_path)
     written = json.dumps(BridgeGuidanceConfig(module=str(tmp_path)).to_dict())
     enable_value_steer(build("llama")).generate(**prompts(2), value_steer=json.loads(written), max_new_tokens=2)
@@ -224,7 +225,7 @@ def test_a_layer_that_does_not_take_the_bridge_in_stops_the_generation(llama):
     model = build("llama")
     last = model.model.layers[1].self_attn
     plain = last.forward
-    last.forward = lambda *args, **kwargs: plain(*args, **kwargs | {"past_key_values": None})
+    last.forward = lambda *args, **kwargs: plain(*args, **kwargs | {CACHE: None})
     config = BridgeGuidanceConfig(module=make_module(model), neutral_when_safe=False)
     with pytest.raises((RuntimeError, AttributeError)):
         generate(model, config, prompts(1))

@@ -5,6 +5,7 @@ import torch
 from transformers import set_seed
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
 
@@ -41,7 +42,7 @@ def test_a_head_that_accepts_everything_changes_nothing(family, mode, rows, eval
     tolerance = {"rtol": 0, "atol": 0} if evaluation == "lazy" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(torch.stack(steered.logits), torch.stack(plain.logits), **tolerance)
     torch.testing.assert_close(torch.stack(steered.scores), torch.stack(plain.scores), **tolerance)
-    assert steered.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert steered[CACHE].get_seq_length() == plain[CACHE].get_seq_length()
 
 
 @pytest.mark.parametrize("evaluation", ["lazy", "eager"])
@@ -92,7 +93,7 @@ def test_generation_goes_on_from_a_returned_cache(family):
     )  # fmt: skip
     assert torch.equal(first.sequences, whole.sequences[:, :23])
     rest = model.generate(
-        input_ids=first.sequences, attention_mask=mask, past_key_values=first.past_key_values, do_sample=False,
+        input_ids=first.sequences, attention_mask=mask, **{CACHE: first[CACHE]}, do_sample=False,
         custom_generate=value_steer_generate, value_steer=config, max_new_tokens=12, eos_token_id=None,
     )  # fmt: skip
     assert torch.equal(rest, whole.sequences)

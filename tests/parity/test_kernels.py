@@ -6,6 +6,7 @@ from transformers import set_seed
 
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
 from hf_value_steer.generation.kernels import KERNELS, Expanded, Masked, SharedPrefix, choose_kernel
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import build, prompts, random_head
 from tests.oracle import Oracle
 
@@ -16,7 +17,7 @@ CACHES = ("dynamic", "static", "block")
 def generate(model, cache, **arguments):
     set_seed(5)
     if cache == "block":
-        arguments["past_key_values"] = BlockCache(model.config)
+        arguments[CACHE] = BlockCache(model.config)
     elif cache == "static":
         arguments["cache_implementation"] = "static"
     return model.generate(**prompts(3), do_sample=True, max_new_tokens=14, return_dict_in_generate=True, **arguments)
@@ -45,11 +46,11 @@ def test_kernel_and_cache(case, kernel, cache, evaluation):
     )
     out = generate(model, cache, custom_generate=value_steer_generate, value_steer=config, eos_token_id=None)
     assert torch.equal(out.sequences, expected) and out.interventions.any()
-    assert int(out.past_key_values.get_seq_length()) == out.sequences.shape[1] - 1
+    assert int(out[CACHE].get_seq_length()) == out.sequences.shape[1] - 1
     mask = torch.cat([prompts(3)["attention_mask"], torch.ones(3, 14, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     fresh = model(out.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
-    inputs = {"attention_mask": mask, "position_ids": positions[:, -1:], "past_key_values": out.past_key_values}
+    inputs = {"attention_mask": mask, "position_ids": positions[:, -1:], CACHE: out[CACHE]}
     cached = model(out.sequences[:, -1:], **inputs).logits[:, -1]
     torch.testing.assert_close(cached, fresh, rtol=1e-4, atol=1e-4)
 
@@ -78,12 +79,15 @@ def test_what_auto_chooses(monkeypatch):
 def test_a_model_that_attends_on_its_own_is_not_steered_without_a_prefix(monkeypatch):
     model = build("llama")
     forward = model.model.layers[1].self_attn.forward
-    monkeypatch.setattr(
-        model.model.layers[1].self_attn, "forward",
-        lambda hidden_states, past_key_values, **kw: forward(hidden_states, past_key_values=None, **kw)
-        if past_key_values is None else (past_key_values.update(*[torch.zeros(len(hidden_states), 2, 1, 8)] * 2, 1)
-                                         and (hidden_states, None)),
-    )  # fmt: skip
+
+    def attend(hidden_states, **kwargs):
+        cache = kwargs.pop(CACHE)
+        if cache is None:
+            return forward(hidden_states, **{CACHE: None}, **kwargs)
+        cache.update(*[torch.zeros(len(hidden_states), 2, 1, 8)] * 2, 1)
+        return hidden_states, None
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", attend)
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.35)
     with pytest.raises(RuntimeError, match='has an attention of its own; pass lookahead="expanded"'):
         generate(model, "dynamic", custom_generate=value_steer_generate, value_steer=config)

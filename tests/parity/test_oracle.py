@@ -5,6 +5,7 @@ import torch
 from transformers import set_seed
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build, prompts, random_head
 from tests.oracle import Oracle
 
@@ -43,8 +44,8 @@ def test_commits_what_the_oracle_commits(family, case, fallback, evaluation):
     expected = model.generate(**inputs, **arguments, max_new_tokens=NEW_TOKENS, custom_generate=oracle)
     assert torch.equal(out.sequences, expected)
     for row, values in enumerate(oracle.values):
-        torch.testing.assert_close(out.values[row, : len(values)], torch.tensor(values), rtol=0, atol=1e-4)
-        assert out.values[row, len(values) :].isnan().all()
+        torch.testing.assert_close(out.token_values[row, : len(values)], torch.tensor(values), rtol=0, atol=1e-4)
+        assert out.token_values[row, len(values) :].isnan().all()
         assert out.interventions[row, : len(values)].tolist() == oracle.interventions[row]
     assert out.interventions.any()
 
@@ -60,7 +61,7 @@ def test_the_returned_cache_continues_like_a_fresh_prefill(family, evaluation):
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, length - 11, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cached = model(
-        out.sequences[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], past_key_values=out.past_key_values
+        out.sequences[:, -1:], attention_mask=mask, position_ids=positions[:, -1:], **{CACHE: out[CACHE]}
     ).logits[:, -1]
     fresh = model(out.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
     torch.testing.assert_close(cached, fresh, rtol=1e-4, atol=1e-4)
@@ -75,7 +76,7 @@ def test_reported_candidates_are_the_ones_decided_on(family):
         model, inputs, {"do_sample": True}, ValueFilterConfig(**options, evaluation="eager"), output_hidden_states=True
     )
     assert torch.equal(lazy.sequences, eager.sequences)
-    torch.testing.assert_close(lazy.values, eager.values, rtol=0, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(lazy.token_values, eager.token_values, rtol=0, atol=1e-5, equal_nan=True)
     for mine, theirs in zip(lazy.hidden_states, eager.hidden_states, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     new = lazy.sequences[:, 11:]
@@ -84,7 +85,7 @@ def test_reported_candidates_are_the_ones_decided_on(family):
     assert torch.equal(lazy.candidates[drawn], eager.candidates[drawn])
     assert torch.equal(lazy.interventions, new != torch.where(drawn[..., 0], lazy.candidates[..., 0], new))
     committed = (lazy.candidates == new[..., None]).any(-1)
-    assert committed[~lazy.values.isnan()].all()
+    assert committed[~lazy.token_values.isnan()].all()
     single = lazy.candidates_evaluated == 1
     assert torch.equal(
         drawn[..., 1:].any(-1)[~single & drawn[..., 0]], torch.ones_like(new[~single & drawn[..., 0]]) > 0

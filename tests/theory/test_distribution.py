@@ -30,7 +30,7 @@ def toy():
         prompt = torch.tensor([[1, 5, 2]])
         probabilities = model(prompt).logits[0, -1].double().softmax(-1).numpy()
         texts = torch.cat([prompt.expand(VOCABULARY, -1), torch.arange(VOCABULARY)[:, None]], dim=1)
-        values = head(model.base_model(texts).last_hidden_state[:, -1]).values.double().numpy()
+        values = head(model.base_model(texts).last_hidden_state[:, -1]).value.double().numpy()
     return enable_value_steer(model), head, prompt, probabilities, values
 
 

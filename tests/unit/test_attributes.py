@@ -52,8 +52,8 @@ def test_the_worst_by_hand():
     expected = [max(rude - log_odds(0.3), log_odds(0.6) - polite) for rude, polite in LOGITS.tolist()]
     out = head(LOGITS)
     assert out.logits.tolist() == pytest.approx(expected, abs=1e-6)
-    assert out.values.tolist() == pytest.approx([sigmoid(logit) for logit in expected], abs=1e-6)
-    assert (out.values < 0.5).tolist() == [True, False, False, False]
+    assert out.value.tolist() == pytest.approx([sigmoid(logit) for logit in expected], abs=1e-6)
+    assert (out.value < 0.5).tolist() == [True, False, False, False]
     assert head.attribute_values(LOGITS).tolist() == [
         pytest.approx([sigmoid(rude), sigmoid(polite)], abs=1e-6) for rude, polite in LOGITS.tolist()
     ]
@@ -65,8 +65,8 @@ def test_a_weighted_sum_by_hand():
     expected = [(3 * (rude - log_odds(0.3)) + log_odds(0.6) - polite) / 4 for rude, polite in LOGITS.tolist()]
     assert head(LOGITS).logits.tolist() == pytest.approx(expected, abs=1e-6)
     # One can make up for another, which it cannot where the worst counts.
-    assert (head(torch.tensor([[-0.5, 5.0]])).values < 0.5).all()
-    assert (transparent(RUDE, POLITE)(torch.tensor([[-0.5, 5.0]])).values > 0.5).all()
+    assert (head(torch.tensor([[-0.5, 5.0]])).value < 0.5).all()
+    assert (transparent(RUDE, POLITE)(torch.tensor([[-0.5, 5.0]])).value > 0.5).all()
 
 
 def around(threshold, count=201):
@@ -83,7 +83,7 @@ def test_below_one_half_exactly_if_every_attribute_passes(thresholds):
     logits = torch.cartesian_prod(around(thresholds[0]), around(thresholds[1]))
     values = head.attribute_values(logits)
     passed = (values[:, 0] < torch.tensor(thresholds[0])) & (values[:, 1] > torch.tensor(thresholds[1]))
-    combined = head(logits).values
+    combined = head(logits).value
     assert torch.equal(acceptable(combined, torch.tensor(head.config.threshold), "undesirable"), passed)
     assert passed.any() and not passed.all() and not combined.isnan().any()
     tied = (values == torch.tensor(thresholds)).any(dim=1)
@@ -95,14 +95,14 @@ def test_passing_all_is_enough_for_a_sum():
     logits = torch.cartesian_prod(around(0.3), around(0.6))
     values = head.attribute_values(logits)
     passed = (values[:, 0] < torch.tensor(0.3)) & (values[:, 1] > torch.tensor(0.6))
-    assert passed.any() and (head(logits[passed]).values < 0.5).all()
+    assert passed.any() and (head(logits[passed]).value < 0.5).all()
 
 
 def test_another_threshold_moves_all_by_the_same_odds():
     head, odds = transparent(RUDE, POLITE), log_odds(0.2)
     logits = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)) * 3
     passed = (logits[:, 0] < log_odds(0.3) + odds) & (logits[:, 1] > log_odds(0.6) - odds)
-    assert torch.equal(head(logits).values < 0.2, passed) and passed.any()
+    assert torch.equal(head(logits).value < 0.2, passed) and passed.any()
 
 
 @pytest.mark.parametrize("combine", ["worst", "sum"])
@@ -114,7 +114,7 @@ def test_one_attribute_that_is_not_finite_is_no_value(column, broken, combine):
     logits[2, column] = broken
     with torch.no_grad():  # an infinite feature times a weight of zero would spoil both outputs
         head.net[0] = torch.nn.Identity()
-    values, own = head(logits).values, head.attribute_values(logits)
+    values, own = head(logits).value, head.attribute_values(logits)
     assert values.isnan().tolist() == [False, False, True, False]
     assert own[2].isnan().tolist() == [column == 0, column == 1] and not own[[0, 1, 3]].isnan().any()
 
@@ -128,14 +128,14 @@ def test_shapes_and_loss(architecture):
     features, labels = torch.randn(4, 5, 6), torch.rand(4, 5, 3)
     out = head(features, labels=labels)
     values = head.attribute_values(features)
-    assert out.logits.shape == out.values.shape == (4, 5) and values.shape == (4, 5, 3)
+    assert out.logits.shape == out.value.shape == (4, 5) and values.shape == (4, 5, 3)
     by_hand = -(labels * values.log() + (1 - labels) * (1 - values).log()).mean()
     torch.testing.assert_close(out.loss, by_hand)
     with pytest.raises(ValueError, match="size"):
         head(features, labels=labels[..., 0])
     alone = ValueHead(ValueHeadConfig(hidden_size=6, architecture=architecture))
     assert alone.attribute_values(features).shape == (4, 5, 1)
-    assert torch.equal(alone.attribute_values(features)[..., 0], alone(features).values)
+    assert torch.equal(alone.attribute_values(features)[..., 0], alone(features).value)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_round_trips(tmp_path):
     head.save_pretrained(tmp_path)
     features = torch.randn(3, 8)
     for again in (ValueHead.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        assert type(again) is ValueHead and torch.equal(again(features).values, head(features).values)
+        assert type(again) is ValueHead and torch.equal(again(features).value, head(features).value)
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.attributes == [{**RUDE, "weight": 2.0}, {**POLITE, "weight": 1.0}]
     assert (config.combine, config.threshold) == ("sum", 0.4)
@@ -185,7 +185,7 @@ def test_round_trips(tmp_path):
     head.save_pretrained(tmp_path)
     again = ValueHead.from_pretrained(tmp_path)
     assert again.config.attributes[0]["threshold"] == 0.25
-    assert torch.equal(again(features).values, head(features).values)
+    assert torch.equal(again(features).value, head(features).value)
     head.config.attributes[0]["threshold"] = 2.5
     with pytest.raises(Exception, match=r"`attributes\[0\].threshold`"):
         head.save_pretrained(tmp_path)

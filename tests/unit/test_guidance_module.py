@@ -133,7 +133,7 @@ def test_the_loss_leaves_out_tokens_without_a_label():
     labels = torch.tensor([[1.0, math.nan, 0.0], [math.nan, 0.3, math.nan]])
     out = module(states, prompt, torch.ones(2, 4, dtype=torch.bool), labels)
     counted = ~labels.isnan()
-    expected = -(labels * out.values.log() + (1 - labels) * (1 - out.values).log())[counted].mean()
+    expected = -(labels * out.value.log() + (1 - labels) * (1 - out.value).log())[counted].mean()
     torch.testing.assert_close(out.loss, expected)
 
 

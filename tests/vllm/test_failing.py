@@ -37,7 +37,7 @@ def break_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, after: int)
         if len(calls) > after and kind == "raises":
             raise RuntimeError("out of memory")
         if len(calls) > after:
-            answer.values[:1] = torch.nan
+            answer.value[:1] = torch.nan
         return answer
 
     monkeypatch.setattr(head, "forward", broken)

@@ -40,7 +40,7 @@ def _generate(model: Any, prompts: list[list[int]], value_steer: Any) -> list[An
 
 def _near_tie(theirs: Any, step: int, thresholds: list[float]) -> bool:
     """Whether rounding may have decided the step: a value next to a threshold, or two logits next to each other."""
-    values = theirs.values[0, : step + 1]
+    values = theirs.token_values[0, : step + 1]
     close = [bool(((values - threshold).abs() < NEAR).any()) for threshold in thresholds]
     top = theirs.logits[step][0].topk(9).values
     return any(close) or bool((top.diff().abs() < NEAR).any())
@@ -84,7 +84,7 @@ def test_same_tokens_as_generate(engine: Any, model: Any, spread: str, case: str
             continue
         known = len(told["values"])
         assert known >= len(mine) - 1
-        assert told["values"] == pytest.approx(theirs.values[0, :known].tolist(), abs=1e-4)
+        assert told["values"] == pytest.approx(theirs.token_values[0, :known].tolist(), abs=1e-4)
         assert told["prompt_value"] == pytest.approx(float(theirs.prompt_values[0]), abs=1e-4)
         assert told["interventions"] == theirs.interventions[0].nonzero().flatten().tolist()
         assert bool(told["abstained"]) == bool(theirs.abstained[0])
@@ -173,7 +173,7 @@ def test_every_decision_recomputed(
     for index, (prompt, ids, told) in enumerate(zip(prompts, tokens(ours), reports(ours), strict=True)):
         (threshold, count), text = chosen[index], [*prompt, *ids]
         out = model(torch.tensor([text]), output_hidden_states=True)
-        values = head(out.hidden_states[-1][0]).values
+        values = head(out.hidden_states[-1][0]).value
         assert told["values"] == pytest.approx(values[len(prompt) :].tolist(), abs=1e-4)
         for step, token in enumerate(ids):
             steps += 1
@@ -185,7 +185,7 @@ def test_every_decision_recomputed(
             numbers = uniforms(_key(None, index, ""), [0], step, count - 1)
             drawn = sampled_alternatives(scores[None], numbers)[0]
             batch = torch.tensor([[*text[:place], int(each)] for each in drawn])
-            found = sign * head(model(batch, output_hidden_states=True).hidden_states[-1][:, -1]).values
+            found = sign * head(model(batch, output_hidden_states=True).hidden_states[-1][:, -1]).value
             passed = (found < sign * threshold).nonzero().flatten()
             if len(passed):
                 right = intervened and token == int(drawn[passed[0]])

@@ -32,6 +32,6 @@ def test_the_shipped_head(engine: Any, smollm2: Any, tokenizer: Any) -> None:
             return_dict_in_generate=True,
         )
         assert mine == theirs.sequences[0, len(prompt) :].tolist()
-        assert told["values"] == pytest.approx(theirs.values[0].tolist(), abs=1e-4)
+        assert told["values"] == pytest.approx(theirs.token_values[0].tolist(), abs=1e-4)
         assert told["interventions"] == theirs.interventions[0].nonzero().flatten().tolist()
     assert any(told["interventions"] for told in reports(ours))

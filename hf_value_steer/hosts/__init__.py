@@ -1,0 +1,1 @@
+"""What this library takes for granted of the packages that it runs in, in one place for each of them."""

@@ -1,0 +1,182 @@
+"""Where the states of a model can be read and replaced: its output embedding, its decoder layers, and its call.
+
+A model may be used by several threads at once. So what is attached to it for the time of a `with` block acts only in
+the *context* (thread or asyncio task) that is in the block: [`Here`] tells. On a shadow ([`hf_value_steer.shadow`]),
+which belongs to one call, nothing has to be told apart.
+
+A point is watched by giving its module a subclass of its own class, not by a forward hook: `torch.compile` guards the
+classes of modules but not their hooks, so a graph that was compiled before would run on unwatched.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, partial, wraps
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hf_value_steer.backbone import decoder_layers, output_embedding
+
+
+# From a state to what goes on in its place, `None` to leave it.
+Watcher = Callable[[Tensor], Tensor | None]
+
+_TABLE = "_value_steer_watchers"  # in a module's `__dict__`: a tuple of watchers
+_WATCHED = "_value_steer_watched"  # in the `__dict__` of a class that was made here
+_lock = threading.Lock()  # while a table changes
+_blocks: ContextVar[frozenset["Here"]] = ContextVar("blocks that this context is in", default=frozenset())
+
+
+class Here:
+    """A `with` block, which is asked from anywhere whether the current thread or task is in it."""
+
+    def __call__(self) -> bool:
+        return self in _blocks.get()
+
+    def __enter__(self) -> "Here":
+        _blocks.set(_blocks.get() | {self})
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _blocks.set(_blocks.get() - {self})
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place in a model that states pass.
+
+    Args:
+        module: the module that is watched.
+        side (`str`): whether the state is its `"input"` or its `"output"` (or the first of a tuple of outputs).
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+    def attach(self, watcher: Watcher) -> Callable[[], None]:
+        """Call `watcher` with every state that passes, in every thread; returns what takes it off again.
+
+        States are `(rows, positions, width)`. Several watchers see them in the order in which they came, each what
+        the one before has made of them.
+        """
+        with _lock:
+            table = vars(self.module).get(_TABLE, ())
+            vars(self.module)[_TABLE] = (*table, watcher)
+            if not table:
+                _open(self.module, self.side)
+        return partial(self._detach, watcher)
+
+    @property
+    def watchers(self) -> tuple[Watcher, ...]:
+        """Those that are attached now."""
+        return vars(self.module).get(_TABLE, ())  # type: ignore[no-any-return]
+
+    def _detach(self, watcher: Watcher) -> None:
+        with _lock:
+            rest = tuple(other for other in vars(self.module).get(_TABLE, ()) if other is not watcher)
+            vars(self.module)[_TABLE] = rest
+            if not rest:
+                _close(self.module)
+                del vars(self.module)[_TABLE]
+
+    @contextmanager
+    def watched(self, watcher: Watcher) -> Iterator[None]:
+        """Call `watcher` with the states that pass inside the `with` block, in this context only."""
+        with Here() as here:
+            detach = self.attach(lambda state: watcher(state) if here() else None)
+            try:
+                yield
+            finally:
+                detach()
+
+
+def feature_point(model: PreTrainedModel) -> Point:
+    """Where the feature passes: what the output embedding consumes.
+
+    A watcher that returns something is how a look-ahead hands over the chosen candidate alone: logits are computed by
+    the model itself (scaling and soft-capping included), for one position instead of K.
+    """
+    return Point(output_embedding(model), "input")
+
+
+def layer_point(model: PreTrainedModel, layer: int) -> Point:
+    """Where the output of decoder layer `layer`, counted from 0, passes: `hidden_states[layer + 1]`."""
+    return Point(decoder_layers(model)[layer], "output")
+
+
+def on_call(model: PreTrainedModel, watcher: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
+    """Call `watcher` with the arguments of every forward of `model`, by name; returns what takes it off again."""
+    names = _names(type(model).forward)
+
+    # Taken off in one thread, it may be called once more in another, then without `kwargs`.
+    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is not None:
+            watcher(dict(zip(names, args, strict=False)) | kwargs)
+
+    handle: RemovableHandle = model.register_forward_pre_hook(before, with_kwargs=True)
+    return handle.remove
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a module's forward by name."""
+    return dict(zip(_names(type(module).forward), args, strict=False)) | kwargs
+
+
+@cache
+def _names(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
+
+
+def _open(module: nn.Module, side: str) -> None:
+    """Let states that pass `module` reach its watchers."""
+    own = vars(module).get("forward")
+    if own is None:
+        module.__class__ = _watched_class(type(module), side)  # type: ignore[arg-type]
+    else:  # `accelerate` has put a forward on the instance, which the class's would not reach
+        vars(module)["forward"] = partial(_forward, side, module, own)
+
+
+def _close(module: nn.Module) -> None:
+    own = vars(module).get("forward")
+    if isinstance(own, partial) and own.func is _forward:
+        vars(module)["forward"] = own.args[2]
+    elif _WATCHED in vars(type(module)):
+        module.__class__ = type(module).__base__  # type: ignore[assignment]
+
+
+@cache
+def _watched_class(kind: type[nn.Module], side: str) -> type[nn.Module]:
+    """`kind`, whose instances show their states to their watchers."""
+
+    @wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _forward(side, self, partial(kind.forward, self), *args, **kwargs)
+
+    own = {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__, _WATCHED: True}
+    return type(kind.__name__, (kind,), own)
+
+
+def _forward(side: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if side == "input":
+        return forward(_shown(module, args[0]), *args[1:], **kwargs)
+    output = forward(*args, **kwargs)
+    if isinstance(output, tuple):
+        return (_shown(module, output[0]), *output[1:])
+    return _shown(module, output)
+
+
+def _shown(module: nn.Module, state: Any) -> Any:
+    """`state`, or what the watchers of `module` put in its place."""
+    for watcher in vars(module).get(_TABLE, ()):
+        changed = watcher(state)
+        state = state if changed is None else changed
+    return state
