@@ -46,6 +46,7 @@ def let_everything_in():
     stack = ExitStack()
     for name in ("validation.VERIFIED", "kernels.MASKED", "kernels.SHARED_PREFIX"):
         stack.enter_context(mock.patch(f"hf_value_steer.generation.{name}", Everything()))
+    stack.enter_context(mock.patch.dict("hf_value_steer.generation.validation.NEEDS", clear=True))
     return stack
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_value_steer.backbone import fingerprint
@@ -19,6 +18,7 @@ from hf_value_steer.files import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import undesirability
+from hf_value_steer.progress import progress
 from hf_value_steer.training.engine import until_end
 from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
 from hf_value_steer.training.sampling import generate_arguments
@@ -107,7 +107,7 @@ class Runner:
         if path.exists():
             return Texts(**json.loads(path.read_text(encoding="utf-8")))
         texts, samples = Texts(), samples or self.samples
-        for first in tqdm(range(0, len(self.prompts), self.batch_size), desc=setting.name, unit="batch"):
+        for first in progress(range(0, len(self.prompts), self.batch_size), setting.name, "batch"):
             self._batch(setting, first, samples, texts)
         write_json(path, asdict(texts))
         return texts

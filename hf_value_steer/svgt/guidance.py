@@ -57,7 +57,9 @@ def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGu
     module.require_finite()
     if not config.allow_backbone_mismatch:
         refuse_other_backbone("module", module.config, model)
-    return shadow(module).eval()
+    own: ValueGuidanceModule = shadow(module)
+    own.eval()
+    return own
 
 
 class Guidance:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_value_steer.files import claim
 from hf_value_steer.points import layer_point
+from hf_value_steer.progress import progress
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
@@ -80,7 +80,7 @@ class States:
         self.collection, self.folder, self.layer = collection, folder, layer
         claim(folder / "states.json", {"collection_sha256": collection.digest(), "layer": layer})
         writer = _Writer(collection, model, formatter, layer)
-        for index in tqdm(range(len(collection.shards)), desc=f"states of layer {layer}", unit="shard"):
+        for index in progress(range(len(collection.shards)), f"states of layer {layer}", "shard"):
             if not self._path(index).exists():
                 write_tensors(self._path(index), writer.shard(index))
         if not (folder / "prompts.safetensors").exists():

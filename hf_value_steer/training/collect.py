@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from hf_value_steer.backbone import feature_width, fingerprint
 from hf_value_steer.files import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
 from hf_value_steer.points import feature_point
+from hf_value_steer.progress import progress
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
@@ -75,7 +75,7 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     # Shared out first, then checked: what others write meanwhile must not change what is ours.
     mine = batches[state.process_index :: state.num_processes]
     missing = [batch for batch in mine if not _is_complete(shard_path(folder, batch.index))]
-    for batch in tqdm(missing, desc="collect", unit="shard", disable=not state.is_main_process):
+    for batch in progress(missing, "collect", "shard", not state.is_main_process):
         write_tensors(shard_path(folder, batch.index), engine.tensors(batch))
     state.wait_for_everyone()
     collection = Collection(folder)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_value_steer.files import claim, write_json
+from hf_value_steer.progress import progress
 from hf_value_steer.training.judges import Judge, agreement, load_judge
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
@@ -55,7 +55,7 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
         if arguments.prefixes and missing and pieces is None:
             pieces = vocabulary_pieces(tokenizer)
         reader = _Reader(collection, tokenizer, judge, arguments, pieces)
-        for index in tqdm(missing, desc=f"label {spec}", unit="shard", disable=not state.is_main_process):
+        for index in progress(missing, f"label {spec}", "shard", not state.is_main_process):
             write_tensors(_file(folder, index), reader.tensors(index))
     state.wait_for_everyone()
     labels = {spec: Labels(collection, spec) for spec in arguments.judges}

@@ -1,5 +1,6 @@
 """Requests are checked before they are admitted: a wrong one gets its reason (HTTP 400), and the engine lives on."""
 
+import itertools
 from typing import Any, ClassVar
 
 from vllm.sampling_params import SamplingParams
@@ -13,8 +14,10 @@ from hf_value_steer.vllm.steering import Steering
 class Admission(V1Processor, V2Processor):  # type: ignore[misc]
     """A logits processor that processes nothing: vLLM asks its class about the parameters of every request.
 
+    Every engine has a class of its own, made by [`admission_for`]: there may be several in a process.
+
     Attributes:
-        steering ([`Steering`], *optional*): of the engine, where [`steered_engine_args`] made its arguments. Without
+        steering ([`Steering`], *optional*): of the engine, in the process in which its arguments were made. Without
             it, overrides are checked in the engine, where a wrong one ends the request with an error.
     """
 
@@ -42,6 +45,29 @@ class Admission(V1Processor, V2Processor):  # type: ignore[misc]
 
     def add_request(self, *_: Any) -> bool:
         return False
+
+
+_made: dict[str, type[Admission]] = {}
+_numbers = itertools.count()
+
+
+def admission_for(steering: Steering) -> str:
+    """The name, `"module:class"`, by which vLLM finds the admission of an engine that steers like this."""
+    name = f"{Admission.__name__}{next(_numbers)}"
+    _made[name] = type(name, (Admission,), {"steering": steering, "__module__": __name__})
+    return f"{__name__}:{name}"
+
+
+def admission(name: str) -> type[Admission]:
+    """The class of a name that [`admission_for`] has made."""
+    return _made[name.partition(":")[2]]
+
+
+def __getattr__(name: str) -> type[Admission]:
+    """Classes that were made here, or in the process from which this one was started."""
+    if name.removeprefix(Admission.__name__).isdecimal():
+        return _made.get(name, Admission)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _is_of_a_beam(params: SamplingParams) -> bool:

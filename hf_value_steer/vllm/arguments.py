@@ -8,7 +8,6 @@ from hf_value_steer.configuration import ValueSteer, parse_value_steer
 WORKER = "hf_value_steer.vllm.worker.SteeredWorker"
 SCHEDULER = "hf_value_steer.vllm.scheduler.SteeredScheduler"
 ASYNC_SCHEDULER = "hf_value_steer.vllm.scheduler.AsyncSteeredScheduler"
-ADMISSION = "hf_value_steer.vllm.admission:Admission"
 
 
 def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any) -> dict[str, Any]:
@@ -24,11 +23,11 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
     Raises:
         ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
     """
-    from hf_value_steer.vllm.admission import Admission
+    from hf_value_steer.vllm.admission import admission_for
     from hf_value_steer.vllm.steering import Steering
 
     configs = [config.to_dict() for config in parse_value_steer(value_steer).values()]
-    Admission.steering = Steering.load(configs)
+    steering = Steering.load(configs)
     ours = {
         "model": model,
         "worker_cls": WORKER,
@@ -39,6 +38,6 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
     if taken:
         raise ValueError(f"{', '.join(f'`{name}`' for name in taken)} cannot be given: value steering sets them.")
     additional = {**engine_args.pop("additional_config", {}), "value_steer": configs}
-    processors = [ADMISSION, *(engine_args.pop("logits_processors", None) or ())]
+    processors = [admission_for(steering), *(engine_args.pop("logits_processors", None) or ())]
     chosen = {"async_scheduling": False, **engine_args}
     return {**ours, **chosen, "additional_config": additional, "logits_processors": processors}

@@ -8,7 +8,7 @@ from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from hf_value_steer.configuration import ValueSteer
-from hf_value_steer.vllm.admission import Admission
+from hf_value_steer.vllm.admission import admission
 from hf_value_steer.vllm.arguments import steered_engine_args
 
 
@@ -44,7 +44,8 @@ def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) ->
     args.middleware = [*args.middleware, MIDDLEWARE]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    assert Admission.steering is not None  # by `steered_engine_args`
-    for line in Admission.steering.describe():
+    steering = admission(args.logits_processors[0]).steering
+    assert steering is not None
+    for line in steering.describe():
         logger.info("Steering with %s", line)
     uvloop.run(run_server(args))

@@ -50,7 +50,7 @@ def test_the_config_file_holds_nothing_else(folder):
     assert keys == {
         "architecture", "architectures", "attribute", "backbone", "backbone_fingerprint", "backbone_revision",
         "chat_template", "dtype", "feature_dtype", "feature_layer", "feature_norm", "hidden_size", "library_version",
-        "model_type", "polarity", "threshold", "training", "transformers_version",
+        "model_type", "polarity", "schema_version", "threshold", "training", "transformers_version",
     }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ BROKEN = {
     break_shape: "size mismatch|mismatched",
     break_nan: "NaN or infinite weights in net.2.bias",
     break_config_key: "did you mean `threshold`",
-    break_model_type: "not of model_type value_head",
+    break_model_type: "not of model_type hvs_value_head",
 }
 
 

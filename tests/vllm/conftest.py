@@ -74,21 +74,18 @@ def engine(folder: Path) -> Iterator[Callable[..., Any]]:
     from vllm import LLM
 
     from hf_value_steer.vllm import steered_engine_args
-    from hf_value_steer.vllm.admission import Admission
 
-    made: dict[str, tuple[LLM, Any]] = {}
+    made: dict[str, LLM] = {}
 
     def make(value_steer: Any = None, model: Path | None = None, **arguments: Any) -> LLM:
         key = repr((value_steer, model, sorted(arguments.items())))
         if key not in made:
             chosen = {**_ENGINE, **arguments}
             if value_steer is None:
-                made[key] = LLM(model=str(model or folder), **chosen), None
+                made[key] = LLM(model=str(model or folder), **chosen)
             else:
-                arguments = steered_engine_args(str(model or folder), value_steer, **chosen)
-                made[key] = LLM(**arguments), Admission.steering
-        llm, Admission.steering = made[key]
-        return llm
+                made[key] = LLM(**steered_engine_args(str(model or folder), value_steer, **chosen))
+        return made[key]
 
     yield make
     made.clear()

@@ -161,10 +161,11 @@ def test_overrides_that_passed_by_admission_end_their_request(
     """As in an API server of another process, which does not know what the engine steers."""
     from vllm import SamplingParams
 
-    from hf_value_steer.vllm.admission import Admission
+    from hf_value_steer.vllm.admission import admission
 
     llm, prompts = engine(accepting), tiny.prompts(2)
-    monkeypatch.setattr(Admission, "steering", None)
+    name = llm.llm_engine.model_config.logits_processors[0]
+    monkeypatch.setattr(admission(name), "steering", None)
     wrong, right = SamplingParams(extra_args={"filter.alpha": 0.1}), SamplingParams(max_tokens=3, ignore_eos=True)
     outputs = run(llm, prompts, [wrong, right])
     assert [each.outputs[0].finish_reason for each in outputs] == ["error", "length"]
