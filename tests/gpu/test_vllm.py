@@ -8,6 +8,7 @@ Throughput there: `python -m benchmarks.serving --shape Llama-3.1-8B`.
 from typing import Any
 
 import pytest
+import torch
 
 from tests.vllm import tiny
 from tests.vllm.conftest import accepting, desirable, engine, folder, spread  # noqa: F401
@@ -19,6 +20,8 @@ from tests.vllm.test_parity import model, test_every_decision_recomputed, test_s
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("vllm")
 
 

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_value_steer.generation.families import MASKED, SHARED_PREFIX, VERIFIED
+from hf_value_steer.generation.families import MASKED, NEEDS, SHARED_PREFIX, VERIFIED
 from hf_value_steer.generation.kernels import KERNELS
 from tests.matrix import check, expectation, usable_prompts
 from tests.tiny_models import MODEL_TYPES, build_tiny, tiny_config
@@ -19,6 +22,9 @@ THIRD = [name for name in MODEL_TYPES if name in VERIFIED][::3]
 @pytest.mark.parametrize("model_type", THIRD)
 @pytest.mark.filterwarnings("ignore")
 def test_identity_and_oracle(model_type):
+    needed = NEEDS.get(model_type)
+    if needed and Version(transformers.__version__) < Version(needed):
+        pytest.skip(f"{model_type}: before {needed}, transformers itself computes it wrongly, and it is refused")
     model = build_tiny(model_type)
     inputs, _ = usable_prompts(model)
     expected = expectation(model, inputs)
@@ -28,9 +34,11 @@ def test_identity_and_oracle(model_type):
 
 
 def test_the_page_and_the_list_agree():
-    rows = re.findall(r"^\| ([\w-]+) \| (yes)? ?\| (yes)? ?\| (yes)? ?\|", PAGE, re.M)
+    every = re.findall(r"^\| ([\w-]+) \| (yes)? ?\| (yes)? ?\| (yes)? ?\|", PAGE, re.M)
+    rows = [row for row in every if row[0] in CONFIG_MAPPING]
+    absent = {row[0] for row in every} - {row[0] for row in rows}  # from this version of transformers
     listed = {tiny_config(name).get_text_config(decoder=True).model_type: kernels for name, *kernels in rows}
-    assert set(listed) == VERIFIED
+    assert set(listed) == VERIFIED - absent
     families = (SHARED_PREFIX, MASKED, VERIFIED)
     for name, kernels in listed.items():
         assert [name in family for family in families] == [bool(kernel) for kernel in kernels], name
