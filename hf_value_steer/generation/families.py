@@ -30,4 +30,4 @@ MASKED = frozenset(_EVERY_KERNEL + _MASKED)
 VERIFIED = frozenset(_EVERY_KERNEL + _SHARED_PREFIX + _MASKED + _EXPANDED)
 
 # The oldest transformers whose cached decoding of these types is what their full forward computes.
-NEEDS = dict.fromkeys(("big_bird", "git", "rembert", "roformer"), "5.18")
+NEEDS = dict.fromkeys(("big_bird", "git", "megatron-bert", "rembert", "roformer"), "5.18")

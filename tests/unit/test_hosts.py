@@ -86,7 +86,7 @@ def test_whether_a_cache_holds_text(family):
     assert seen == [False, True, True]
 
 
-@pytest.mark.parametrize("family", ["big_bird", "git", "rembert", "roformer"])
+@pytest.mark.parametrize("family", ["big_bird", "git", "megatron-bert", "rembert", "roformer"])
 def test_types_that_an_older_version_computes_wrongly_are_refused_by_name(family, monkeypatch):
     model = build("llama")
     monkeypatch.setattr(type(model.config), "model_type", family)
