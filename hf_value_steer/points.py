@@ -10,6 +10,7 @@ classes of modules but not their hooks, so a graph that was compiled before woul
 
 import inspect
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,7 +31,6 @@ Watcher = Callable[[Tensor], Tensor | None]
 
 _TABLE = "_value_steer_watchers"  # in a module's `__dict__`: a tuple of watchers
 _WATCHED = "_value_steer_watched"  # in the `__dict__` of a class that was made here
-_lock = threading.Lock()  # while a table changes
 _blocks: ContextVar[frozenset["Here"]] = ContextVar("blocks that this context is in", default=frozenset())
 
 
@@ -48,6 +48,33 @@ class Here:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _blocks.set(_blocks.get() - {self})
+
+
+class _Changes:
+    """Changes of tables, one at a time.
+
+    The garbage collector may run in the middle of one, and what it finalises may want another one in the same thread:
+    that one is made after it.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.owner, self.later = threading.RLock(), 0, deque[Callable[[], None]]()
+
+    def make(self, change: Callable[[], None]) -> None:
+        if self.owner == threading.get_ident():
+            self.later.append(change)
+            return
+        with self.lock:
+            self.owner = threading.get_ident()
+            try:
+                change()
+                while self.later:
+                    self.later.popleft()()
+            finally:
+                self.owner = 0
+
+
+_changes = _Changes()
 
 
 @dataclass(frozen=True)
@@ -68,25 +95,28 @@ class Point:
         States are `(rows, positions, width)`. Several watchers see them in the order in which they came, each what
         the one before has made of them.
         """
-        with _lock:
-            table = vars(self.module).get(_TABLE, ())
-            vars(self.module)[_TABLE] = (*table, watcher)
-            if not table:
-                _open(self.module, self.side)
-        return partial(self._detach, watcher)
+        _changes.make(partial(self._attach, watcher))
+        return partial(_changes.make, partial(self._detach, watcher))
 
     @property
     def watchers(self) -> tuple[Watcher, ...]:
         """Those that are attached now."""
         return vars(self.module).get(_TABLE, ())  # type: ignore[no-any-return]
 
+    def _attach(self, watcher: Watcher) -> None:
+        table = self.watchers
+        vars(self.module)[_TABLE] = (*table, watcher)
+        if not table:
+            _open(self.module, self.side)
+
     def _detach(self, watcher: Watcher) -> None:
-        with _lock:
-            rest = tuple(other for other in vars(self.module).get(_TABLE, ()) if other is not watcher)
-            vars(self.module)[_TABLE] = rest
-            if not rest:
-                _close(self.module)
-                del vars(self.module)[_TABLE]
+        if watcher not in self.watchers:
+            return
+        rest = tuple(other for other in self.watchers if other is not watcher)
+        vars(self.module)[_TABLE] = rest
+        if not rest:
+            _close(self.module)
+            del vars(self.module)[_TABLE]
 
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:

@@ -35,6 +35,8 @@ class VersionedConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @classmethod
     def _renewed(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        if "schema_version" in record:  # before the fields, whose meaning it says
+            check_schema(record["schema_version"])
         if record.get("model_type") == cls.old_model_type:
             return {**record, "model_type": cls.model_type, "schema_version": SCHEMA}
         return dict(record)
@@ -54,9 +56,12 @@ def register(config_class: type[VersionedConfig]) -> None:
     AutoConfig.register(config_class.model_type, config_class)
 
     class Old(PreTrainedConfig):  # type: ignore[misc]
-        """Stands for the old model type, and is never made: what it reads becomes a config of today."""
+        """Stands for the old model type, and is never made: what it would be becomes a config of today."""
 
         model_type = config_class.old_model_type
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return config_class(*args, **kwargs)
 
         @classmethod
         def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import residual
 from hf_value_steer.backbone import num_layers, underlying
-from hf_value_steer.hosts.transformers import cache_of, holds_text
+from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
 from hf_value_steer.points import Here, layer_point, on_call
 
 
@@ -96,15 +96,16 @@ class Steering:
                 where = where * chosen[:, None, None]
         return where
 
-    def refuse_unused(self) -> None:
-        """Raise a `RuntimeError` if the model was used in other threads only, where it was not steered.
+    def refuse_unused(self, left_here: bool) -> None:
+        """Raise a `RuntimeError` if what was meant to be steered may have been run by others, who are not.
 
-        Such a thread may have been started in the block, to be steered.
+        That is so if the model was used by other threads or tasks only: they may have been started in the block. And
+        if they used it, and the block was left in another thread or task than it was entered in: a generator's steps.
         """
-        if self.elsewhere and not self.used:
+        if self.elsewhere and not (self.used and left_here):
             raise RuntimeError(
-                "The model was used inside this `with` block by another thread only, and what that wrote is not "
-                "steered: vectors are applied to the thread that is in the block. Run the thread's function by "
+                "Inside this `with` block another thread or task used the model, and what that wrote is not steered: "
+                "vectors are applied to the thread or task that has entered the block. Run the other's function by "
                 "`contextvars.copy_context().run(...)`, or pass `generate(..., value_steer=ActivationConfig(...))`."
             )
 
@@ -209,7 +210,8 @@ def steered(
     """
     with Here() as here, injected(model, vectors, multiplier, mode, tokens, allow_backbone_mismatch, here) as steering:
         yield steering
-    steering.refuse_unused()
+        left_here = here()
+    steering.refuse_unused(left_here)
 
 
 @contextmanager
@@ -252,20 +254,24 @@ def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[dict[str, A
     use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
 
     def read(arguments: dict[str, Any]) -> None:
-        elsewhere = not torch.compiler.is_compiling() and steering.here is not None and not steering.here()
-        if steering.told or elsewhere:
+        if steering.told or torch.compiler.is_compiling():  # in a graph the injections refuse
+            return
+        if steering.here is not None and not steering.here():
             return
         ids = arguments.get("input_ids")
         length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
-        cache = cache_of(arguments)
+        cache, stage = cache_of(arguments), stage_of_generate()
         if cache is None and (length == 1 or not arguments.get("use_cache", use_cache)):
             raise ValueError(
                 "This forward has no cache, so which of its tokens are prompt and which are generated cannot be told: "
                 'generate with `use_cache=True`, or steer with mode="broadcast" and tokens="all".'
             )
-        if cache is None or not holds_text(cache):
+        if stage == "chunk":
+            raise ValueError('A prompt in chunks is steered with mode="broadcast" and tokens="all" only.')
+        if stage == "prompt" or (stage is None and (cache is None or not holds_text(cache))):
             mask = arguments.get("attention_mask")
-            steering.read_prompt(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, length)
+            mask = mask[:, -length:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            steering.read_prompt(mask, length)
         elif length == 1:
             steering.read_generated()
         else:

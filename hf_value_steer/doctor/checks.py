@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,7 +17,7 @@ from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
 from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh
 from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
-from hf_value_steer.hosts.transformers import CACHE, differences_of_transformers, size_of_tables
+from hf_value_steer.hosts.transformers import CACHE, VERSION, differences_of_transformers, size_of_tables
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import acceptable
 
@@ -65,8 +64,8 @@ def diagnose(model: PreTrainedModel, head: ValueHead | str | None = None, num_ca
 def check_host(_context: Context) -> Check:
     """Every internal name of transformers that steering uses is there."""
     if found := differences_of_transformers():
-        return Check("host", "FAIL", f"transformers {transformers.__version__} differs: {', '.join(found)}")
-    return Check("host", "ok", f"transformers {transformers.__version__}; {size_of_tables()}")
+        return Check("host", "FAIL", f"transformers {VERSION} differs: {', '.join(found)}")
+    return Check("host", "ok", f"transformers {VERSION}; {size_of_tables()}")
 
 
 def check_feature(context: Context) -> Check:

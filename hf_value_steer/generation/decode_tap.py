@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from hf_value_steer.generation.lookahead import LookaheadCache
-from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text
+from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text, stage_of_generate
 from hf_value_steer.points import feature_point, on_call
 
 
@@ -22,7 +22,7 @@ class Decoded:
         feature (`torch.FloatTensor` of shape `(rows, width)`): of the last token.
         cache: the cache after the forward.
         arguments (`dict`): of the forward, by name.
-        prefill (`bool`): whether the forward started a new text (its cache was empty).
+        prefill (`bool`): whether the forward read a prompt, or the last part of one.
     """
 
     feature: Tensor
@@ -45,6 +45,7 @@ class _Seen(threading.local):
     """What the forwards of one thread have left behind."""
 
     watching = False
+    cache: weakref.ref[Cache] | None = None
     arguments: dict[str, Any] | None = None
     feature: Tensor | None = None
     prefill = False
@@ -64,7 +65,11 @@ class DecodeTap:
             cache = cache_of(arguments)
             seen.watching = not isinstance(cache, LookaheadCache)
             if seen.watching:
-                seen.arguments, seen.prefill = arguments, cache is not None and not holds_text(cache)
+                stage = stage_of_generate()
+                seen.prefill = cache is not None and (stage in ("prompt", "chunk") if stage else not holds_text(cache))
+                # The cache is what `generate` holds while processors are called, and it is not to be held any longer.
+                seen.arguments = {name: value for name, value in arguments.items() if value is not cache}
+                seen.cache = None if cache is None else weakref.ref(cache)
 
         def on_feature(feature: Tensor) -> None:
             if seen.watching:
@@ -82,15 +87,15 @@ class DecodeTap:
         """
         feature, arguments, prefill = self._seen.feature, self._seen.arguments, self._seen.prefill
         self._seen.feature = self._seen.arguments = None
-        cache = None if arguments is None else cache_of(arguments)
+        cache = None if self._seen.cache is None else self._seen.cache()
         if feature is None or arguments is None or cache is None:
             raise RuntimeError(
                 "No forward pass with a cache was seen before this logits processor was called: generate with the "
                 "model that the processor was made for, and with `use_cache=True`."
             )
         if prefill:
-            embeds = arguments.get("inputs_embeds")
-            self._seen.prompt_embeds = 0 if embeds is None else embeds.shape[1] - input_ids.shape[1]
+            embedded = arguments.get("inputs_embeds") is not None
+            self._seen.prompt_embeds = cache.get_seq_length() - input_ids.shape[1] if embedded else 0
         cached = cache.get_seq_length() - self._seen.prompt_embeds
         if len(feature) != len(input_ids) or cached != input_ids.shape[1] or (feature.shape[1] > 1 and not prefill):
             raise RuntimeError(

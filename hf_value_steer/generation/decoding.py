@@ -89,6 +89,8 @@ def value_steer_generate(
     methods = parse_value_steer(value_steer)
     model = shadow(model)  # hooks, attention and classes of this call are seen by no other
     with _activated(model, methods, len(input_ids)) as steering:
+        if steering is not None and steering.mode == "last_token" and generation_config.prefill_chunk_size is not None:
+            raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
         if all(isinstance(config, ActivationConfig) and not config.value_head for config in methods.values()):
             if token_streamer is not None:
                 token_streamer.put(input_ids.cpu())

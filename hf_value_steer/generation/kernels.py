@@ -1,5 +1,6 @@
 """How K candidates go through the backbone in one forward."""
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -68,8 +69,10 @@ def compilable_kernel(kernel: "Kernel", model: PreTrainedModel, live: LiveCache)
 
 
 def _maskable(model: PreTrainedModel) -> bool:
+    """Whether candidates may stand along the query dimension: the model has to take their position from us."""
     config = model.config.get_text_config(decoder=True)
-    return config.model_type in MASKED and attention_of(config) in MASKABLE_ATTENTION
+    told = model.config is config or "position_ids" in inspect.signature(type(model).forward).parameters
+    return config.model_type in MASKED and attention_of(config) in MASKABLE_ATTENTION and told
 
 
 @dataclass(frozen=True)

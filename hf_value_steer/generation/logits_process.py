@@ -56,7 +56,7 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             stops = Stops.none(len(input_ids), input_ids.device)
             abstention = Abstention(self.config, scorer, stops, self.eos, self.config.min_new_tokens)
             self.threads.text = _AbstainingText(abstention, input_ids.shape[1], input_ids)
-        text: _AbstainingText = self.threads.text
+        text: _AbstainingText = _text_of(self.threads)
         if not decoded.prefill:
             text.go_on(input_ids)
         abstention = text.abstention
@@ -67,6 +67,18 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         tokens, forced = abstention.prescribe(input_ids[:, -1])
         prescribed = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
         return torch.where(forced[:, None], prescribed, scores)
+
+
+def _text_of(threads: threading.local) -> Any:
+    """The generation that this thread is in.
+
+    Raises:
+        RuntimeError: if it has not been seen from its prompt on.
+    """
+    text = getattr(threads, "text", None)
+    if text is None:
+        raise RuntimeError("A logits processor has to see a generation from its prompt on, with `use_cache=True`.")
+    return text
 
 
 @dataclass
@@ -129,7 +141,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             scorer.start(scorer.values(decoded.feature))
             self.threads.text = _FilteredText(shadow(self.model), scorer, input_ids.shape[1])
-        text: _FilteredText = self.threads.text
+        text: _FilteredText = _text_of(self.threads)
         step = input_ids.shape[1] - text.prompt_length
         if step < self.config.min_new_tokens:
             return scores

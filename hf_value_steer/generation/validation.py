@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import transformers
 from packaging.version import Version
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
@@ -12,7 +11,7 @@ from transformers.generation import GenerationMode
 from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.cache import SUPPORTED_LAYERS
 from hf_value_steer.generation.families import NEEDS, VERIFIED
-from hf_value_steer.hosts.transformers import CACHE, cache_of, dropped_arguments, holds_text
+from hf_value_steer.hosts.transformers import CACHE, VERSION, cache_of, dropped_arguments, holds_text
 
 
 _UNDERSTOOD_TENSORS = {"attention_mask", "inputs_embeds", "position_ids"}
@@ -42,6 +41,7 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_k
     if not config.use_cache:
         raise ValueError("`use_cache=False` cannot be steered: candidates share the cached prefix.")
     refuse_model(model)
+    _refuse_prompt_learning(model)
     _refuse_cache(cache_of(model_kwargs), config.max_length)
     for name, value in model_kwargs.items():
         if isinstance(value, torch.Tensor) and name not in _UNDERSTOOD_TENSORS:
@@ -55,10 +55,19 @@ def refuse_model(model: PreTrainedModel) -> None:
         known = ", ".join(sorted(VERIFIED))
         raise ValueError(f"Value steering was not verified for model type {config.model_type!r}, only for {known}.")
     needed = NEEDS.get(config.model_type)
-    if needed is not None and Version(transformers.__version__) < Version(needed):
+    if needed is not None and VERSION < Version(needed):
         raise ValueError(
-            f"Model type {config.model_type!r} needs transformers {needed}, this is {transformers.__version__}; "
+            f"Model type {config.model_type!r} needs transformers {needed}, this is {VERSION}; "
             "before, its own cached decoding is wrong."
+        )
+
+
+def _refuse_prompt_learning(model: PreTrainedModel) -> None:
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT puts its own there
+    if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            "A PEFT adapter of virtual tokens (prefix tuning, prompt tuning, P-tuning) cannot be steered: mask and "
+            "positions of the look-ahead do not know of them. Adapters of weights (LoRA and others) can."
         )
 
 

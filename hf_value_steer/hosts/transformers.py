@@ -7,8 +7,10 @@ The tables at the end list all of it; `hf-value-steer doctor` and a test compare
 import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from importlib.metadata import version
+from typing import Any, Literal
 
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     CompileConfig,
@@ -27,6 +29,8 @@ from transformers.utils.output_capturing import _hook_installation_lock
 
 from hf_value_steer.hosts.bindings import Table, attributes, differences, parameters, size
 
+
+VERSION = Version(version("transformers"))
 
 # The name of the cache in `generate`, in a model's forward and in its output: `past_key_values` up to 5.23, where
 # state space models have `cache_params`; `cache` from 5.24 on, for all of them.
@@ -117,6 +121,21 @@ def set_attention(config: PreTrainedConfig, name: str) -> None:
     config._attn_implementation = name
 
 
+def stage_of_generate() -> Literal["prompt", "chunk", "decode"] | None:
+    """What the forward that is running reads for `generate`: a whole prompt, a chunk of one, or what comes after it.
+
+    `None` if it was not called by `generate`. A forward is not told, so this looks at the frames of the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _PREFILL:
+            return "prompt" if frame.f_locals["generation_config"].prefill_chunk_size is None else "chunk"
+        if frame.f_code is _GENERATE:
+            return "decode"
+        frame = frame.f_back
+    return None
+
+
 def dropped_arguments(names: Iterable[str]) -> list[str]:
     """Which of these arguments the `generate` that is running was given.
 
@@ -129,6 +148,9 @@ def dropped_arguments(names: Iterable[str]) -> list[str]:
     given = frame.f_locals if frame is not None else {}
     return [name for name in names if given.get(name) not in (None, False)]
 
+
+_PREFILL = inspect.unwrap(GenerationMixin._prefill).__code__
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 
 _GENERATION = "transformers:GenerationMixin"
 _MODEL = "transformers:PreTrainedModel"

@@ -187,6 +187,30 @@ def test_a_block_in_which_only_another_thread_generated_raises(steerable):
 
 
 @torch.no_grad()
+def test_a_generator_whose_steps_other_threads_run_raises(steerable):
+    """Its block is entered in one thread; what the others run is not steered."""
+    model, vectors = steerable
+
+    def pieces():
+        with vectors.apply(model, 4.0):
+            for _ in range(3):
+                yield model.generate(IDS, **GREEDY)
+
+    generator = pieces()
+    steered = next(generator)
+    assert not torch.equal(in_a_thread(lambda: next(generator)), steered)
+    next(generator)
+    assert "is not steered" in str(in_a_thread(lambda: raised(lambda: next(generator))))
+
+
+def raised(function):
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+@torch.no_grad()
 def test_three_hundred_cycles_leave_nothing(steerable):
     model, vectors = steerable
     before, attributes = model(IDS).logits, {name: dict(vars(module)) for name, module in model.named_modules()}

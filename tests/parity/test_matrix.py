@@ -4,13 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
-import transformers
 from packaging.version import Version
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_value_steer.generation.families import MASKED, NEEDS, SHARED_PREFIX, VERIFIED
+from hf_value_steer.generation.families import MASKED, NEEDS, SHARED_PREFIX, SHARED_PREFIX_SINCE, VERIFIED
 from hf_value_steer.generation.kernels import KERNELS
+from hf_value_steer.hosts.transformers import VERSION
 from tests.matrix import check, expectation, usable_prompts
 from tests.tiny_models import MODEL_TYPES, build_tiny, tiny_config
 
@@ -23,7 +23,7 @@ THIRD = [name for name in MODEL_TYPES if name in VERIFIED][::3]
 @pytest.mark.filterwarnings("ignore")
 def test_identity_and_oracle(model_type):
     needed = NEEDS.get(model_type)
-    if needed and Version(transformers.__version__) < Version(needed):
+    if needed and VERSION < Version(needed):
         pytest.skip(f"{model_type}: before {needed}, transformers itself computes it wrongly, and it is refused")
     model = build_tiny(model_type)
     inputs, _ = usable_prompts(model)
@@ -41,7 +41,9 @@ def test_the_page_and_the_list_agree():
     assert set(listed) == VERIFIED - absent
     families = (SHARED_PREFIX, MASKED, VERIFIED)
     for name, kernels in listed.items():
-        assert [name in family for family in families] == [bool(kernel) for kernel in kernels], name
+        expected = [bool(kernel) for kernel in kernels]
+        expected[0] &= VERSION >= Version(SHARED_PREFIX_SINCE.get(name, "0"))
+        assert [name in family for family in families] == expected, name
     assert len(KERNELS) == len(families) and len(rows) >= 45
 
 

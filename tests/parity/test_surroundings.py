@@ -1,10 +1,12 @@
 """Other surroundings than the bench: caches that are called otherwise or are not there, wrappers, copies, devices."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import Cache, CompileConfig
@@ -12,6 +14,7 @@ from transformers import Cache, CompileConfig
 from hf_value_steer import (
     AbstentionConfig,
     AbstentionLogitsProcessor,
+    ActivationConfig,
     ValueFilterConfig,
     ValueFilterLogitsProcessor,
     ValueGuidanceConfig,
@@ -20,6 +23,7 @@ from hf_value_steer import (
     value_steer_generate,
 )
 from hf_value_steer.generation import candidates
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import accepting_head, build, prompts, random_head
 from tests.tiny_models import build_tiny
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
@@ -106,6 +110,90 @@ def test_a_generation_without_a_cache_is_refused(llama):
         steer(llama, ValueFilterConfig(value_head=random_head(llama)), use_cache=False)
 
 
+# A prompt comes in pieces, or after other text.
+
+
+def processors_of(model):
+    head = random_head(model)
+    filtering = ValueFilterConfig(value_head=head, threshold=0.4, proposal="topk", num_candidates=4, min_new_tokens=3)
+    abstaining = AbstentionConfig(value_head=head, threshold=0.55, patience=2, min_new_tokens=2)
+    return {"filter": (ValueFilterLogitsProcessor, filtering), "abstain": (AbstentionLogitsProcessor, abstaining)}
+
+
+@pytest.mark.parametrize("chunk", [3, 5, 10, 11])
+@pytest.mark.parametrize("kind", ["filter", "abstain"])
+def test_a_processor_reads_a_prompt_in_chunks(llama, kind, chunk):
+    make, config = processors_of(llama)[kind]
+    expected = llama.generate(**prompts(2), **GREEDY, logits_processor=[make(llama, config)])
+    used = make(llama, config)
+    llama.generate(**prompts(2, 7), **GREEDY, logits_processor=[used])
+    for processor in (make(llama, config), used):
+        arguments = {**prompts(2), **GREEDY, "prefill_chunk_size": chunk}
+        assert torch.equal(llama.generate(**arguments, logits_processor=[processor]), expected)
+
+
+@pytest.mark.parametrize("more", [1, 4])
+@pytest.mark.parametrize("kind", ["filter", "abstain"])
+def test_a_processor_starts_anew_in_the_next_turn(llama, kind, more):
+    make, config = processors_of(llama)[kind]
+    first = llama.generate(**prompts(1), **GREEDY, eos_token_id=None, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, torch.tensor([[5, 9, 33, 60]])[:, :more]], dim=1)
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **GREEDY}
+    expected = llama.generate(**inputs, logits_processor=[make(llama, config)])
+    used = make(llama, config)
+    llama.generate(**prompts(1, 7), **GREEDY, logits_processor=[used])
+    for processor in (make(llama, config), used):
+        cache = {CACHE: copy.deepcopy(first[CACHE])}
+        assert torch.equal(llama.generate(**inputs, **cache, logits_processor=[processor]), expected)
+
+
+@pytest.mark.parametrize("options", [{"tokens": "generated"}, {"tokens": "prompt"}, {"mode": "last_token"}], ids=str)
+@pytest.mark.parametrize("chunk", [5, 10])
+def test_vectors_that_depend_on_the_position_refuse_chunks(llama, options, chunk):
+    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    arguments = {**prompts(2), **GREEDY, "prefill_chunk_size": chunk}
+    with vectors.apply(llama, 4.0, **options), pytest.raises(ValueError, match="A prompt in chunks"):
+        llama.generate(**arguments)
+    config = ActivationConfig(vectors=vectors, multiplier=4.0, **options)
+    with pytest.raises(ValueError, match="A prompt in chunks"):
+        steer(llama, config, prefill_chunk_size=chunk)
+    both = [config, ValueFilterConfig(value_head=random_head(llama), threshold=0.4)]
+    if "mode" in options:
+        with pytest.raises(ValueError, match="A prompt in chunks"):
+            steer(llama, both, prefill_chunk_size=chunk)
+    else:  # the loop knows what each forward reads
+        assert torch.equal(steer(llama, both, prefill_chunk_size=chunk).sequences, steer(llama, both).sequences)
+
+
+@pytest.mark.parametrize("more", [1, 3])
+def test_vectors_know_the_prompt_of_the_next_turn(llama, more):
+    """What comes in at once after a cache is prompt, however short it is."""
+    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    first = llama.generate(**prompts(1), **GREEDY, eos_token_id=None, return_dict_in_generate=True)
+    text = torch.cat([first.sequences, torch.tensor([[5, 9, 33]])[:, :more]], dim=1)
+    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **GREEDY, "max_new_tokens": 1}
+    inputs |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def logits(**options):
+        with vectors.apply(llama, 4.0, **options):
+            return llama.generate(**inputs, **{CACHE: copy.deepcopy(first[CACHE])}).logits[0]
+
+    plain = llama.generate(**inputs, **{CACHE: copy.deepcopy(first[CACHE])}).logits[0]
+    torch.testing.assert_close(logits(tokens="prompt"), logits())
+    torch.testing.assert_close(logits(tokens="generated"), plain)
+    assert not torch.allclose(logits(), plain)
+
+
+def test_a_processor_keeps_no_cache_alive(llama):
+    processor = AbstentionLogitsProcessor(llama, processors_of(llama)["abstain"][1])
+    for processors in ([], [processor]):
+        out = llama.generate(**prompts(1), **GREEDY, logits_processor=processors, return_dict_in_generate=True)
+        cache = weakref.ref(out[CACHE])
+        del out
+        gc.collect()
+        assert cache() is None
+
+
 # The model is inside another.
 
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM")
@@ -146,6 +234,15 @@ def test_processors_work_inside_wrappers(wrap):
         for target in (model, wrapped)
     ]
     assert torch.equal(*texts) and not torch.equal(texts[1], wrapped.generate(**prompts(3), **GREEDY))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_of_peft_are_refused(kind):
+    model = build("llama")
+    wrapped = get_peft_model(model, kind(num_virtual_tokens=4, task_type="CAUSAL_LM")).eval()
+    with pytest.raises(ValueError, match="virtual tokens"):
+        steer(wrapped, ValueFilterConfig(value_head=random_head(model), threshold=0.4))
 
 
 def test_what_cannot_generate_is_refused():

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import transformers
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from hf_value_steer.doctor.checks import check_host
+from hf_value_steer.generation import validation
 from hf_value_steer.generation.validation import refuse_model
 from hf_value_steer.hosts import versions
 from hf_value_steer.hosts.transformers import CACHE, cache_name, cache_of, differences_of_transformers, holds_text
@@ -90,8 +92,8 @@ def test_whether_a_cache_holds_text(family):
 def test_types_that_an_older_version_computes_wrongly_are_refused_by_name(family, monkeypatch):
     model = build("llama")
     monkeypatch.setattr(type(model.config), "model_type", family)
-    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    monkeypatch.setattr(validation, "VERSION", Version("5.17.0"))
     with pytest.raises(ValueError, match=f"'{family}' needs transformers 5.18, this is 5.17.0"):
         refuse_model(model)
-    monkeypatch.setattr(transformers, "__version__", "5.18.0")
+    monkeypatch.setattr(validation, "VERSION", Version("5.18.0"))
     refuse_model(model)

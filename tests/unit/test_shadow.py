@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import types
 import weakref
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from transformers import LlamaForCausalLM
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
-from hf_value_steer.points import Here, feature_point, layer_point
+from hf_value_steer.points import Here, _changes, feature_point, layer_point
 from hf_value_steer.shadow import shadow
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
@@ -172,3 +174,146 @@ def test_a_watcher_acts_in_its_own_block_and_nothing_is_left():
     with Here() as here:
         assert here() and not Here()()
     assert not here()
+
+
+# Hooks that write what a forward reads.
+
+
+def own_weight(model):
+    """A weight that a hook computes."""
+    linear = model.model.layers[0].mlp.down_proj
+    weight = linear._parameters.pop("weight")
+    linear.register_parameter("weight_v", weight)
+    linear.register_forward_pre_hook(lambda module, _args: setattr(module, "weight", module.weight_v * 2.0))
+    return weight
+
+
+def own_scale(model):
+    """A number that depends on what is read."""
+    mlp = model.model.layers[0].mlp
+    mlp.scale = 1.0
+    mlp.register_forward_pre_hook(lambda module, args: setattr(module, "scale", 1 + args[0].abs().mean()))
+    plain = type(mlp).forward
+    mlp.forward = types.MethodType(lambda self, x: plain(self, x) * self.scale, mlp)
+    return model.model.layers[0].mlp.down_proj.weight
+
+
+def of_another_module(model):
+    """A layer that hands something to another one."""
+    first, second = model.model.layers[0], model.model.layers[1].mlp
+    second.extra = 0.0
+    first.register_forward_hook(lambda _module, _args, output: setattr(second, "extra", 5 * output))
+    plain = type(second).forward
+    second.forward = types.MethodType(lambda self, x: plain(self, x) + self.extra, second)
+    return second.down_proj.weight
+
+
+class Capturing(LlamaForCausalLM):
+    """A model with a hook of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens.register_forward_hook(self._capture)
+
+    def _capture(self, _module, _args, output):
+        self.captured = output
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + self.captured[:, -1:, :1] * torch.linspace(-3, 3, out.logits.shape[-1])
+        return out
+
+
+@pytest.mark.parametrize("write", [own_weight, own_scale, of_another_module, "a class"])
+def test_what_a_hook_writes_is_read_by_the_forward(write):
+    model = build("llama")
+    if write == "a class":
+        own = Capturing(model.config).eval()
+        own.load_state_dict(model.state_dict())
+        own.generation_config = model.generation_config
+        model, weight = own, own.lm_head.weight
+    else:
+        weight = write(model)
+    config = ValueFilterConfig(value_head=accepting_head(model))
+    arguments = {**prompts(2), "do_sample": False, "max_new_tokens": 8, "output_logits": True}
+    arguments["return_dict_in_generate"] = True
+    texts = []
+    for _ in range(2):  # before plain `generate` has run, and after it with other weights
+        steered = model.generate(**arguments, custom_generate=value_steer_generate, value_steer=config)
+        plain = model.generate(**arguments)
+        assert torch.equal(steered.sequences, plain.sequences)
+        torch.testing.assert_close(torch.stack(steered.logits), torch.stack(plain.logits))
+        texts.append(plain.sequences)
+        with torch.no_grad():
+            weight.copy_(weight.roll(1, 0))
+    assert not torch.equal(*texts)
+
+
+def test_a_hook_that_removes_itself_runs_once():
+    def once(model):
+        handles = []
+
+        def hook(_module, _args, output):
+            handles[0].remove()
+            return output * 3.0
+
+        handles.append(model.model.layers[0].mlp.register_forward_hook(hook))
+
+    model, arguments = build("llama"), {**prompts(2), "do_sample": False, "max_new_tokens": 8}
+    config = ValueFilterConfig(value_head=accepting_head(model))
+    once(model)
+    steered = model.generate(**arguments, custom_generate=value_steer_generate, value_steer=config)
+    once(model)
+    assert torch.equal(steered, model.generate(**arguments))
+
+
+def test_python_state_of_a_module_stays_consistent():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count, self.seen, self.by_length = 0, [], {}
+
+        def forward(self, states):
+            self.count += 1
+            self.seen.append(len(states))
+            self.by_length.setdefault(len(states), []).append(1)
+            assert len(self.seen) == self.count == sum(map(len, self.by_length.values()))
+            return states
+
+    model = build("llama")
+    model.model.norm = nn.Sequential(model.model.norm, Counting())
+    arguments = {**prompts(2), "do_sample": False, "max_new_tokens": 4}
+    config = ValueFilterConfig(value_head=accepting_head(model))
+    for steer in ({}, {"custom_generate": value_steer_generate, "value_steer": config}, {}):
+        model.generate(**arguments, **steer)
+    assert model.model.norm[1].count == 8
+
+
+class Slotted(nn.Linear):
+    __slots__ = ("scale",)
+
+    def forward(self, states):
+        return super().forward(states) * self.scale
+
+
+def test_modules_of_unusual_kinds():
+    model = build("llama")
+    slotted = Slotted(32, 48, bias=False)
+    slotted.scale = 0.5
+    model.model.layers[0].mlp.up_proj = slotted
+    outside = nn.Module()
+    outside.factor, outside.inside = 2.0, model
+    short = nn.Linear(2, 2)
+    model.outside, vars(model)["gone"] = weakref.ref(outside), weakref.proxy(short)
+    del short
+    twin = shadow(model)
+    assert twin.outside().factor == 2.0 and twin.outside().inside is twin
+    with torch.no_grad():
+        assert torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+def test_what_the_garbage_collector_finalises_in_the_middle_of_a_change_waits_for_its_end():
+    point, order = feature_point(build("llama")), []
+    detach = point.attach(lambda _: None)
+    _changes.make(lambda: (order.append("first"), _changes.make(lambda: (detach(), order.append("second"))))[0])
+    assert order == ["first", "second"] and not point.watchers
