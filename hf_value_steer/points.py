@@ -104,10 +104,9 @@ class Point:
         return vars(self.module).get(_TABLE, ())  # type: ignore[no-any-return]
 
     def _attach(self, watcher: Watcher) -> None:
-        table = self.watchers
-        vars(self.module)[_TABLE] = (*table, watcher)
-        if not table:
-            _open(self.module, self.side)
+        # In this order, and whatever is there: another thread may make a shadow of the module in the middle of it.
+        _open(self.module, self.side)
+        vars(self.module)[_TABLE] = (*self.watchers, watcher)
 
     def _detach(self, watcher: Watcher) -> None:
         if watcher not in self.watchers:
@@ -167,19 +166,27 @@ def _names(forward: Callable[..., Any]) -> list[str]:
 
 
 def _open(module: nn.Module, side: str) -> None:
-    """Let states that pass `module` reach its watchers."""
+    """Let states that pass `module` reach its watchers, unless they do."""
     own = vars(module).get("forward")
+    if _is_open(module, own):
+        return
     if own is None:
         module.__class__ = _watched_class(type(module), side)  # type: ignore[arg-type]
     else:  # `accelerate` has put a forward on the instance, which the class's would not reach
         vars(module)["forward"] = partial(_forward, side, module, own)
 
 
+def _is_open(module: nn.Module, own: Any) -> bool:
+    return own.func is _forward if isinstance(own, partial) else own is None and _WATCHED in vars(type(module))
+
+
 def _close(module: nn.Module) -> None:
     own = vars(module).get("forward")
-    if isinstance(own, partial) and own.func is _forward:
+    if not _is_open(module, own):
+        return
+    if own is not None:
         vars(module)["forward"] = own.args[2]
-    elif _WATCHED in vars(type(module)):
+    else:
         module.__class__ = type(module).__base__  # type: ignore[assignment]
 
 

@@ -112,7 +112,10 @@ class Steering:
     def asked_here(self) -> bool:
         """Whether the thread or task that asks is to be steered."""
         steered = self.here is None or self.here()
-        self.used, self.elsewhere = self.used or steered, self.elsewhere or not steered
+        if steered:  # each thread writes what it knows, and nothing else
+            self.used = True
+        else:
+            self.elsewhere = True
         return steered
 
 

@@ -317,3 +317,21 @@ def test_what_the_garbage_collector_finalises_in_the_middle_of_a_change_waits_fo
     detach = point.attach(lambda _: None)
     _changes.make(lambda: (order.append("first"), _changes.make(lambda: (detach(), order.append("second"))))[0])
     assert order == ["first", "second"] and not point.watchers
+
+
+@pytest.mark.parametrize("missing", ["table", "class"])
+def test_a_module_that_was_copied_in_the_middle_of_a_change_can_be_watched(missing):
+    model, seen = build("llama"), []
+    point = layer_point(model, 0)
+    kind = type(model.model.layers[0])
+    detach = point.attach(lambda _: None)
+    if missing == "table":
+        del vars(model.model.layers[0])["_value_steer_watchers"]
+    else:
+        model.model.layers[0].__class__ = kind
+    with point.watched(seen.append):
+        model(IDS)
+    assert len(seen) == 1
+    detach()
+    model(IDS)
+    assert len(seen) == 1 and type(model.model.layers[0]) is kind
