@@ -91,7 +91,7 @@ def test_whether_a_cache_holds_text(family):
 @pytest.mark.parametrize("family", ["big_bird", "git", "megatron-bert", "rembert", "roformer"])
 def test_types_that_an_older_version_computes_wrongly_are_refused_by_name(family, monkeypatch):
     model = build("llama")
-    monkeypatch.setattr(type(model.config), "model_type", family)
+    monkeypatch.setattr(model.config, "model_type", family)
     monkeypatch.setattr(validation, "VERSION", Version("5.17.0"))
     with pytest.raises(ValueError, match=f"'{family}' needs transformers 5.18, this is 5.17.0"):
         refuse_model(model)
