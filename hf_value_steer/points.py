@@ -137,9 +137,14 @@ def feature_point(model: PreTrainedModel) -> Point:
     return Point(output_embedding(model), "input")
 
 
+def layer_points(model: PreTrainedModel) -> list[Point]:
+    """Where the output of each decoder layer passes: that of layer `l`, counted from 0, is `hidden_states[l + 1]`."""
+    return [Point(layer, "output") for layer in decoder_layers(model)]
+
+
 def layer_point(model: PreTrainedModel, layer: int) -> Point:
-    """Where the output of decoder layer `layer`, counted from 0, passes: `hidden_states[layer + 1]`."""
-    return Point(decoder_layers(model)[layer], "output")
+    """One of [`layer_points`]. For several, ask for all at once: finding the layers looks at every module."""
+    return layer_points(model)[layer]
 
 
 def on_call(model: PreTrainedModel, watcher: Callable[[dict[str, Any]], None]) -> Callable[[], None]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import residual
-from hf_value_steer.backbone import num_layers, underlying
+from hf_value_steer.backbone import underlying
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
-from hf_value_steer.points import Here, layer_point, on_call
+from hf_value_steer.points import Here, layer_points, on_call
 
 
 if TYPE_CHECKING:
@@ -109,9 +109,13 @@ class Steering:
                 "`contextvars.copy_context().run(...)`, or pass `generate(..., value_steer=ActivationConfig(...))`."
             )
 
+    def acts_here(self) -> bool:
+        """Whether the thread or task that asks is steered."""
+        return self.here is None or self.here()
+
     def asked_here(self) -> bool:
-        """Whether the thread or task that asks is to be steered."""
-        steered = self.here is None or self.here()
+        """The same, for a forward: notes who has used the model."""
+        steered = self.acts_here()
         if steered:  # each thread writes what it knows, and nothing else
             self.used = True
         else:
@@ -175,9 +179,9 @@ class _Injection:
 def is_steered(model: PreTrainedModel) -> bool:
     """Whether vectors are applied to `model` now, here."""
     return any(
-        isinstance(watcher, _Injection) and (watcher.steering.here is None or watcher.steering.here())
-        for layer in range(num_layers(model))
-        for watcher in layer_point(model, layer).watchers
+        isinstance(watcher, _Injection) and watcher.steering.acts_here()
+        for point in layer_points(model)
+        for watcher in point.watchers
     )
 
 
@@ -233,10 +237,10 @@ def injected(
     vectors.check_fit(model, allow_backbone_mismatch)
     if is_steered(model):
         raise ValueError("This model is steered by vectors already: leave that `with` block first.")
-    steering = Steering(multiplier, mode, tokens, model.device, here)
+    steering, points = Steering(multiplier, mode, tokens, model.device, here), layer_points(model)
     with ExitStack() as undo:
         for layer, vector in zip(vectors.layers, vectors.strengths[:, None] * vectors.directions, strict=True):
-            undo.callback(layer_point(model, layer).attach(_Injection(steering, vector)))
+            undo.callback(points[layer].attach(_Injection(steering, vector)))
         if steering.positional:
             undo.callback(on_call(model, _reader(steering, model)))
         yield steering
@@ -259,7 +263,7 @@ def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[dict[str, A
     def read(arguments: dict[str, Any]) -> None:
         if steering.told or torch.compiler.is_compiling():  # in a graph the injections refuse
             return
-        if steering.here is not None and not steering.here():
+        if not steering.acts_here():
             return
         ids = arguments.get("input_ids")
         length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_value_steer.points import layer_point
+from hf_value_steer.points import layer_points
 
 
 def residual_width(model: PreTrainedModel) -> int:
@@ -66,7 +66,7 @@ def read_residuals(
         enabled; the feature `(rows, positions, feature width)`; and the mask `(rows, positions)`: 1 for text, 0 for
         the padding on its right.
     """
-    width = residual_width(model)
+    width, stack = residual_width(model), layer_points(model)
     for first in range(0, len(sequences), batch_size):
         ids, mask = pad_right(sequences[first : first + batch_size], model.device)
         found: dict[int, Tensor] = {}
@@ -78,6 +78,6 @@ def read_residuals(
 
         with ExitStack() as points:
             for index in layers:
-                points.enter_context(layer_point(model, index).watched(partial(keep, index, found)))
+                points.enter_context(stack[index].watched(partial(keep, index, found)))
             outputs = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         yield found, outputs.last_hidden_state, mask
