@@ -9,6 +9,14 @@ refuse_other_transformers()
 from hf_value_steer.activation.configuration import ActivationConfig
 from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.configuration import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHeadConfig
+from hf_value_steer.errors import (
+    ArtefactError,
+    MismatchError,
+    ScoringError,
+    SteeringError,
+    UnsupportedError,
+    UploadError,
+)
 from hf_value_steer.generate import disable_value_steer, enable_value_steer
 from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.decoding import value_steer_generate
@@ -25,9 +33,15 @@ __all__ = [
     "AbstentionConfig",
     "AbstentionLogitsProcessor",
     "ActivationConfig",
+    "ArtefactError",
     "BlockCache",
     "BridgeGuidanceConfig",
+    "MismatchError",
+    "ScoringError",
+    "SteeringError",
     "SteeringVectors",
+    "UnsupportedError",
+    "UploadError",
     "ValueFilterConfig",
     "ValueFilterLogitsProcessor",
     "ValueGuidanceConfig",

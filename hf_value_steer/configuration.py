@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
+import numpy as np
 from huggingface_hub.dataclasses import strict
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.calibration.filtering import check_probability
@@ -26,6 +28,13 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> No
             raise ValueError(f"`{key}` is not a field of {owner}: {hint}")
 
 
+def as_python(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's, also within a list or tuple; a list as a tuple."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        value = value.tolist()
+    return tuple(map(as_python, value)) if isinstance(value, list | tuple) else value
+
+
 def check_threshold(threshold: Any, name: str = "threshold") -> None:
     """Raise unless `threshold` is `None`, a number in (0, 1), or a non-empty sequence of such numbers."""
     if threshold is None:
@@ -33,7 +42,9 @@ def check_threshold(threshold: Any, name: str = "threshold") -> None:
     values = threshold if isinstance(threshold, list | tuple) else [threshold]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     if not values or not numbers or not all(0.0 < value < 1.0 for value in values):
-        raise ValueError(f"`{name}` has to be a number in (0, 1), or a sequence of them, one a row; got {threshold}.")
+        raise ValueError(
+            f"`{name}` has to be a number in (0, 1), or a sequence of them, one a row; got {threshold!r}."
+        )
 
 
 _ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
@@ -135,6 +146,7 @@ class ValueHeadConfig(VersionedConfig):
     training: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.threshold = as_python(self.threshold)
         refuse_unknown(set(kwargs) - INHERITED_KEYS, (field.name for field in fields(self)), type(self).__name__)
         self.library_version = self.library_version or version("hf-value-steer")
         if self.attributes is not None:
@@ -170,6 +182,7 @@ class ValueHeadConfig(VersionedConfig):
             raise ValueError('A `weight` does nothing where the worst attribute counts: pass `combine="sum"`.')
 
 
+MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is
 _METHODS: dict[str, type["MethodConfig"]] = {}
 
 
@@ -188,6 +201,10 @@ class MethodConfig:
     def __init_subclass__(cls) -> None:
         if "method" in vars(cls):
             _METHODS[cls.method] = cls
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -243,8 +260,7 @@ class SteeringConfig(MethodConfig):
     min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.threshold, list):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
+        super().__post_init__()
         check_threshold(self.threshold)
         if self.alpha is not None:
             check_probability(self.alpha, "alpha")
@@ -266,7 +282,7 @@ class ValueFilterConfig(SteeringConfig):
     Takes the arguments of [`SteeringConfig`] and:
 
     Args:
-        num_candidates (`int`): K, the natural sample included.
+        num_candidates (`int`): K, the natural sample included; at most 1,024.
         proposal (`str`): `"sample"` draws alternatives independently from the processed distribution, `"topk"` takes
             the most likely tokens. Greedy decoding always takes the most likely ones.
         evaluation (`str`): `"lazy"` forwards alternatives for rows that reject the natural sample; `"eager"` forwards
@@ -299,12 +315,14 @@ class ValueFilterConfig(SteeringConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_integer("num_candidates", 1)
+        if self.num_candidates > MOST_CANDIDATES:
+            raise ValueError(f"`num_candidates` has to be at most {MOST_CANDIDATES}, got {self.num_candidates}.")
         self._check_choice("proposal", ("sample", "topk"))
         self._check_choice("evaluation", ("lazy", "eager"))
         self._check_choice("fallback", ("argmin", "args", "abstain"))
         self._check_choice("lookahead", ("auto", "shared_prefix", "masked", "expanded"))
-        if not (math.isfinite(self.prob_weight) and self.prob_weight >= 0):
-            raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight}.")
+        if type(self.prob_weight) not in (int, float) or not 0 <= self.prob_weight < math.inf:
+            raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
         if self.max_interventions is not None:
             self._check_integer("max_interventions", 0)
         if self.seed is not None:
@@ -331,9 +349,9 @@ class AbstentionConfig(SteeringConfig):
         super().__post_init__()
         self._check_integer("patience", 1)
         if self.message_ids is not None:
-            object.__setattr__(self, "message_ids", tuple(self.message_ids))
-            if not all(isinstance(token, int) and token >= 0 for token in self.message_ids):
-                raise ValueError(f"`message_ids` has to hold token ids, got {self.message_ids}.")
+            ids = self.message_ids
+            if not isinstance(ids, tuple) or not all(type(token) is int and token >= 0 for token in ids):
+                raise ValueError(f"`message_ids` has to be a sequence of token ids, got {ids!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,9 +376,10 @@ class BridgeGuidanceConfig(MethodConfig):
     neutral_when_safe: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_integer("refresh_interval", 0)
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"`momentum` has to be in [0, 1), got {self.momentum}.")
+        if type(self.momentum) not in (int, float) or not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"`momentum` has to be a number in [0, 1), got {self.momentum!r}.")
         if self.module is not None and not isinstance(self.module, PreTrainedModel | str):
             raise TypeError(f"`module` has to be a ValueGuidanceModule, a Hub id or a folder, got {self.module!r}.")
 
@@ -374,7 +393,7 @@ def parse_value_steer(value_steer: ValueSteer) -> dict[str, MethodConfig]:
     Returns:
         `dict` from method name (`"filter"`, `"abstain"`, `"activate"`, `"guide"`) to its config.
     """
-    items = [value_steer] if isinstance(value_steer, MethodConfig | Mapping) else list(value_steer)
+    items: Sequence[Any] = value_steer if isinstance(value_steer, list | tuple) else [value_steer]
     configs = [_parse_one(item) for item in items]
     methods = [config.method for config in configs]
     if not methods or len(set(methods)) < len(methods):
@@ -386,10 +405,13 @@ def _parse_one(item: MethodConfig | Mapping[str, Any]) -> MethodConfig:
     if isinstance(item, MethodConfig):
         return item
     if not isinstance(item, Mapping):
-        raise TypeError(f"`value_steer` takes a config, its dict form or a list of them, got {type(item).__name__}.")
+        raise TypeError(
+            f"`value_steer` takes a config, its dict form or a list of them, got {type(item).__name__}. A head goes "
+            "into a config: `value_steer=ValueFilterConfig(value_head=head)`."
+        )
     options = dict(item)
     method = options.pop("method", None)
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f'`value_steer` needs a "method", one of {", ".join(_METHODS)}; got {method!r}.')
     cls = _METHODS[method]
     refuse_unknown(options, (field.name for field in fields(cls)), cls.__name__)

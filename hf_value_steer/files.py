@@ -29,8 +29,31 @@ def write_new(path: Path, text: Callable[[], str]) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write `document` as sorted, indented JSON, atomically."""
-    write_atomically(path, (json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    """Write `document` as sorted, indented JSON, atomically.
+
+    Raises:
+        ValueError: for NaN and infinity, which JSON does not know: what is not known is `None`.
+    """
+    try:
+        text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} would hold NaN or infinity, which JSON does not know: {error}.") from error
+    write_atomically(path, f"{text}\n".encode())
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark, its lines ended in any way.
+
+    Raises:
+        ValueError: if it is in another encoding.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 (at byte {error.start}): save it in UTF-8.") from error
+    if "\0" in text:  # in every other byte of English text in UTF-16, which can be read as UTF-8
+        raise ValueError(f"{path} is not a text in UTF-8, but perhaps in UTF-16: save it in UTF-8.")
+    return text
 
 
 def claim(path: Path, document: dict[str, Any]) -> None:

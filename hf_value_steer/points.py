@@ -147,14 +147,17 @@ def layer_point(model: PreTrainedModel, layer: int) -> Point:
     return layer_points(model)[layer]
 
 
-def on_call(model: PreTrainedModel, watcher: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
-    """Call `watcher` with the arguments of every forward of `model`, by name; returns what takes it off again."""
+def on_call(model: PreTrainedModel, watcher: Callable[[nn.Module, dict[str, Any]], None]) -> Callable[[], None]:
+    """Call `watcher` with the arguments of every forward of `model`, by name; returns what takes it off again.
+
+    Copies of the model and its shadows take it along: it is told which one runs.
+    """
     names = _names(type(model).forward)
 
     # Taken off in one thread, it may be called once more in another, then without `kwargs`.
-    def before(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if kwargs is not None:
-            watcher(dict(zip(names, args, strict=False)) | kwargs)
+            watcher(module, dict(zip(names, args, strict=False)) | kwargs)
 
     handle: RemovableHandle = model.register_forward_pre_hook(before, with_kwargs=True)
     return handle.remove

@@ -28,6 +28,11 @@ def acceptable(values: Tensor, threshold: Tensor, polarity: Polarity) -> Tensor:
     return values < threshold if polarity == "undesirable" else values > threshold
 
 
+def answered(values: Tensor) -> Tensor:
+    """Values as they are, of any shape, but NaN for what is no probability: an infinity, or a number beyond [0, 1]."""
+    return values.masked_fill(~((values >= 0) & (values <= 1)), torch.nan)
+
+
 def undesirability(values: Tensor, polarity: Polarity) -> Tensor:
     """Values turned so that lower is better, in (0, 1); NaN becomes +inf, so that it loses every comparison."""
     turned = values if polarity == "undesirable" else 1.0 - values
@@ -68,6 +73,21 @@ def select(
         score = score - prob_weight * probabilities
     score = score.masked_fill(~drawn, torch.inf)
     return torch.where(found, passed.int().argmax(dim=-1), score.argmin(dim=-1)), found
+
+
+def may_insert(scores: Tensor) -> Tensor:
+    """Where a method may insert its own tokens: where the call forbids none of them.
+
+    What the call forbids binds a method, too: minimal lengths, suppressed tokens, forced ends.
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(rows, tokens)`): of the tokens that would be inserted, under everything
+            that forbids tokens and before anything that only narrows the sampling; `-inf` is forbidden.
+
+    Returns:
+        `torch.BoolTensor` of shape `(rows,)`.
+    """
+    return (scores > -torch.inf).all(dim=-1)
 
 
 def advance_streak(streak: Tensor, values: Tensor, threshold: Tensor, polarity: Polarity) -> Tensor:

@@ -1,5 +1,7 @@
 """Tiny random models of every supported family, in float32, with windows shorter than the texts of the tests."""
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -54,7 +56,7 @@ FAMILIES = {
 def build(family: str, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
     """A model with weights large enough that its next-token distribution is far from uniform."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention).eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]), attn_implementation=attention).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

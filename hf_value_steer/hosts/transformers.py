@@ -10,8 +10,10 @@ from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any, Literal
 
+import torch
 from packaging.version import Version
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import (
     CompileConfig,
     GenerationConfig,
@@ -24,6 +26,8 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import BaseStreamer
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from transformers.utils.output_capturing import _hook_installation_lock
 
@@ -41,6 +45,11 @@ _CACHE_NAMES = tuple(dict.fromkeys((CACHE, "past_key_values", "cache_params")))
 # Stands in a cache for a layer that keeps nothing of its own: 5.23 and later.
 DummyLayer: type | None = getattr(cache_utils, "DummyLayer", None)
 
+# What only the forward of a prompt reads, all of it or none: images and the like.
+READ_BY_THE_PROMPT = frozenset(
+    {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "image_grid_thw", "video_grid_thw", "second_per_grid_ts"}
+)
+
 # Held while transformers installs its hooks on a model, which may happen in another thread.
 installing_hooks = _hook_installation_lock
 
@@ -53,6 +62,12 @@ def cache_name(arguments: Mapping[str, Any]) -> str:
 def cache_of(arguments: Mapping[str, Any]) -> Cache | None:
     """The cache among the arguments of a forward, under whatever name it is there."""
     return next((value for value in arguments.values() if isinstance(value, Cache)), None)
+
+
+def length_of(cache: Cache) -> int | None:
+    """How many tokens a cache has taken in; `None` where its layers do not count them."""
+    counting = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+    return int(cache.get_seq_length()) if counting else None
 
 
 def holds_text(cache: Cache) -> bool:
@@ -104,6 +119,30 @@ def rows_can_end(criteria: StoppingCriteriaList) -> bool:
     return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
+def splits_over_processes(model: PreTrainedModel) -> str | None:
+    """What gathers the weights of a model from several processes, if it is so: all have to take every step."""
+    if is_deepspeed_zero3_enabled():
+        return "DeepSpeed ZeRO-3"
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "FullyShardedDataParallel"
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return "fully_shard" if several and any(isinstance(module, FSDPModule) for module in model.modules()) else None
+
+
+def bans_and_warpers(
+    processors: LogitsProcessorList,
+) -> tuple[LogitsProcessorList, LogitsProcessorList, LogitsProcessorList]:
+    """Processors that may forbid tokens; from the first one on that only narrows the sampling, the others; and of
+    these those of the user, which may forbid tokens, too.
+    """
+    ours = [type(each).__module__.startswith("transformers.") for each in processors]
+    names = [type(each).__name__ if own else "" for each, own in zip(processors, ours, strict=True)]
+    warpers = [index for index, name in enumerate(names) if name.endswith("LogitsWarper")]
+    first = warpers[0] if warpers else len(processors)
+    late = [each for each, own in zip(processors[first:], ours[first:], strict=True) if not own]
+    return LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:]), LogitsProcessorList(late)
+
+
 def compile_config(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> CompileConfig | None:
     """How plain `generate` would compile its decoding step with these arguments, `None` if it would not."""
     if not model._valid_auto_compile_criteria(kwargs, config):
@@ -134,6 +173,14 @@ def stage_of_generate() -> Literal["prompt", "chunk", "decode"] | None:
             return "decode"
         frame = frame.f_back
     return None
+
+
+def config_of_generate() -> GenerationConfig | None:
+    """The prepared generation config of the `generate` that is running, if one is."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("generation_config")
 
 
 def dropped_arguments(names: Iterable[str]) -> list[str]:

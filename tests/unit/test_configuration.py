@@ -4,7 +4,9 @@ import copy
 import json
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from hf_value_steer import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHead, ValueHeadConfig
 from hf_value_steer.configuration import parse_value_steer
@@ -36,7 +38,15 @@ def test_the_dict_form_holds_what_differs_from_the_defaults():
         (ValueFilterConfig, {"threshold": 1}, "`threshold`"),
         (ValueFilterConfig, {"threshold": float("nan")}, "`threshold`"),
         (ValueFilterConfig, {"threshold": True}, "`threshold`"),
-        (ValueFilterConfig, {"threshold": "0.3"}, "`threshold`"),
+        (ValueFilterConfig, {"threshold": "0.3"}, "`threshold` .* got '0.3'"),
+        (ValueFilterConfig, {"threshold": np.array([])}, "`threshold`"),
+        (ValueFilterConfig, {"threshold": np.bool_(True)}, "`threshold`"),
+        (ValueFilterConfig, {"num_candidates": 100_000}, "`num_candidates` has to be at most 1024, got 100000"),
+        (ValueFilterConfig, {"prob_weight": "1"}, "`prob_weight` .* got '1'"),
+        (AbstentionConfig, {"message_ids": "stop"}, "`message_ids` .* got 'stop'"),
+        (AbstentionConfig, {"message_ids": 5}, "`message_ids`"),
+        (AbstentionConfig, {"message_ids": [True]}, "`message_ids`"),
+        (BridgeGuidanceConfig, {"momentum": "0.5"}, "`momentum` .* got '0.5'"),
         (ValueFilterConfig, {"threshold": []}, "`threshold`"),
         (ValueFilterConfig, {"threshold": [0.3, 1.3]}, "`threshold`"),
         (ValueFilterConfig, {"num_candidates": 0}, "`num_candidates` has to be an integer of at least 1, got 0"),
@@ -56,6 +66,42 @@ def test_the_dict_form_holds_what_differs_from_the_defaults():
 def test_wrong_values_are_refused_by_name(cls, options, message):
     with pytest.raises(ValueError, match=message):
         cls(**options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "expected"),
+    [
+        (ValueFilterConfig, {"threshold": np.float32(0.5), "num_candidates": np.int64(4)}, (0.5, 4)),
+        (ValueFilterConfig, {"threshold": torch.tensor(0.5), "seed": np.uint8(3)}, (0.5, 3)),
+        (ValueFilterConfig, {"threshold": np.array([0.25, 0.5]), "prob_weight": np.float16(2)}, ((0.25, 0.5), 2.0)),
+        (ValueFilterConfig, {"threshold": [np.float64(0.25), 0.5], "alpha": None}, ((0.25, 0.5), None)),
+        (AbstentionConfig, {"message_ids": np.array([3, 4]), "patience": np.int32(2)}, ((3, 4), 2)),
+        (AbstentionConfig, {"message_ids": torch.tensor([3]), "min_new_tokens": np.int64(1)}, ((3,), 1)),
+        (BridgeGuidanceConfig, {"momentum": np.float32(0.5), "refresh_interval": np.int64(2)}, (0.5, 2)),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(cls, options, expected):
+    config = cls(**options)
+    assert tuple(getattr(config, name) for name in options) == expected
+    assert cls(**json.loads(json.dumps({k: v for k, v in config.to_dict().items() if k != "method"}))) == config
+
+
+@pytest.mark.parametrize(
+    ("value_steer", "message"),
+    [
+        (ValueHead(ValueHeadConfig(hidden_size=4)), r"got ValueHead. A head goes into a config"),
+        ("org/head", "got str. A head goes into a config"),
+        ({"filter": {"threshold": 0.5}}, r'needs a "method", one of filter'),
+        ({"method": {"filter": {}}}, r'needs a "method"'),
+        ({"method": ["filter"]}, r'needs a "method"'),
+        ([[{"method": "filter"}]], "got list"),
+        (7, "got int"),
+        (True, "got bool"),
+    ],
+)
+def test_what_is_no_config_is_refused_with_what_to_pass(value_steer, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        parse_value_steer(value_steer)
 
 
 def test_a_value_head_of_another_type_is_refused():
