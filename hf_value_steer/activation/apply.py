@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import residual
 from hf_value_steer.backbone import underlying
+from hf_value_steer.configuration import as_python
+from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
 from hf_value_steer.points import Here, layer_points, on_call
 
@@ -97,13 +99,13 @@ class Steering:
         return where
 
     def refuse_unused(self, left_here: bool) -> None:
-        """Raise a `RuntimeError` if what was meant to be steered may have been run by others, who are not.
+        """Raise a `ScoringError` if what was meant to be steered may have been run by others, who are not.
 
         That is so if the model was used by other threads or tasks only: they may have been started in the block. And
         if they used it, and the block was left in another thread or task than it was entered in: a generator's steps.
         """
         if self.elsewhere and not (self.used and left_here):
-            raise RuntimeError(
+            raise ScoringError(
                 "Inside this `with` block another thread or task used the model, and what that wrote is not steered: "
                 "vectors are applied to the thread or task that has entered the block. Run the other's function by "
                 "`contextvars.copy_context().run(...)`, or pass `generate(..., value_steer=ActivationConfig(...))`."
@@ -148,7 +150,7 @@ class _Injection:
     def __call__(self, state: Tensor) -> Tensor | None:
         steering, compiling = self.steering, torch.compiler.is_compiling()
         if compiling and steering.positional and not steering.told:
-            raise RuntimeError('Compiled models are steered with mode="broadcast" and tokens="all" only.')
+            raise ScoringError('Compiled models are steered with mode="broadcast" and tokens="all" only.')
         if not compiling and not steering.asked_here():
             return None
         hidden = residual(state, self.width)
@@ -213,7 +215,7 @@ def steered(
     Raises:
         ValueError: before anything is changed: for vectors that do not fit, and for a model that is steered already.
             In a forward of which it cannot be told whether it reads prompt or generated tokens, where that matters.
-        RuntimeError: in the end, if only other threads used the model.
+        ScoringError: in the end, if only other threads used the model.
     """
     with Here() as here, injected(model, vectors, multiplier, mode, tokens, allow_backbone_mismatch, here) as steering:
         yield steering
@@ -232,7 +234,7 @@ def injected(
     here: Here | None = None,
 ) -> Iterator[Steering]:
     """[`steered`] in the context of `here` alone or, if it is `None`, everywhere: for the shadow of one call."""
-    model = underlying(model)
+    model, multiplier = underlying(model), as_python(multiplier)
     check_choices(multiplier, mode, tokens)
     vectors.check_fit(model, allow_backbone_mismatch)
     if is_steered(model):
@@ -248,19 +250,19 @@ def injected(
 
 def check_choices(multiplier: float | Sequence[float], mode: str, tokens: str) -> None:
     """Raise a `ValueError` for arguments of [`steered`] that make no sense."""
-    numbers = [multiplier] if isinstance(multiplier, int | float) else list(multiplier)
+    numbers = multiplier if isinstance(multiplier, list | tuple) else [multiplier]
     if not numbers or not all(isinstance(number, int | float) and abs(number) < float("inf") for number in numbers):
-        raise ValueError(f"`multiplier` has to be a finite number, or one for each row; got {multiplier}.")
+        raise ValueError(f"`multiplier` has to be a finite number, or one for each row; got {multiplier!r}.")
     for name, choice, choices in (("mode", mode, get_args(Mode)), ("tokens", tokens, get_args(Tokens))):
         if choice not in choices:
             raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {choice!r}.")
 
 
-def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[dict[str, Any]], None]:
+def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[nn.Module, dict[str, Any]], None]:
     """What finds out from the arguments of a forward what it reads, unless the decoding engine has said so."""
     use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
 
-    def read(arguments: dict[str, Any]) -> None:
+    def read(_model: nn.Module, arguments: dict[str, Any]) -> None:
         if steering.told or torch.compiler.is_compiling():  # in a graph the injections refuse
             return
         if not steering.acts_here():

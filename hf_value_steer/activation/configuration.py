@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from hf_value_steer.activation.apply import Mode, Tokens, check_choices
 from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.configuration import SteeringConfig
+from hf_value_steer.kept import load_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class ActivationConfig(SteeringConfig):
     Args:
         vectors ([`SteeringVectors`] or `str`): the vectors, or their Hub id or folder.
         multiplier (`float` or sequence of `float`): how much of them; one for each row of the returned batch, or one
-            for all.
+            for all. `hf-value-steer vectors sweep` finds what works, which is often well below 1.
         mode (`str`), tokens (`str`): where they are added, as in [`~hf_value_steer.activation.apply.steered`].
     """
 
@@ -39,8 +40,6 @@ class ActivationConfig(SteeringConfig):
         super().__post_init__()
         if not isinstance(self.vectors, SteeringVectors | str):
             raise TypeError(f"`vectors` have to be SteeringVectors, a Hub id or a folder, got {self.vectors!r}.")
-        if isinstance(self.multiplier, list):
-            object.__setattr__(self, "multiplier", tuple(self.multiplier))
         check_choices(self.multiplier, self.mode, self.tokens)
         if self.value_head is None and (self.threshold is not None or self.alpha is not None or self.min_new_tokens):
             raise ValueError(
@@ -56,7 +55,9 @@ class ActivationConfig(SteeringConfig):
         return self
 
     def load_vectors(self) -> SteeringVectors:
-        return SteeringVectors.from_pretrained(self.vectors) if isinstance(self.vectors, str) else self.vectors
+        """The vectors themselves."""
+        named = isinstance(self.vectors, str)
+        return load_once(SteeringVectors.from_pretrained, self.vectors) if named else self.vectors  # type: ignore[return-value, arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as of every [`SteeringConfig`].

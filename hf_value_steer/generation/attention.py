@@ -1,14 +1,55 @@
 """Attention masks for K candidates that share a prefix: each sees the prefix and itself, none sees another."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.lookahead import LookaheadCache
 from hf_value_steer.hosts.transformers import attention_of
 
 
 MASKABLE_ATTENTION = ("sdpa", "eager")
+
+
+def tidied(model_kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Arguments of a forward with mask and positions in the one form that look-aheads know.
+
+    `generate` takes masks of any dtype, and masks and positions of one row for all. Look-aheads choose rows of them,
+    and compare neighbours: 0 where there is padding or a hole, 1 elsewhere, one row each.
+
+    Args:
+        model_kwargs: as `generate` keeps them; they are left alone.
+        rows (`int`): of the batch.
+    """
+    tidy = dict(model_kwargs)
+    mask, positions = tidy.get("attention_mask"), tidy.get("position_ids")
+    if isinstance(mask, Tensor):
+        if mask.dim() != 2:
+            raise UnsupportedError(f"`attention_mask` has to be of shape (batch, length), got {tuple(mask.shape)}.")
+        tidy["attention_mask"] = (mask != 0).long().expand(rows, -1)
+    if isinstance(positions, Tensor):
+        tidy["position_ids"] = positions.expand(*positions.shape[:-2], rows, -1)
+    return tidy
+
+
+def padding_of(mask: Any, length: int) -> Tensor | None:
+    """The padding mask `(batch, length)` behind the mask of a forward, whose last query sees all text but padding.
+
+    Args:
+        mask: of two dimensions, or of four with a query dimension, boolean or additive, or a `dict` of such by kind of
+            layer: static caches get these.
+        length (`int`): of the text.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None or mask.dim() == 2:
+        return mask  # type: ignore[no-any-return]
+    visible = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+    visible = visible[:, :length]
+    return torch.nn.functional.pad(visible, (length - visible.shape[1], 0), value=True)
 
 
 def candidate_masks(

@@ -26,7 +26,7 @@ from transformers.cache_utils import (
 )
 
 from hf_value_steer.generation.block_cache import BlockLayer
-from hf_value_steer.hosts.transformers import DummyLayer
+from hf_value_steer.hosts.transformers import DummyLayer, holds_text
 
 
 SUPPORTED_LAYERS = (
@@ -67,7 +67,7 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
 def make_room(cache: Cache, config: PreTrainedConfig) -> None:
     """Give an empty static cache one more slot: the last token is forwarded, too, before it is committed."""
     static = [layer for layer in cache.layers if isinstance(layer, StaticLayer)]
-    if static and not any(layer.is_initialized for layer in static):
+    if static and not holds_text(cache):
         length = max(layer.max_cache_len for layer in static) + 1
         cache.layers = StaticCache(config.get_text_config(decoder=True), max_cache_len=length).layers
 
@@ -132,14 +132,14 @@ class LiveCache:
         """Put other keys and values `(rows, heads, 1, dim)` into the last slot of some rows of layer `index`."""
         layer = self.cache.layers[index]
         slot = self.last_slot(layer)
-        layer.keys[rows, :, slot] = keys[:, :, 0]
-        layer.values[rows, :, slot] = values[:, :, 0]
+        layer.keys[rows, :, slot] = keys[:, :, 0].to(layer.keys)
+        layer.values[rows, :, slot] = values[:, :, 0].to(layer.values)
 
     def overwrite_states(self, index: int, rows: Tensor | slice, states: States) -> None:
         """Put other recurrent states `(rows, ...)` into some rows of layer `index`."""
         for name, state in recurrent_states(self.cache.layers[index]).items():
             # A recording convolution holds more than it needs: its end is the state.
-            state[..., -states[name].shape[-1] :][rows] = states[name]
+            state[..., -states[name].shape[-1] :][rows] = states[name].to(state)
 
     def _sliding(self) -> Iterator[DynamicSlidingWindowLayer]:
         return (layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer))

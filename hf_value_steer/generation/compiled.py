@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import compile_config
 from hf_value_steer.points import feature_point
 
@@ -64,7 +65,7 @@ class CompiledForwards:
             finally:
                 detach()
             if feature is None:
-                raise RuntimeError("The output embedding was called where it cannot be watched, in a compiled step.")
+                raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
             return outputs, feature.clone()
 
         return forward

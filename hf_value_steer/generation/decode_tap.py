@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hf_value_steer.errors import ScoringError
+from hf_value_steer.generation.attention import padding_of, tidied
+from hf_value_steer.generation.kernels import BY_TOKEN
 from hf_value_steer.generation.lookahead import LookaheadCache
-from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text, stage_of_generate
-from hf_value_steer.points import feature_point, on_call
+from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text, length_of, stage_of_generate
+from hf_value_steer.points import Watcher, feature_point, on_call
 
 
 @dataclass
@@ -32,13 +35,16 @@ class Decoded:
 
     def continuation_inputs(self) -> dict[str, Any]:
         """Mask and positions of the token that comes next, in the form in which `generate` keeps them."""
-        mask, positions = self.arguments.get("attention_mask"), self.arguments.get("position_ids")
+        mask = padding_of(self.arguments.get("attention_mask"), length_of(self.cache) or 0)
+        positions = self.arguments.get("position_ids")
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
         if positions is not None:
-            positions = positions[:, -1:] + 1
+            positions = positions[..., -1:] + 1
         kept = {key: value for key, value in self.arguments.items() if not isinstance(value, torch.Tensor | Cache)}
-        return {**kept, "attention_mask": mask, "position_ids": positions, CACHE: self.cache}
+        types = {name: self.arguments[name][:, -1:] for name in BY_TOKEN if self.arguments.get(name) is not None}
+        inputs = {**kept, **types, "attention_mask": mask, "position_ids": positions, CACHE: self.cache}
+        return tidied(inputs, len(self.feature))
 
 
 class _Seen(threading.local):
@@ -49,7 +55,28 @@ class _Seen(threading.local):
     arguments: dict[str, Any] | None = None
     feature: Tensor | None = None
     prefill = False
-    prompt_embeds = 0  # prompt length that was given as `inputs_embeds` and is not part of `input_ids`
+    unnamed = 0  # tokens that are in the cache and not part of `input_ids`: of `inputs_embeds`, or of an earlier text
+
+
+class _Followed:
+    """A watcher on the feature of a model, whose output embedding may be replaced at any time."""
+
+    def __init__(self, model: PreTrainedModel, watcher: Watcher):
+        self.model, self.watcher = weakref.ref(model), watcher
+        self.point = feature_point(model)
+        self.leave = self.point.attach(watcher)
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is the model or a shadow of it, which has its weights, and no copy."""
+        own = self.model()
+        return own is not None and next(own.parameters(), None) is next(model.parameters(), None)
+
+    def follow(self) -> None:
+        """Be where the feature passes now."""
+        model = self.model()
+        if model is not None and (point := feature_point(model)) != self.point:
+            self.leave()
+            self.point, self.leave = point, point.attach(self.watcher)
 
 
 class DecodeTap:
@@ -61,9 +88,10 @@ class DecodeTap:
     def __init__(self, model: PreTrainedModel):
         seen = self._seen = _Seen()
 
-        def on_forward(arguments: dict[str, Any]) -> None:
+        def on_forward(running: nn.Module, arguments: dict[str, Any]) -> None:
+            followed.follow()
             cache = cache_of(arguments)
-            seen.watching = not isinstance(cache, LookaheadCache)
+            seen.watching = followed.is_of(running) and not isinstance(cache, LookaheadCache)
             if seen.watching:
                 stage = stage_of_generate()
                 seen.prefill = cache is not None and (stage in ("prompt", "chunk") if stage else not holds_text(cache))
@@ -75,30 +103,31 @@ class DecodeTap:
             if seen.watching:
                 seen.feature = feature
 
-        for remove in (on_call(model, on_forward), feature_point(model).attach(on_feature)):
-            weakref.finalize(self, remove)
+        followed = _Followed(model, on_feature)
+        weakref.finalize(self, on_call(model, on_forward))
+        weakref.finalize(self, lambda: followed.leave())  # the last of them
 
     def read(self, input_ids: Tensor) -> Decoded:
         """The forward that made the scores of `input_ids` `(rows, length)`; it is forgotten here.
 
         Raises:
-            RuntimeError: if the last forward of this thread is not that one (speculative decoding, classifier-free
+            ScoringError: if the last forward of this thread is not that one (speculative decoding, classifier-free
                 guidance), or had no cache.
         """
         feature, arguments, prefill = self._seen.feature, self._seen.arguments, self._seen.prefill
         self._seen.feature = self._seen.arguments = None
         cache = None if self._seen.cache is None else self._seen.cache()
         if feature is None or arguments is None or cache is None:
-            raise RuntimeError(
+            raise ScoringError(
                 "No forward pass with a cache was seen before this logits processor was called: generate with the "
                 "model that the processor was made for, and with `use_cache=True`."
             )
+        held = length_of(cache)
         if prefill:
-            embedded = arguments.get("inputs_embeds") is not None
-            self._seen.prompt_embeds = cache.get_seq_length() - input_ids.shape[1] if embedded else 0
-        cached = cache.get_seq_length() - self._seen.prompt_embeds
+            self._seen.unnamed = max((held or 0) - input_ids.shape[1], 0)
+        cached = input_ids.shape[1] if held is None else held - self._seen.unnamed
         if len(feature) != len(input_ids) or cached != input_ids.shape[1] or (feature.shape[1] > 1 and not prefill):
-            raise RuntimeError(
+            raise ScoringError(
                 f"The last forward pass left a cache of {cached} tokens for {len(feature)} rows, but the scores "
                 f"are for {tuple(input_ids.shape)} tokens: value steering cannot follow this decoding method."
             )

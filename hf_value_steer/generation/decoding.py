@@ -1,7 +1,7 @@
 """`value_steer_generate`: the decoding loop of steered generation, for `model.generate(custom_generate=...)`."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from hf_value_steer.configuration import (
     parse_value_steer,
 )
 from hf_value_steer.generation.abstention import Abstention
+from hf_value_steer.generation.adapters import unmerge_what_is_off
+from hf_value_steer.generation.attention import tidied
 from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.engine import Engine, State
@@ -29,14 +31,24 @@ from hf_value_steer.generation.gate import Gate
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Record, Stops, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
+from hf_value_steer.generation.streaming import Streaming, streaming
 from hf_value_steer.generation.validation import (
+    ending_tokens,
     eos_token,
     refuse_dropped_arguments,
     refuse_unguidable,
     refuse_unsupported,
 )
 from hf_value_steer.generation.value_filter import Draw, Outcome, ValueFilter
-from hf_value_steer.hosts.transformers import CACHE, cache_name, decoding, pad_token, rows_can_end, sample
+from hf_value_steer.hosts.transformers import (
+    CACHE,
+    bans_and_warpers,
+    cache_name,
+    decoding,
+    pad_token,
+    rows_can_end,
+    sample,
+)
 from hf_value_steer.shadow import shadow
 from hf_value_steer.svgt.guidance import Guidance, load_module
 
@@ -66,7 +78,7 @@ def value_steer_generate(
         stopping_criteria: criteria of the call.
         generation_config: prepared config of the call.
         value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], an [`ActivationConfig`], a
-            [`BridgeGuidanceConfig`], their dict form, or a list of several.
+            [`BridgeGuidanceConfig`], their dict form, or a list of several; that of `generation_config` if left out.
         token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
             (`streamer=` reaches us only through [`enable_value_steer`].)
         model_kwargs: what `generate` prepared for the model's forward.
@@ -77,31 +89,43 @@ def value_steer_generate(
 
     Raises:
         ValueError: before the first token, for anything that cannot be honoured.
-        RuntimeError: if the head or the module returns NaN; the token is not emitted.
+        ScoringError: in mid-text, if a token could not be checked, for instance because the head or the module
+            returns NaN; the token is not emitted.
     """
+    value_steer = configured([generation_config]) if value_steer is None else value_steer
     if value_steer is None:
         raise ValueError(
             "`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig, an ActivationConfig, a "
             "BridgeGuidanceConfig or their dict form."
         )
-    refuse_dropped_arguments()
-    refuse_unsupported(model, generation_config, model_kwargs)
-    methods = parse_value_steer(value_steer)
-    model = shadow(model)  # hooks, attention and classes of this call are seen by no other
-    with _activated(model, methods, len(input_ids)) as steering:
-        if steering is not None and steering.mode == "last_token" and generation_config.prefill_chunk_size is not None:
-            raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
-        if all(isinstance(config, ActivationConfig) and not config.value_head for config in methods.values()):
-            if token_streamer is not None:
-                token_streamer.put(input_ids.cpu())
-            return sample(  # type: ignore[no-any-return]
-                model, input_ids, logits_processor, stopping_criteria, generation_config, token_streamer, model_kwargs
-            )
-        loop = _Loop(model, input_ids, generation_config, model_kwargs, methods, steering)
-        if token_streamer is not None:
-            token_streamer.put(input_ids.cpu())
-        with decoding(model):
-            return loop.run(input_ids, logits_processor, stopping_criteria, token_streamer)
+    with streaming(token_streamer) as streamer:
+        refuse_dropped_arguments()
+        methods = parse_value_steer(value_steer)
+        unmerge_what_is_off(model)
+        model_kwargs = tidied(model_kwargs, len(input_ids))
+        refuse_unsupported(model, generation_config, model_kwargs)
+        model = shadow(model)  # hooks, attention, classes and modes of this call are seen by no other
+        model.eval()  # under dropout a token and its alternatives would be read by different models
+        with _activated(model, methods, len(input_ids)) as steering:
+            chunked = generation_config.prefill_chunk_size is not None
+            if steering is not None and steering.mode == "last_token" and chunked:
+                raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
+            if all(isinstance(config, ActivationConfig) and not config.value_head for config in methods.values()):
+                streamer.put(input_ids)
+                reader = streamer if token_streamer is not None else None
+                return sample(  # type: ignore[no-any-return]
+                    model, input_ids, logits_processor, stopping_criteria, generation_config, reader, model_kwargs
+                )
+            loop = _Loop(model, input_ids, generation_config, model_kwargs, methods, steering)
+            streamer.put(input_ids)
+            with decoding(model):
+                return loop.run(input_ids, logits_processor, stopping_criteria, streamer)
+
+
+def configured(configs: Iterable[GenerationConfig | None]) -> ValueSteer | None:
+    """The `value_steer` of the first of these generation configs that has one."""
+    found = (getattr(config, "value_steer", None) for config in configs)
+    return next((each for each in found if each is not None), None)
 
 
 @contextmanager
@@ -163,10 +187,8 @@ class _Loop:
                 sampled = config.do_sample and method.proposal == "sample"
                 self.filter = ValueFilter(method, scorer, self.stops, self.engine, sampled, eos)
             elif isinstance(method, AbstentionConfig):
-                min_new_tokens = max(method.min_new_tokens, config.min_new_tokens or 0)
-                self.abstention = Abstention(
-                    method, scorer, self.stops, eos_token(config, "Abstention"), min_new_tokens
-                )
+                ending = ending_tokens(method, eos_token(config, "Abstention"), model)
+                self.abstention = Abstention(method, scorer, self.stops, ending)
             elif steering is not None:
                 self.gate = Gate(scorer, steering, method.min_new_tokens)
 
@@ -181,11 +203,12 @@ class _Loop:
         input_ids: Tensor,
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
-        streamer: BaseStreamer | None,
+        streamer: Streaming,
     ) -> Tensor | ValueSteerDecoderOnlyOutput:
         """The loop: draw, let the methods decide, commit, stop."""
         unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.pads = rows_can_end(criteria)
+        bans, warpers, late = bans_and_warpers(processors)
         state = self.engine.prefill(input_ids, self.config)
         prompt_values = self._score(self.scorer, state, 0, unfinished)
         if self.scorer is not None:
@@ -196,7 +219,9 @@ class _Loop:
             self.gate.start(self._score(self.gate.scorer, state, 0, unfinished))
         for step in itertools.count():
             live = unfinished if self.pads else torch.ones_like(unfinished)
-            draw = self._draw(step, input_ids, processors, state, live)
+            permitted = bans(input_ids, state.logits)
+            scores = warpers(input_ids, permitted)
+            draw = self._draw(step, input_ids, late(input_ids, permitted), scores, state, live)
             state, outcome = self._step(draw)
             tokens = outcome.tokens
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
@@ -209,26 +234,25 @@ class _Loop:
                 values = outcome.values if alone else self._score(self.gate.scorer, state, step, live)
                 self.gate.observe(values, step + 1)
             self._observe(draw, outcome)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
+            streamer.put(tokens)
             if not bool(unfinished.any()):
                 break
             self.engine.commit()
         self.engine.finish()
-        if streamer is not None:
-            streamer.end()
+        streamer.end()
         return self._output(input_ids, prompt_values)
 
-    def _draw(self, step: int, input_ids: Tensor, processors: LogitsProcessorList, state: State, live: Tensor) -> Draw:
-        scores = processors(input_ids, state.logits)
+    def _draw(
+        self, step: int, input_ids: Tensor, permitted: Tensor, scores: Tensor, state: State, live: Tensor
+    ) -> Draw:
         self._record_state(scores, state)
         tokens, possible = natural_sample(scores, self.config.do_sample)
         forced = torch.zeros_like(live)
         if self.abstention is not None:
-            tokens, forced = self.abstention.prescribe(tokens)
+            tokens, forced = self.abstention.prescribe(tokens, permitted)
         if self.pads:
             tokens = torch.where(live, tokens, pad_token(self.config).to(tokens.device))
-        return Draw(step, input_ids, scores, tokens, live, forced, live & ~possible)
+        return Draw(step, input_ids, permitted, scores, tokens, live, forced, live & ~possible)
 
     def _step(self, draw: Draw) -> tuple[State, Outcome]:
         if self.filter is not None:

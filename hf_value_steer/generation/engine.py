@@ -1,23 +1,27 @@
 """The forward passes of a steered generation: prefill, the ordinary decode step, and the look-ahead."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.activation.apply import Steering
 from hf_value_steer.backbone import output_embedding
+from hf_value_steer.errors import ScoringError
+from hf_value_steer.generation.adapters import AdaptersOfRows
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
 from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
-from hf_value_steer.hosts.transformers import cache_name, next_kwargs, prefill
+from hf_value_steer.generation.rope import LongestRow
+from hf_value_steer.generation.validation import refuse_cache
+from hf_value_steer.hosts.transformers import cache_name, cache_of, next_kwargs, prefill
 from hf_value_steer.points import feature_point
 from hf_value_steer.svgt.guidance import Guidance
 
@@ -45,9 +49,11 @@ class State:
         if other.logits.shape[1]:
             pairs.append((self.logits, other.logits))
         pairs += zip(self.hidden_states or (), other.hidden_states or (), strict=True)
-        pairs += zip(self.attentions or (), other.attentions or (), strict=True)
+        for mine, theirs in zip(self.attentions or (), other.attentions or (), strict=True):
+            # A static cache's slots that hold nothing have weights, too, in an ordinary step.
+            pairs.append((mine, nn.functional.pad(theirs, (0, mine.shape[-1] - theirs.shape[-1]))))
         for mine, theirs in pairs:
-            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)]
+            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)].to(mine.dtype)
 
 
 @dataclass
@@ -102,6 +108,7 @@ class Engine:
         self.steering, self.guidance = steering, guidance
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
         self.point = feature_point(model)
+        self.longest_row, self.adapters = LongestRow(model), AdaptersOfRows(model)
         self.compiled: CompiledForwards | None = None
         self.sharded = any(isinstance(weight, DTensor) for weight in output_embedding(model).parameters())
 
@@ -113,8 +120,9 @@ class Engine:
             self.steering.read_prompt(self.model_kwargs.get("attention_mask"), input_ids.shape[1])
         outputs, feature = self._forward(lambda: prefill(self.model, input_ids, config, self.model_kwargs))
         self.model_kwargs = next_kwargs(self.model, outputs, self.model_kwargs)
-        self.live.start()
-        self.compiled = compiled_forwards(self.model, config, self.model_kwargs)
+        self._start(config)
+        if not config.output_attentions:
+            self.compiled = compiled_forwards(self.model, config, self.model_kwargs)
         if self.compiled is not None and self.compilable:
             self.kernel = compilable_kernel(self.kernel, self.model, self.live)
         return self._state(outputs, feature[:, -1], input_ids.device)
@@ -124,11 +132,29 @@ class Engine:
         before = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
         cut = {name: tensor[:, :-1] for name, tensor in before.items() if tensor is not None}
         with guidance.reading(before["attention_mask"]):
-            prefill(self.model, input_ids[:, :-1], config, self.model_kwargs | cut)
-        self.live.start()
+            outputs = prefill(self.model, input_ids[:, :-1], config, self.model_kwargs | cut)
+        self.model_kwargs[cache_name(self.model_kwargs)] = cache_of(outputs)
+        self._start(config)
         state = self.advance(input_ids)
         self.commit()
         return state
+
+    def _start(self, config: GenerationConfig) -> None:
+        """Begin with what the forward of the prompt has left: its cache may be another one than it was given."""
+        cache = cache_of(self.model_kwargs)
+        refuse_cache(cache, config.max_length)
+        if cache is not None and cache is not self.live.cache:
+            self.live = LiveCache(cache, self.model.config)
+        self.live.start()
+
+    def _require_cache(self, inputs: Mapping[str, Any], cache: Cache) -> None:
+        """Raise a `ScoringError` if the model goes on without the `cache` that it was given."""
+        if cache_of(inputs) is not cache:
+            raise ScoringError(
+                f"{type(self.model).__name__} has dropped its cache after {self.live.length} tokens, where it changes "
+                "its position embedding: a text cannot be steered across this length. Keep it shorter, or begin with "
+                "a longer prompt."
+            )
 
     def _remember(self) -> None:
         self.live.remember()
@@ -146,6 +172,7 @@ class Engine:
         if self.steering is not None:
             self.steering.read_generated()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
+        self._require_cache(inputs, self.live.cache)
         if revise is not None and self.looks_inside:
             return self._advance_inside(inputs, revise, input_ids.device)
         if self.compiled is not None:
@@ -207,9 +234,10 @@ class Engine:
         """
         if rows is None:
             self._remember()
+        copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
+        read = None if isinstance(self.kernel, Whole) else rows
         if self.steering is not None:
-            copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
-            self.steering.read_generated(None if isinstance(self.kernel, Whole) else rows, copies)
+            self.steering.read_generated(read, copies)
         if self.compiled is not None and isinstance(self.kernel, Whole):
             return self._look_ahead_compiled(self.compiled, input_ids, candidates, choose, rows, most)
         chosen: list[Tensor] = []
@@ -220,12 +248,16 @@ class Engine:
             feature = feature.reshape(*candidates.shape, -1)
             chosen.append(choose(feature))
             features.append(pick(feature, chosen[-1]))
+            self.adapters.go_on_with_one(copies)
             return features[-1][:, :positions]
 
         look = self._look(input_ids, candidates, rows)
         inputs = self.kernel.inputs(look)
+        self._require_cache(inputs, look.cache)
         guided = nullcontext() if self.guidance is None else self.guidance.branching(look.cache)
-        with self.kernel.attention(look), guided:
+        everybody = None if rows is None else self.model_kwargs.get("position_ids")
+        adapters = self.adapters.reading(read, copies)
+        with self.kernel.attention(look), guided, adapters, self.longest_row.reaching(everybody):
             outputs, _ = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
         self._pick(outputs, chosen[0])
         return self._state(outputs, features[0][:, 0], candidates.device), look.cache
@@ -282,7 +314,7 @@ class Engine:
         finally:
             detach()
         if not passage.features:
-            raise RuntimeError(
+            raise ScoringError(
                 "The output embedding was called where it cannot be watched: if `model.forward` was compiled, compile "
                 "it anew, and steer with it before anything else runs."
             )

@@ -32,13 +32,16 @@ _EXPANDED = """
     bailing_hybrid bloom falcon_h1 gpt_neo kimi_linear llama4_text mvp roformer trocr zamba zamba2 zaya
 """.split()
 
+# Of texts with images; `tests/parity/test_images.py` verifies them.
+WITH_IMAGES = frozenset({"qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_text"})
+
 # Their attention became exchangeable in a version of transformers.
 SHARED_PREFIX_SINCE = {"codegen": "5.24", "gptj": "5.24"}
 
 _SINCE = [name for name, since in SHARED_PREFIX_SINCE.items() if VERSION >= Version(since)]
-SHARED_PREFIX = frozenset(_EVERY_KERNEL + _SHARED_PREFIX + _SINCE)
-MASKED = frozenset(_EVERY_KERNEL + _MASKED)
-VERIFIED = frozenset(_EVERY_KERNEL + _SHARED_PREFIX + _MASKED + _EXPANDED)
+SHARED_PREFIX = WITH_IMAGES.union(_EVERY_KERNEL, _SHARED_PREFIX, _SINCE)
+MASKED = WITH_IMAGES.union(_EVERY_KERNEL, _MASKED)
+VERIFIED = WITH_IMAGES.union(_EVERY_KERNEL, _SHARED_PREFIX, _MASKED, _EXPANDED)
 
 # The oldest transformers whose cached decoding of these types is what their full forward computes.
 NEEDS = dict.fromkeys(("big_bird", "git", "megatron-bert", "rembert", "roformer"), "5.18")

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.attention import MASKABLE_ATTENTION, candidate_masks
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.families import MASKED, SHARED_PREFIX
@@ -26,6 +27,9 @@ from hf_value_steer.generation.shared_prefix import SharedPrefixLayer, shared_pr
 from hf_value_steer.hosts.transformers import DummyLayer, attention_of, cache_name
 
 
+# Arguments of a forward that have an entry for each row, and those that have one for each token of it.
+BY_TOKEN = frozenset({"position_ids", "token_type_ids", "mm_token_type_ids"})
+BY_ROW = BY_TOKEN | {"input_ids", "attention_mask", "inputs_embeds"}
 KERNELS = ("shared_prefix", "masked", "expanded")  # fastest first
 
 
@@ -54,7 +58,7 @@ def choose_kernel(
     if name == "auto":
         return next(iter(usable.values()))
     if name not in usable:
-        raise ValueError(
+        raise UnsupportedError(
             f"lookahead={name!r} cannot be used with model type {config.model_type!r}, attn_implementation="
             f'{attention_of(config)!r} and the arguments of this call; "auto" takes one of {", ".join(usable)}.'
         )
@@ -95,6 +99,27 @@ class Look:
     candidates: Tensor
     rows: Tensor | None
 
+    def step(self, text: Tensor, model_kwargs: dict[str, Any], tokens: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of an ordinary step with our cache after `text` `(batch, length)`, as the model prepares them.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(batch, 1)`, *optional*): what the step reads; any token if left out.
+        """
+        ids = torch.cat([text, text.new_zeros(len(text), 1) if tokens is None else tokens], dim=1)
+        kwargs = {**model_kwargs, cache_name(model_kwargs): self.cache}
+        return self.model.prepare_inputs_for_generation(ids, next_sequence_length=1, **kwargs)  # type: ignore[no-any-return]
+
+
+def rows_of(name: str, value: Tensor, rows: Tensor | None) -> Tensor:
+    """Some rows of an argument of a forward. Positions may have several kinds, `(kinds, batch, length)`."""
+    if rows is None or _dimension(name) == 0:
+        return select_rows(value, rows)
+    return value.index_select(_dimension(name), rows.to(value.device))
+
+
+def _dimension(name: str) -> int:
+    return -2 if name == "position_ids" else 0
+
 
 class Kernel(Protocol):
     """How a look-ahead becomes one forward, and how to read what comes out."""
@@ -120,18 +145,19 @@ class Masked:
     layer: type[LookaheadLayer] = LookaheadLayer
 
     def inputs(self, look: Look) -> dict[str, Any]:
-        rows, shape = look.rows, (look.candidates.shape[0], look.candidates.shape[1])
-        inputs = dict(look.model_kwargs, input_ids=look.candidates)
-        inputs[cache_name(look.model_kwargs)] = look.cache
-        inputs.pop("inputs_embeds", None)
-        padding_mask = inputs.get("attention_mask")
-        if padding_mask is None:
-            padding_mask = torch.ones(shape[0], look.input_ids.shape[1], device=look.candidates.device)
+        shape = (look.candidates.shape[0], look.candidates.shape[1])
+        mask = look.model_kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(shape[0], look.cache.length, device=look.candidates.device)
         else:
-            padding_mask = select_rows(padding_mask[:, :-1], rows)
-        inputs["attention_mask"] = candidate_masks(look.model, look.cache, padding_mask, shape)
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = select_rows(inputs["position_ids"][:, -1:], rows).expand(shape).contiguous()
+            mask = select_rows(mask[:, :-1], look.rows)
+        inputs = look.step(look.input_ids, look.model_kwargs)
+        for name in (name for name in BY_TOKEN if inputs.get(name) is not None):
+            inputs[name] = rows_of(name, inputs[name], look.rows).expand(*inputs[name].shape[:-2], *shape).contiguous()
+        inputs |= {
+            "input_ids": look.candidates,
+            "attention_mask": candidate_masks(look.model, look.cache, mask, shape),
+        }
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = shape[1]
         return inputs
@@ -164,18 +190,14 @@ class Expanded:
     layer: type[LookaheadLayer] = ExpandedLayer
 
     def inputs(self, look: Look) -> dict[str, Any]:
-        batch, count = len(look.input_ids), look.candidates.shape[1]
+        def expand(name: str, value: Any) -> Any:
+            if name not in BY_ROW or value is None:
+                return value
+            return rows_of(name, value, look.rows).repeat_interleave(look.candidates.shape[1], dim=_dimension(name))
 
-        def expand(states: Tensor) -> Tensor:
-            return select_rows(states, look.rows).repeat_interleave(count, dim=0)
-
-        kwargs = {
-            name: expand(value) if isinstance(value, Tensor) and len(value) == batch else value
-            for name, value in look.model_kwargs.items()
-        }
-        kwargs[cache_name(look.model_kwargs)] = look.cache
-        tokens = torch.cat([expand(look.input_ids), look.candidates.reshape(-1, 1)], dim=1)
-        return look.model.prepare_inputs_for_generation(tokens, next_sequence_length=1, **kwargs)  # type: ignore[no-any-return]
+        kwargs = {name: expand(name, value) for name, value in look.model_kwargs.items()}
+        tokens = torch.cat([expand("input_ids", look.input_ids), look.candidates.reshape(-1, 1)], dim=1)
+        return look.step(tokens[:, :-1], kwargs, tokens[:, -1:])
 
     def attention(self, _look: Look) -> AbstractContextManager[None]:
         return nullcontext()

@@ -1,25 +1,36 @@
 """Value steering for whatever takes a `LogitsProcessor`: beam search, other libraries, loops of your own."""
 
-import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import Cache, LogitsProcessor, PreTrainedModel
 
 from hf_value_steer.backbone import underlying
 from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig
+from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.candidates import random_key, sampled_alternatives, uniforms
 from hf_value_steer.generation.decode_tap import DecodeTap
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
-from hf_value_steer.generation.validation import eos_token, refuse_model
-from hf_value_steer.policy import acceptable, select
+from hf_value_steer.generation.scorer import Scorer, bind, check_fit, load_head, require_finite
+from hf_value_steer.generation.validation import (
+    ending_tokens,
+    eos_token,
+    refuse_adapters,
+    refuse_model,
+    refuse_other_kind,
+)
+from hf_value_steer.hosts.transformers import config_of_generate
+from hf_value_steer.policy import acceptable, may_insert, select
 from hf_value_steer.shadow import shadow
+
+
+T = TypeVar("T")
 
 
 class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -37,26 +48,35 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         config: head, threshold, patience, message.
 
     Raises:
+        TypeError: if `config` is no [`AbstentionConfig`].
         ValueError: if the head does not fit the model, or the model's generation config has no EOS token.
     """
 
     def __init__(self, model: PreTrainedModel, config: AbstentionConfig):
-        model = underlying(model)
-        self.config = config
+        refuse_other_kind(config, AbstentionConfig)
+        outside, model = model, underlying(model)
+        refuse_adapters(outside)
+        self.model, self.config = model, config
         self.head = load_head(config, model)
-        self.eos = eos_token(model.generation_config, type(self).__name__)
+        self._ending()
         self.tap = DecodeTap(model)
-        self.threads = threading.local()
+        self.texts = WeakKeyDictionary[Cache, _AbstainingText]()
+
+    def _ending(self) -> list[int]:
+        """The message, and the EOS of the call or, outside one, of the model."""
+        config = config_of_generate() or self.model.generation_config
+        return ending_tokens(self.config, eos_token(config, type(self).__name__), self.model)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
+            check_fit(self.head, self.model, self.config.allow_backbone_mismatch)
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             stops = Stops.none(len(input_ids), input_ids.device)
-            abstention = Abstention(self.config, scorer, stops, self.eos, self.config.min_new_tokens)
-            self.threads.text = _AbstainingText(abstention, input_ids.shape[1], input_ids)
-        text: _AbstainingText = _text_of(self.threads)
+            abstention = Abstention(self.config, scorer, stops, self._ending())
+            self.texts[decoded.cache] = _AbstainingText(abstention, input_ids.shape[1], input_ids)
+        text = _text_of(decoded.cache, self.texts)
         if not decoded.prefill:
             text.go_on(input_ids)
         abstention = text.abstention
@@ -64,26 +84,26 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         values = abstention.scorer.values(decoded.feature)
         require_finite(values, everyone, step)
         abstention.observe(values, step, everyone)
-        tokens, forced = abstention.prescribe(input_ids[:, -1])
+        tokens, forced = abstention.prescribe(input_ids[:, -1], scores)
         prescribed = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
         return torch.where(forced[:, None], prescribed, scores)
 
 
-def _text_of(threads: threading.local) -> Any:
-    """The generation that this thread is in.
+def _text_of(cache: Cache, texts: WeakKeyDictionary[Cache, T]) -> T:
+    """The generation that has this cache, which it does not outlive.
 
     Raises:
-        RuntimeError: if it has not been seen from its prompt on.
+        ScoringError: if it has not been seen from its prompt on.
     """
-    text = getattr(threads, "text", None)
+    text = texts.get(cache)
     if text is None:
-        raise RuntimeError("A logits processor has to see a generation from its prompt on, with `use_cache=True`.")
+        raise ScoringError("A logits processor has to see a generation from its prompt on, with `use_cache=True`.")
     return text
 
 
 @dataclass
 class _AbstainingText:
-    """The generation that one thread is in.
+    """One generation.
 
     Args:
         abstention: the count of each row.
@@ -98,9 +118,10 @@ class _AbstainingText:
     def go_on(self, input_ids: Tensor) -> None:
         """Take in the text of the next call, whose rows may be others: beam search reorders them."""
         if self.input_ids.shape[1] != input_ids.shape[1] - 1:
-            raise RuntimeError("Abstention has to see every step of a generation; this decoding method skipped one.")
+            raise ScoringError("Abstention has to see every step of a generation; this decoding method skipped one.")
         same = (self.input_ids[None] == input_ids[:, None, :-1]).all(dim=-1)
-        self.abstention.reorder(same.int().argmax(dim=-1))
+        stays = torch.arange(len(same), device=same.device)  # rows of one text may have others before it in the cache
+        self.abstention.reorder(torch.where(same.diagonal(), stays, same.int().argmax(dim=-1)))
         self.input_ids = input_ids
 
 
@@ -120,40 +141,51 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             [`value_steer_generate`].
 
     Raises:
+        TypeError: if `config` is no [`ValueFilterConfig`].
         ValueError: if the head does not fit the model, or the config asks for what a processor cannot do.
     """
 
     def __init__(self, model: PreTrainedModel, config: ValueFilterConfig):
+        refuse_other_kind(config, ValueFilterConfig)
         if config.max_interventions is not None or config.output_candidates:
             raise ValueError("`max_interventions` and `output_candidates` need `model.generate(value_steer=...)`.")
-        model = underlying(model)
+        outside, model = model, underlying(model)
+        refuse_adapters(outside)
         refuse_model(model)
         self.model, self.config = model, config
         self.head = load_head(config, model)
-        self.eos = eos_token(model.generation_config, 'fallback="abstain"') if config.fallback == "abstain" else None
+        self._eos()
         self.tap = DecodeTap(model)
-        self.threads = threading.local()
+        self.texts = WeakKeyDictionary[Cache, _FilteredText]()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
+            check_fit(self.head, self.model, self.config.allow_backbone_mismatch)
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             scorer.start(scorer.values(decoded.feature))
-            self.threads.text = _FilteredText(shadow(self.model), scorer, input_ids.shape[1])
-        text: _FilteredText = _text_of(self.threads)
+            own = shadow(self.model).eval()
+            self.texts[decoded.cache] = _FilteredText(own, scorer, input_ids.shape[1], self._eos())
+        text = _text_of(decoded.cache, self.texts)
         step = input_ids.shape[1] - text.prompt_length
         if step < self.config.min_new_tokens:
             return scores
         candidates = self._candidates(scores, step)
         values = self._values(text, decoded.continuation_inputs(), input_ids, candidates, step)
-        keep = self._keep(candidates, values, scores, text.scorer)
+        keep = self._keep(candidates, values, scores, text)
         kept = torch.full_like(scores, -torch.inf)
         for tokens, wanted in zip(candidates.T.clamp(min=0)[:, :, None], keep.T[:, :, None], strict=True):
             kept = torch.where(wanted, kept.scatter(1, tokens, scores.gather(1, tokens)), kept)
-        if self.eos is not None:
-            kept[~keep.any(dim=-1), self.eos] = 0.0
+        if text.eos is not None:
+            kept[~keep.any(dim=-1), text.eos] = 0.0  # a row that may not end keeps the fallback's choice
         return kept
+
+    def _eos(self) -> int | None:
+        """The token that ends a row: the EOS of the call or, outside one, of the model."""
+        if self.config.fallback != "abstain":
+            return None
+        return eos_token(config_of_generate() or self.model.generation_config, 'fallback="abstain"')
 
     def _candidates(self, scores: Tensor, step: int) -> Tensor:
         """Token ids, `(rows, K)`, -1 where no token is left."""
@@ -178,29 +210,31 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         require_finite(values[0], torch.ones_like(candidates[:, 0], dtype=torch.bool), step)
         return values[0]
 
-    def _keep(self, candidates: Tensor, values: Tensor, scores: Tensor, scorer: Scorer) -> Tensor:
-        """Which candidates stay, `(rows, K)`: the acceptable ones, else the fallback's choice."""
-        config, polarity, threshold = self.config, scorer.polarity, scorer.threshold[:, None]
+    def _keep(self, candidates: Tensor, values: Tensor, scores: Tensor, text: "_FilteredText") -> Tensor:
+        """Which candidates stay, `(rows, K)`: the acceptable ones, else the fallback's; none in rows that end."""
+        config, polarity, threshold = self.config, text.scorer.polarity, text.scorer.threshold[:, None]
         drawn = candidates >= 0
         passed = acceptable(values, threshold, polarity) & drawn
-        if config.fallback == "abstain":
-            return passed
         probabilities = scores.softmax(dim=-1).gather(1, candidates.clamp(min=0))
         column, found = select(values, drawn, threshold, polarity, config.fallback, probabilities, config.prob_weight)
         chosen = torch.nn.functional.one_hot(column, candidates.shape[1]).bool()
+        if text.eos is not None:
+            chosen &= ~may_insert(scores[:, text.eos, None])[:, None]
         return torch.where(found[:, None], passed, chosen)
 
 
 @dataclass
 class _FilteredText:
-    """The generation that one thread is in.
+    """One generation.
 
     Args:
         model: a shadow of the model, for its look-aheads.
         scorer: head and thresholds.
         prompt_length (`int`): tokens of the prompt.
+        eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
     """
 
     model: PreTrainedModel
     scorer: Scorer
     prompt_length: int
+    eos: int | None

@@ -146,6 +146,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         on_commit (`Callable`, *optional*): told which rows `(n,)` of the batch go on with which of the `rows * K`
             candidates, `(n,)`.
         attention (`list` of [`LookaheadLayer`]): the layers, or parts of them, that hold keys and values.
+        length (`int`): tokens of the text before the candidates.
         row_numbers, padding (`list` of `int`): each looked-at row, and the number of padded positions to the left of
             its text, for kernels that need them.
     """
@@ -154,6 +155,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self, live: LiveCache, count: int, kind: type[LookaheadLayer] = LookaheadLayer, rows: Tensor | None = None
     ):
         self.live, self.count, self.kind, self.rows = live, count, kind, rows
+        self.length = live.length - (rows is not None)
         self.on_commit: Callable[[Tensor, Tensor], None] | None = None
         self.row_numbers: list[int] = []
         self.padding: list[int] = []
@@ -176,8 +178,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     def _attention(self, layer: CacheLayerMixin, window: int | None) -> LookaheadLayer:
         end = self.live.last_slot(layer) + (self.rows is None)
         start = 0 if window is None else max(end - window + 1, 0)
-        length = self.live.length - (self.rows is not None)
-        borrowed = self.kind(layer.keys, layer.values, (start, end), length, self.rows)
+        borrowed = self.kind(layer.keys, layer.values, (start, end), self.length, self.rows)
         borrowed.is_sliding = window is not None or layer.is_sliding
         return borrowed
 

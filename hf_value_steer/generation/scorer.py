@@ -12,8 +12,10 @@ from hf_value_steer.backbone import feature_width, refuse_other_backbone
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.calibration.filtering import row_thresholds
 from hf_value_steer.configuration import AbstentionConfig, SteeringConfig
+from hf_value_steer.errors import MismatchError, ScoringError
+from hf_value_steer.kept import load_once
 from hf_value_steer.modeling import ValueHead
-from hf_value_steer.policy import Polarity, acceptable
+from hf_value_steer.policy import Polarity, acceptable, answered
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Scorer:
         """
         if self.head.device != features.device:
             self.head = copy.deepcopy(self.head).to(features.device)
-        return self.head(features).value.to(self.threshold.device)  # type: ignore[no-any-return]
+        return answered(self.head(features).value).to(self.threshold.device)
 
     def accepts(self, values: Tensor) -> Tensor:
         """Which rows' values `(batch,)` pass their threshold."""
@@ -81,21 +83,23 @@ def bind(config: SteeringConfig, head: ValueHead, batch_size: int, device: torch
 def _fitting_calibration(config: SteeringConfig, head: ValueHead) -> Calibration:
     asked, calibration = f"`alpha`={config.alpha}", head.calibration
     if calibration is None:
-        raise ValueError(f"{asked} needs a calibrated head, and this one has no calibration.json: pass `threshold`.")
+        raise MismatchError(
+            f"{asked} needs a calibrated head, and this one has no calibration.json: pass `threshold`."
+        )
     if calibration.method != config.method:
-        raise ValueError(
+        raise MismatchError(
             f'{asked} in a "{config.method}" config needs a calibration of that method, but this head was calibrated '
             f'for "{calibration.method}": pass `threshold`, or calibrate it again.'
         )
     if calibration.polarity != head.config.polarity or calibration.head_fingerprint not in (None, head.fingerprint()):
-        raise ValueError(
+        raise MismatchError(
             f"{asked}: calibration.json is about another head (polarity {calibration.polarity!r}, fingerprint "
             f"{calibration.head_fingerprint}); calibrate this one (polarity {head.config.polarity!r}, fingerprint "
             f"{head.fingerprint()}), or pass `threshold`."
         )
     if calibration.mode == "selective" and isinstance(config, AbstentionConfig):
         if config.patience > 1 or config.min_new_tokens > 0:
-            raise ValueError(
+            raise MismatchError(
                 f"{asked} promises accuracy for rows that stop at their first unacceptable value: leave out "
                 "`patience` and `min_new_tokens`, or pass `threshold`."
             )
@@ -110,7 +114,8 @@ def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
     """
     if config.value_head is None:
         raise ValueError(f'`value_head` is missing from the "{config.method}" config: pass a ValueHead or its Hub id.')
-    head = ValueHead.from_pretrained(config.value_head) if isinstance(config.value_head, str) else config.value_head
+    named = isinstance(config.value_head, str)
+    head = load_once(ValueHead.from_pretrained, config.value_head) if named else config.value_head
     if not isinstance(head, ValueHead):
         raise TypeError(f"`value_head` has to be a ValueHead, got a {type(head).__name__}.")
     check_fit(head, model, config.allow_backbone_mismatch)
@@ -121,7 +126,7 @@ def check_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch: 
     """Refuse a head of another width, with weights that are not finite, or trained on another backbone."""
     width = feature_width(model)
     if head.config.hidden_size != width:
-        raise ValueError(
+        raise MismatchError(
             f"`value_head` was trained on hidden_size={head.config.hidden_size} (backbone {head.config.backbone!r}), "
             f"but the feature of this {type(model).__name__} has width {width}; load the matching head."
         )
@@ -134,12 +139,12 @@ def require_finite(values: Tensor, live: Tensor, step: int) -> None:
     """Stop the generation if a live row has a NaN among its values, `(rows, ...)`: nothing is emitted unchecked.
 
     Raises:
-        RuntimeError: names the rows and the step.
+        ScoringError: names the rows and the step.
     """
     broken = values.isnan().flatten(1).any(dim=-1) if values.dim() > 1 else values.isnan()
     if bool((broken & live).any()):
         rows = (broken & live).nonzero().flatten().tolist()
-        raise RuntimeError(
+        raise ScoringError(
             f"The value head returned a value that is not finite at new token {step} in row(s) {rows}. The generation "
             "was stopped; the token was not emitted. Check the head's weights and the backbone's dtype."
         )

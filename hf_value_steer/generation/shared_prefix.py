@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
+from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.lookahead import ExpandedLayer, LookaheadCache
 from hf_value_steer.hosts.transformers import attention_of, set_attention
 
@@ -42,7 +43,7 @@ def shared_prefix(model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator
     """Let `model`, a shadow, attend by `shared_prefix_attention` inside the `with` block.
 
     Raises:
-        RuntimeError: if a layer did not, and so saw no prefix at all.
+        ScoringError: if a layer did not, and so saw no prefix at all.
     """
     config = model.config.get_text_config(decoder=True)
     implementation, token = attention_of(config), _active.set(lookahead)
@@ -53,7 +54,7 @@ def shared_prefix(model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator
         set_attention(config, implementation)
         _active.reset(token)
     if not all(layer.attended for layer in lookahead.attention if isinstance(layer, SharedPrefixLayer)):
-        raise RuntimeError(f'{type(model).__name__} has an attention of its own; pass lookahead="expanded".')
+        raise ScoringError(f'{type(model).__name__} has an attention of its own; pass lookahead="expanded".')
 
 
 def shared_prefix_attention(
@@ -78,7 +79,7 @@ def shared_prefix_attention(
         `(rows * K, 1, heads, dim)` and `None`.
 
     Raises:
-        RuntimeError: for anything that would make the result differ from the model's own attention.
+        ScoringError: for anything that would make the result differ from the model's own attention.
     """
     lookahead = _active.get()
     layer = _layer_of(lookahead, key, value)
@@ -88,7 +89,7 @@ def shared_prefix_attention(
     if (kwargs.get("sliding_window") or torch.inf) <= layer.prefix_length:
         unknown.append("sliding_window")
     if attention_mask is not None or unknown:
-        raise RuntimeError(
+        raise ScoringError(
             f"Shared-prefix attention does not know {', '.join(unknown) or 'the mask of this model'}; pass "
             'lookahead="expanded".'
         )
@@ -111,7 +112,7 @@ def _layer_of(lookahead: LookaheadCache, key: Tensor, value: Tensor) -> SharedPr
     for layer in lookahead.attention:
         if layer.keys is key and layer.values is value and isinstance(layer, SharedPrefixLayer):
             return layer
-    raise RuntimeError('This model changes keys or values after they were cached; pass lookahead="expanded".')
+    raise ScoringError('This model changes keys or values after they were cached; pass lookahead="expanded".')
 
 
 def attend_prefix(
@@ -144,6 +145,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple
     By the `flash_attn` package if it is installed, else by PyTorch's FlashAttention-2 or its CPU twin, and where
     neither kernel takes the shapes or the dtype by plain matrix products.
     """
+    queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # under autocast they may be of others
     fused = queries.shape[-1] == values.shape[-1] and keys.shape[-2] > 0
     if fused and queries.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, scale=scale)  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """What a steered generation refuses, by name and before the first token."""
 
+import difflib
 from typing import Any
 
 import torch
@@ -8,13 +9,24 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
 
+from hf_value_steer.backbone import vocabulary_size
+from hf_value_steer.configuration import AbstentionConfig, SteeringConfig
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.cache import SUPPORTED_LAYERS
 from hf_value_steer.generation.families import NEEDS, VERIFIED
-from hf_value_steer.hosts.transformers import CACHE, VERSION, cache_of, dropped_arguments, holds_text
+from hf_value_steer.generation.kernels import BY_ROW
+from hf_value_steer.hosts.transformers import (
+    CACHE,
+    READ_BY_THE_PROMPT,
+    VERSION,
+    cache_of,
+    dropped_arguments,
+    holds_text,
+    splits_over_processes,
+)
 
 
-_UNDERSTOOD_TENSORS = {"attention_mask", "inputs_embeds", "position_ids"}
 # `generate` takes these, but does not hand them to a `custom_generate` callable.
 _DROPPED = {
     "streamer": "call `enable_value_steer(model)` and leave out `custom_generate`, or pass it as `token_streamer=`",
@@ -24,7 +36,7 @@ _DROPPED = {
 
 
 def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
-    """Raise a `ValueError` for anything that steering could not honour exactly.
+    """Raise an `UnsupportedError` for anything that steering could not honour exactly.
 
     Args:
         model: the backbone.
@@ -33,59 +45,74 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_k
     """
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
+        raise UnsupportedError(
             f"`value_steer` works with greedy search and sampling, but these arguments ask for {mode.value} "
             f"(num_beams={config.num_beams}). In beam search, use ValueFilterLogitsProcessor or "
             "AbstentionLogitsProcessor."
         )
     if not config.use_cache:
-        raise ValueError("`use_cache=False` cannot be steered: candidates share the cached prefix.")
+        raise UnsupportedError("`use_cache=False` cannot be steered: candidates share the cached prefix.")
     refuse_model(model)
-    _refuse_prompt_learning(model)
-    _refuse_cache(cache_of(model_kwargs), config.max_length)
+    refuse_cache(cache_of(model_kwargs), config.max_length)
     for name, value in model_kwargs.items():
-        if isinstance(value, torch.Tensor) and name not in _UNDERSTOOD_TENSORS:
-            raise ValueError(f"`{name}` is not understood by the look-ahead of value steering; leave it out.")
+        if isinstance(value, torch.Tensor) and name not in BY_ROW | READ_BY_THE_PROMPT:
+            raise UnsupportedError(f"`{name}` is not understood by the look-ahead of value steering; leave it out.")
 
 
 def refuse_model(model: PreTrainedModel) -> None:
-    """Raise a `ValueError` for a model whose look-ahead was not verified."""
+    """Raise an `UnsupportedError` for a model whose look-ahead was not verified."""
     config = model.config.get_text_config(decoder=True)
     if config.model_type not in VERIFIED or model.config.is_encoder_decoder:
-        known = ", ".join(sorted(VERIFIED))
-        raise ValueError(f"Value steering was not verified for model type {config.model_type!r}, only for {known}.")
+        close = difflib.get_close_matches(config.model_type, VERIFIED, n=5)
+        known = f"; among the {len(VERIFIED)} that were are {', '.join(close)}" if close else ""
+        raise UnsupportedError(
+            f"Value steering was not verified for model type {config.model_type!r}{known}. All are on the page "
+            "docs/families.md; `hf-value-steer doctor MODEL` says more."
+        )
     needed = NEEDS.get(config.model_type)
     if needed is not None and VERSION < Version(needed):
-        raise ValueError(
+        raise UnsupportedError(
             f"Model type {config.model_type!r} needs transformers {needed}, this is {VERSION}; "
             "before, its own cached decoding is wrong."
         )
-
-
-def _refuse_prompt_learning(model: PreTrainedModel) -> None:
-    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT puts its own there
-    if getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False):
-        raise ValueError(
-            "A PEFT adapter of virtual tokens (prefix tuning, prompt tuning, P-tuning) cannot be steered: mask and "
-            "positions of the look-ahead do not know of them. Adapters of weights (LoRA and others) can."
+    if splits := splits_over_processes(model):
+        raise UnsupportedError(
+            f"A model under {splits} cannot be steered: nothing holds its processes in step. Load it with "
+            '`tp_plan="auto"`, or serve it with vLLM.'
         )
+    owner = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT puts its own there
+    refuse_adapters(model, owner)
 
 
-def _refuse_cache(cache: Any, max_length: int) -> None:
+def refuse_adapters(*models: Any) -> None:
+    """Raise an `UnsupportedError` for PEFT adapters that look-aheads do not know of.
+
+    Args:
+        models: what is steered, and what is around it.
+    """
+    for model in models:
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedError(
+                "A PEFT adapter of virtual tokens (prefix tuning, prompt tuning, P-tuning) cannot be steered: mask "
+                "and positions of the look-ahead do not know of them. Adapters of weights (LoRA and others) can."
+            )
+
+
+def refuse_cache(cache: Any, max_length: int) -> None:
     if cache is None:
-        raise ValueError("`generate` has made no cache for this model, and without one it cannot be steered.")
+        raise UnsupportedError("`generate` has made no cache for this model, and without one it cannot be steered.")
     if type(cache) not in (DynamicCache, StaticCache, BlockCache) or cache.offloading:
         kind = "offloaded " if getattr(cache, "offloading", False) else ""
-        raise ValueError(
+        raise UnsupportedError(
             f"Cache {kind}{type(cache).__name__!r} cannot look ahead; use a DynamicCache (the default), a StaticCache "
             "or a BlockCache."
         )
     for layer in cache.layers:
         if type(layer) not in SUPPORTED_LAYERS:
-            raise ValueError(f"Cache layers of type {type(layer).__name__} cannot look ahead.")
+            raise UnsupportedError(f"Cache layers of type {type(layer).__name__} cannot look ahead.")
         full = isinstance(layer, StaticLayer) and not layer.is_sliding
-        if full and layer.is_initialized and layer.max_cache_len < max_length:
-            raise ValueError(
+        if full and layer.max_cache_len < max_length and holds_text(cache):
+            raise UnsupportedError(
                 f"The StaticCache of this call holds {layer.max_cache_len} tokens, but the text may get {max_length} "
                 "long: steering forwards the last token, too, so give it one slot more than plain generate needs."
             )
@@ -94,15 +121,17 @@ def _refuse_cache(cache: Any, max_length: int) -> None:
 def refuse_unguidable(
     input_ids: torch.Tensor, config: GenerationConfig, model_kwargs: dict[str, Any], lookahead: str
 ) -> None:
-    """Raise a `ValueError` for what guidance by bridge tokens cannot honour, beside [`refuse_unsupported`]."""
+    """Raise an `UnsupportedError` for what guidance by bridge tokens cannot honour, beside [`refuse_unsupported`]."""
     if input_ids.shape[1] < 2 or model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("Guidance reads the prompt's tokens: pass `input_ids` of at least two.")
+        raise UnsupportedError("Guidance reads the prompt's tokens: pass `input_ids` of at least two.")
     if holds_text(cache_of(model_kwargs)):
-        raise ValueError(f"`{CACHE}` holds text already, but guidance has to read the whole prompt: leave it out.")
+        raise UnsupportedError(
+            f"`{CACHE}` holds text already, but guidance has to read the whole prompt: leave it out."
+        )
     if config.output_attentions or config.output_hidden_states:
-        raise ValueError("`output_attentions` and `output_hidden_states` cannot be returned beside guidance.")
+        raise UnsupportedError("`output_attentions` and `output_hidden_states` cannot be returned beside guidance.")
     if lookahead not in ("auto", "expanded"):
-        raise ValueError(f'lookahead={lookahead!r} cannot be used beside guidance, only "expanded".')
+        raise UnsupportedError(f'lookahead={lookahead!r} cannot be used beside guidance, only "expanded".')
 
 
 def refuse_dropped_arguments() -> None:
@@ -112,7 +141,28 @@ def refuse_dropped_arguments() -> None:
     wait for ever.
     """
     for name in dropped_arguments(_DROPPED):
-        raise ValueError(f"`{name}` does not reach a `custom_generate` callable: {_DROPPED[name]}.")
+        raise UnsupportedError(f"`{name}` does not reach a `custom_generate` callable: {_DROPPED[name]}.")
+
+
+def refuse_other_kind(config: Any, kind: type[SteeringConfig]) -> None:
+    """Raise a `TypeError` unless `config` is of this kind."""
+    if not isinstance(config, kind):
+        raise TypeError(f"`config` has to be a {kind.__name__}, got a {type(config).__name__}.")
+
+
+def ending_tokens(config: AbstentionConfig, eos: int, model: PreTrainedModel) -> list[int]:
+    """The tokens that abstention ends a row with: the message and EOS.
+
+    Raises:
+        ValueError: if the model has no such token.
+    """
+    ending, vocabulary = [*(config.message_ids or ()), eos], vocabulary_size(model)
+    if unknown := [token for token in ending if token >= vocabulary]:
+        raise ValueError(
+            f"Abstention would end rows with tokens {unknown} (`message_ids` and EOS), but this model has only "
+            f"{vocabulary}."
+        )
+    return ending
 
 
 def eos_token(config: GenerationConfig, reason: str) -> int:

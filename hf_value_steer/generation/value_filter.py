@@ -17,7 +17,7 @@ from hf_value_steer.generation.candidates import (
 from hf_value_steer.generation.engine import Engine, Revision, State
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer, require_finite
-from hf_value_steer.policy import select
+from hf_value_steer.policy import may_insert, select
 
 
 @dataclass
@@ -27,6 +27,8 @@ class Draw:
     Args:
         step (`int`): number of new tokens so far.
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far.
+        permitted (`torch.FloatTensor` of shape `(batch, vocab)`): scores before anything that only narrows the
+            sampling; `-inf` is what the call forbids.
         scores (`torch.FloatTensor` of shape `(batch, vocab)`): processed scores.
         tokens (`torch.LongTensor` of shape `(batch,)`): natural samples, padding and forced tokens put in.
         live (`torch.BoolTensor` of shape `(batch,)`): rows whose token counts.
@@ -36,6 +38,7 @@ class Draw:
 
     step: int
     input_ids: Tensor
+    permitted: Tensor
     scores: Tensor
     tokens: Tensor
     live: Tensor
@@ -202,7 +205,8 @@ class _Look:
         owner: the filter.
         draw: the step.
         rows (`torch.LongTensor` of shape `(rows,)`): which rows of the batch these are.
-        checked (`torch.BoolTensor` of shape `(rows,)`): rows that may end under `fallback="abstain"`.
+        checked (`torch.BoolTensor` of shape `(rows,)`): rows that may end under `fallback="abstain"`, where the call
+            permits it.
         candidates (`torch.LongTensor` of shape `(rows, K)`): token ids, -1 where there is none.
         known (`torch.FloatTensor` of shape `(rows, 1)`): value of the natural sample, NaN where it must be forwarded.
     """
@@ -246,7 +250,8 @@ class _Look:
             owner.config.prob_weight,
         )
         if owner.config.fallback == "abstain":
-            column = torch.where(found | ~self.checked, column, width)
+            ends = self.checked & may_insert(self.draw.permitted[self.rows, owner.eos, None])
+            column = torch.where(found | ~ends, column, width)
         self.decision = Decision(values, column, found)
 
     def first_column(self) -> Tensor:

@@ -10,8 +10,10 @@ from transformers import Cache, PreTrainedModel
 
 from hf_value_steer.backbone import decoder_layers, refuse_other_backbone
 from hf_value_steer.configuration import BridgeGuidanceConfig
+from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 from hf_value_steer.generation.lookahead import LookaheadCache
 from hf_value_steer.hosts.transformers import attention_of
+from hf_value_steer.kept import load_once
 from hf_value_steer.points import layer_point
 from hf_value_steer.shadow import shadow
 from hf_value_steer.svgt.module import ValueGuidanceModule
@@ -34,23 +36,26 @@ def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGu
     """
     if config.module is None:
         raise ValueError('`module` is missing from the "guide" config: pass a ValueGuidanceModule or its Hub id.')
-    module = ValueGuidanceModule.from_pretrained(config.module) if isinstance(config.module, str) else config.module
+    named = isinstance(config.module, str)
+    module = load_once(ValueGuidanceModule.from_pretrained, config.module) if named else config.module
     if not isinstance(module, ValueGuidanceModule):
         raise TypeError(f"`module` has to be a ValueGuidanceModule, got a {type(module).__name__}.")
     text = model.config.get_text_config(decoder=True)
     if text.model_type not in GUIDED:
-        raise ValueError(
+        raise UnsupportedError(
             f"Guidance was not verified for model type {text.model_type!r}, only for {', '.join(sorted(GUIDED))}."
         )
     if attention_of(text) not in _ATTENTION:
-        raise ValueError(f"Guidance needs attn_implementation {' or '.join(_ATTENTION)}, got {attention_of(text)!r}.")
+        raise UnsupportedError(
+            f"Guidance needs attn_implementation {' or '.join(_ATTENTION)}, got {attention_of(text)!r}."
+        )
     if module.config.hidden_size != text.hidden_size:
-        raise ValueError(
+        raise MismatchError(
             f"`module` was trained on hidden_size={module.config.hidden_size} (backbone {module.config.backbone!r}), "
             f"but the states of this {type(model).__name__} have width {text.hidden_size}; load the matching module."
         )
     if module.config.layer + 1 >= text.num_hidden_layers:
-        raise ValueError(
+        raise MismatchError(
             f"`module` reads layer {module.config.layer}, above which this model of {text.num_hidden_layers} layers "
             "has none to guide; load the matching module."
         )
@@ -143,7 +148,7 @@ class Guidance:
             with self.point.watched(guide):
                 yield made
         if not made:
-            raise RuntimeError("The layer that the guidance module reads was not called: this model cannot be guided.")
+            raise ScoringError("The layer that the guidance module reads was not called: this model cannot be guided.")
 
     @torch.no_grad()
     def _refresh(self, states: Tensor, before: BridgeState | None, owners: Tensor | None) -> BridgeState:
@@ -182,7 +187,7 @@ class Guidance:
 def _require_finite(logits: Tensor, bridge: Tensor, step: int) -> None:
     broken = ~(logits.isfinite().all(dim=-1) & bridge.isfinite().flatten(1).all(dim=-1))
     if bool(broken.any()):
-        raise RuntimeError(
+        raise ScoringError(
             f"The guidance module returned what is not finite at new token {step} in row(s) "
             f"{broken.nonzero().flatten().tolist()}. The generation was stopped; the token was not emitted. Check the "
             "module's weights and the backbone's dtype."

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from hf_value_steer.errors import ScoringError
 from hf_value_steer.points import Point, named_arguments
 
 
@@ -93,7 +94,7 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
         made (`bool`): whether the bridges go through the layers in this forward.
 
     Raises:
-        RuntimeError: if a layer did not take the bridges in, so that the token was not steered.
+        ScoringError: if a layer did not take the bridges in, so that the token was not steered.
     """
     count = state.bridge.shape[1]
     new = count if made else 0
@@ -113,7 +114,7 @@ def bridged(layers: nn.ModuleList, above: int, live: Cache, state: BridgeState, 
         for handle in handles:
             handle.remove()
     if any(layer.updates != 1 for layer in stand_ins):
-        raise RuntimeError("A layer did not take in the bridge tokens: this model cannot be guided.")
+        raise ScoringError("A layer did not take in the bridge tokens: this model cannot be guided.")
 
 
 def _widen(

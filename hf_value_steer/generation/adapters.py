@@ -1,0 +1,59 @@
+"""PEFT's `adapter_names`: an adapter for each row, also in a forward of some rows or of several candidates of each.
+
+PEFT gives each of its layers the names of the whole batch, by a hook that holds them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def unmerge_what_is_off(model: PreTrainedModel) -> None:
+    """Take adapters that are merged and switched off out of the weights, as PEFT does in the next forward.
+
+    It notes that on the modules. In a shadow of them the weights, which are shared, would change alone.
+    """
+    for module in model.modules():
+        if getattr(module, "disable_adapters", False) and getattr(module, "merged", False):
+            module.unmerge()
+
+
+class AdaptersOfRows:
+    """Gives the layers of a shadow the names of the rows that a forward reads.
+
+    Args:
+        model: a shadow, which belongs to one call.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.names: list[str] = []
+        for module in model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                names = getattr(hook, "keywords", {}).get("adapter_names")
+                if names is not None:
+                    self.names = list(names)
+                    module._forward_pre_hooks[key] = partial(self._give, adapter_names=self.names)
+        self.present = self.names
+
+    @contextmanager
+    def reading(self, rows: Tensor | None, copies: int) -> Iterator[None]:
+        """A forward inside the `with` block has `copies` batch rows for each of `rows`, all if `None`."""
+        chosen = range(len(self.names)) if rows is None or not self.names else rows.tolist()
+        self.present = [self.names[row] for row in chosen for _ in range(copies)]
+        try:
+            yield
+        finally:
+            self.present = self.names
+
+    def go_on_with_one(self, copies: int) -> None:
+        """In mid-forward, one of the `copies` of each row is left: for the layer that has its names already, too."""
+        self.present[:] = self.present[::copies]
+
+    def _give(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": self.present}
