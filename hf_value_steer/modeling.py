@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import ModelOutput
-from transformers.utils.hub import cached_file
 
 from hf_value_steer import hub
-from hf_value_steer.artefact import LOCATION, Artefact
+from hf_value_steer.artefact import Artefact
 from hf_value_steer.backbone import fingerprint
 from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
-from hf_value_steer.configuration import ValueHeadConfig
+from hf_value_steer.configuration import ValueHeadConfig, check_threshold
+from hf_value_steer.errors import ArtefactError
 from hf_value_steer.policy import Polarity, acceptable
+from hf_value_steer.reading import LOCATION, find, read_object, reading
 from hf_value_steer.schema import register
 
 
@@ -138,15 +140,14 @@ class ValueHead(Artefact):
         `calibration.json` is read where there is one.
 
         Raises:
-            ValueError: if this is no value head, if weights are missing, do not fit the config, or are not finite, or
-                if `calibration.json` is corrupt.
+            OSError: if there is nothing there, or the Hub cannot be reached.
+            ArtefactError: if this is no value head, or a damaged one: it names the file.
         """
         location = {name: kwargs[name] for name in LOCATION if name in kwargs}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         head = loaded[0] if isinstance(loaded, tuple) else loaded
-        source = str(pretrained_model_name_or_path)
-        calibrated = cached_file(source, FILE_NAME, _raise_exceptions_for_missing_entries=False, **location)
-        head.calibration = Calibration.load(Path(calibrated).parent) if calibrated else None
+        calibrated = find(str(pretrained_model_name_or_path), FILE_NAME, cls.kind, optional=True, **location)
+        head.calibration = Calibration.load(calibrated.parent) if calibrated else None
         return loaded
 
     def write_card(self, folder: Path) -> None:
@@ -184,23 +185,24 @@ class ValueHead(Artefact):
             hidden_size (`int`, *optional*): width of the feature; read off the weights by default.
             polarity (`str`): the file does not say: `"undesirable"` for its filter, `"desirable"` for its abstention.
             config: further fields of [`ValueHeadConfig`].
+
+        Raises:
+            OSError: if there is no such file.
+            ArtefactError: if it holds something else, or is damaged.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        expected = {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
-        if set(state) != expected:
-            raise ValueError(f"{path} is no value-steer head: expected keys {sorted(expected)}, got {sorted(state)}.")
-        width = state["0.weight"].shape[1]
+        with reading(path, "value-steer head"):
+            state = _peer_state(path)
+            width = _peer_width(state, Path(path).stat().st_size)
         if hidden_size not in (None, width):
             raise ValueError(f"`hidden_size` is {hidden_size}, but the weights in {path} have width {width}.")
         sidecar = Path(f"{path}.meta.json")
         if sidecar.exists():
-            meta = json.loads(sidecar.read_text(encoding="utf-8"))
-            if meta["feature_spec"] != _PEER_FEATURE:
-                raise ValueError(f"{sidecar}: feature_spec {meta['feature_spec']} is not {_PEER_FEATURE}.")
-            config = {"threshold": meta["threshold"], "training": meta["meta"], **config}
+            with reading(sidecar, "sidecar of a value-steer head"):
+                config = {**_peer_fields(read_object(sidecar)), **config}
         head = cls(ValueHeadConfig(hidden_size=width, polarity=polarity, **config))
         head.net.load_state_dict(state)
-        head.require_finite()
+        with reading(path, "value-steer head"):
+            head.require_finite()
         head.eval()
         return head
 
@@ -216,6 +218,55 @@ class ValueHead(Artefact):
         meta = {"feature_spec": _PEER_FEATURE, "threshold": self.config.threshold, "meta": self.config.training or {}}
         Path(sidecar).write_text(json.dumps(meta, indent=2), encoding="utf-8")
         return weights, sidecar
+
+
+def _peer_state(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text advises to execute it
+        raise ArtefactError(
+            "this pickle is damaged, or asks for more than tensors, and is not executed: pass the file that "
+            "value-steer wrote."
+        ) from error
+
+
+def _peer_width(state: Any, size: int) -> int:
+    """Width of the head whose state dict this is, as it was read from a file of `size` bytes.
+
+    Raises:
+        ArtefactError: if it is none of value-steer's.
+    """
+    expected = {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    if not isinstance(state, Mapping) or set(state) != expected:
+        found = sorted(map(str, state))[:6] if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise ArtefactError(f"this is no value-steer head: expected keys {sorted(expected)}, got {found}.")
+    if wrong := [name for name, entry in state.items() if not _is_plain(entry)]:
+        raise ArtefactError(f"{', '.join(wrong)} should be dense tensors of floating-point numbers: save it again.")
+    width = state["4.weight"].shape[-1] if state["4.weight"].dim() else 0
+    shapes = {"0": (width, width), "2": (width, width), "4": (1, width)}
+    for name, entry in state.items():
+        shape = shapes[name[0]] if name.endswith("weight") else shapes[name[0]][:1]
+        if entry.shape != shape:
+            raise ArtefactError(f"{name} has shape {tuple(entry.shape)} in a head of width {width}, expected {shape}.")
+    if size < sum(entry.numel() * entry.element_size() for entry in state.values()):
+        raise ArtefactError(f"a head of width {width} does not fit into a file of {size} bytes: save it again.")
+    return int(width)
+
+
+def _is_plain(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.is_floating_point() and entry.layout is torch.strided
+
+
+def _peer_fields(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a [`ValueHeadConfig`] that value-steer's sidecar holds."""
+    if missing := {"feature_spec", "threshold", "meta"} - meta.keys():
+        raise ArtefactError(f"{', '.join(sorted(missing))} is missing: delete this file to read the weights alone.")
+    if meta["feature_spec"] != _PEER_FEATURE:
+        raise ArtefactError(f"feature_spec {meta['feature_spec']} is not {_PEER_FEATURE}: no head here reads that.")
+    if not isinstance(meta["meta"], dict | None):
+        raise ArtefactError(f"meta should be a JSON object, got {meta['meta']!r}.")
+    check_threshold(meta["threshold"])
+    return {"threshold": meta["threshold"], "training": meta["meta"]}
 
 
 def _values(logits: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """How the configs of saved artefacts change over time: old files are read, newer ones than we know are refused."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from hf_value_steer.errors import ArtefactError
+from hf_value_steer.reading import reading
 
 
 # 1: model types that others could claim, too, and no version in the file. 2: `hvs_*` types, `schema_version`.
@@ -22,19 +26,23 @@ class VersionedConfig(PreTrainedConfig):  # type: ignore[misc]
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         found, rest = super().get_config_dict(*args, **kwargs)
-        return cls._renewed(found), rest
+        return cls.renewed(found), rest
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
         """Read the JSON form of any schema up to ours.
 
         Raises:
-            ValueError: if a newer version of this library wrote it.
+            ArtefactError: if a newer version of this library wrote it; and, where it comes from a file, if that is
+                damaged.
         """
-        return super().from_dict(cls._renewed(config_dict), **kwargs)
+        file = kwargs.get("name_or_path")  # said by `AutoConfig`, whose own errors would not name it
+        with nullcontext() if file is None else reading(file, cls.__name__):
+            return super().from_dict(cls.renewed(config_dict), **kwargs)
 
     @classmethod
-    def _renewed(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+    def renewed(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record of any schema up to ours, as one of ours."""
         if "schema_version" in record:  # before the fields, whose meaning it says
             check_schema(record["schema_version"])
         if record.get("model_type") == cls.old_model_type:
@@ -43,9 +51,9 @@ class VersionedConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 def check_schema(version: Any) -> None:
-    """Raise a `ValueError` unless this is a schema that this version of the library knows."""
+    """Raise an `ArtefactError` unless this is a schema that this version of the library knows."""
     if type(version) is not int or not 1 <= version <= SCHEMA:
-        raise ValueError(
+        raise ArtefactError(
             f"`schema_version` is {version!r}, but this version of hf-value-steer reads 1 to {SCHEMA}: what you load "
             "was made by a newer one, so upgrade with `pip install -U hf-value-steer`."
         )

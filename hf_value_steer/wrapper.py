@@ -1,40 +1,42 @@
 """`ValueSteerForCausalLM`: a backbone and its value head as one model, with the methods of a `PreTrainedModel`."""
 
+import copy
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_value_steer.configuration import ValueSteer, parse_value_steer
 from hf_value_steer.generate import generate
+from hf_value_steer.generation.decoding import configured
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.hub import push
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.points import feature_point
+from hf_value_steer.reading import ACCESS, LOCATION, find, read_object, reading, refuse_misspelt
 from hf_value_steer.schema import SCHEMA, VersionedConfig, check_schema, register
 
 
 _HEAD_FOLDER, _BACKBONE_FOLDER = "value_head", "backbone"
+_NOT_DELEGATED = ("auto_map", "quantization_config")  # they say how a checkpoint is to be loaded: the backbone's
 
 
 @strict
 class ValueSteerConfig(VersionedConfig):
     """Where the backbone is, and how its text is steered.
 
+    The config of a [`ValueSteerForCausalLM`] answers for its backbone, too: `vocab_size`, `hidden_size`,
+    `eos_token_id` and what else is not said here are those of the backbone's config. They are not saved with it.
+
     Args:
         backbone (`str`, *optional*): Hub id or folder of the backbone; `None` if it lies in the same repository.
-        backbone_revision (`str`, *optional*): its revision.
+        backbone_revision (`str`, *optional*), backbone_subfolder (`str`, *optional*): where it is in its repository.
         value_steer (`list` of `dict`): the JSON form of the runtime configurations, without their head.
         schema_version (`int`): what the fields of this config mean, see [`hf_value_steer.schema`].
     """
@@ -44,12 +46,34 @@ class ValueSteerConfig(VersionedConfig):
 
     backbone: str | None = None
     backbone_revision: str | None = None
+    backbone_subfolder: str | None = None
     value_steer: list[dict[str, Any]] | None = None
     schema_version: int = SCHEMA
 
     def validate_value_steer(self) -> None:
         """Part of `@strict` validation."""
         check_schema(self.schema_version)
+
+    def speak_for(self, backbone_config: PreTrainedConfig) -> None:
+        """Answer with the backbone's config what this one does not say."""
+        self._backbone_config = backbone_config
+
+    def __getattr__(self, name: str) -> Any:
+        backbone_config = vars(self).get("_backbone_config")
+        if backbone_config is None or name.startswith("_") or name in _NOT_DELEGATED:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}.")
+        return getattr(backbone_config, name)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's."""
+        config = vars(self).get("_backbone_config")
+        return super().get_text_config(*args, **kwargs) if config is None else config.get_text_config(*args, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, without the backbone's config."""
+        own = copy.copy(self)
+        own.__dict__.pop("_backbone_config", None)
+        return super(ValueSteerConfig, own).to_dict()  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -63,8 +87,11 @@ class ValueSteerCausalLMOutput(CausalLMOutputWithPast):  # type: ignore[misc]
     token_values: Tensor | None = None
 
 
-class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
     r"""A frozen backbone and a value head: `generate` is steered, `forward` also returns `token_values`.
+
+    It is no `GenerationMixin`: the backbone is, and it alone is what generates. What takes a model (vectors, logits
+    processors, [`enable_value_steer`]) acts on the backbone inside.
 
     ```python
     model = ValueSteerForCausalLM.from_pretrained("org/backbone", value_head="org/head")
@@ -79,6 +106,7 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     config_class = ValueSteerConfig
     base_model_prefix = "backbone"
+    output_modalities = ("text",)
 
     def __init__(self, backbone: PreTrainedModel, value_head: ValueHead, value_steer: ValueSteer | None = None):
         methods = parse_value_steer(value_steer or {"method": "filter"}).values()
@@ -89,7 +117,21 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             )
         )
         self.backbone, self.value_head = backbone, value_head
-        self.generation_config = backbone.generation_config
+        self.config.speak_for(backbone.config)
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The backbone's, whose `generate` reads it."""
+        return self.backbone.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        if "backbone" in self._modules:  # `PreTrainedModel` makes one before
+            self.backbone.generation_config = config
 
     @property
     def device(self) -> Any:
@@ -98,6 +140,11 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     @property
     def dtype(self) -> Any:
         return self.backbone.dtype
+
+    @property
+    def hf_device_map(self) -> Any:
+        """The backbone's, if it has one: a pipeline does not move a model that has."""
+        return self.backbone.hf_device_map
 
     def get_output_embeddings(self) -> Any:
         return self.backbone.get_output_embeddings()
@@ -108,7 +155,11 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def forward(self, *args: Any, **kwargs: Any) -> ValueSteerCausalLMOutput:
         """The backbone's forward, and the values of the positions that it computed logits for."""
         values: list[Tensor] = []
-        with feature_point(self.backbone).watched(lambda feature: values.append(self.value_head(feature).value)):
+
+        def read(feature: Tensor) -> None:
+            values.append(self.value_head.to(feature.device)(feature).value)
+
+        with feature_point(self.backbone).watched(read):
             outputs = self.backbone(*args, **{**kwargs, "return_dict": True})
         return ValueSteerCausalLMOutput(**outputs, token_values=values[-1])
 
@@ -116,67 +167,103 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """The backbone's `generate`, steered; configs without a head use this model's.
 
         Args:
-            value_steer: overrides the default of this model. For unsteered text use `model.backbone.generate`.
+            value_steer: overrides the default of this model, and so does that of the call's generation config, or of
+                the model's. For unsteered text use `model.backbone.generate`.
         """
+        if value_steer is None:
+            given = [kwargs.get("generation_config"), *args[1:2], self.generation_config]
+            value_steer = configured(each for each in given if isinstance(each, GenerationConfig))
         methods = parse_value_steer(value_steer or self.config.value_steer).values()
         steer = [method.with_value_head(self.value_head) for method in methods]
         return generate(self.backbone, *args, value_steer=steer, **kwargs)
+
+    def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The backbone's [`~transformers.GenerationMixin.compute_transition_scores`]."""
+        return self.backbone.compute_transition_scores(*args, **kwargs)  # type: ignore[no-any-return]
 
     @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        value_head: ValueHead | str | None = None,
+        value_head: ValueHead | str | os.PathLike[str] | None = None,
         value_steer: ValueSteer | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         config: PreTrainedConfig | None = None,
         **kwargs: Any,
-    ) -> "ValueSteerForCausalLM":
+    ) -> Any:
         """Load what `save_pretrained` wrote, or put a plain backbone and a head together.
+
+        `cache_dir`, `force_download`, `local_files_only`, `proxies` and `token` are about everything that is loaded.
+        `revision` and `subfolder` say where in the repository named first to look, and so are not about a `value_head`
+        or a backbone in another one: load a head with its own revision by [`ValueHead.from_pretrained`].
 
         Args:
             pretrained_model_name_or_path: Hub id or folder of a backbone, or of a saved `ValueSteerForCausalLM`.
             value_head ([`ValueHead`] or `str`, *optional*): the head, its Hub id or folder; required for a plain
-                backbone.
+                backbone, in place of its own for a saved model.
             value_steer (*optional*): how `generate` steers by default.
-            revision (`str`, *optional*), token (*optional*): as in `transformers`.
-            config (*optional*): the config, if it is already there.
-            kwargs: arguments of the backbone's `from_pretrained` (`dtype`, `device_map`, ...).
+            revision (`str`, *optional*), token (*optional*): as in `transformers`, see above.
+            config (*optional*): of the backbone, or of the saved model.
+            kwargs: the others of those above, and arguments of the backbone's `from_pretrained` (`dtype`, ...).
+
+        Raises:
+            OSError: if there is nothing there, or the Hub cannot be reached.
+            ArtefactError: if a file of the head, or the config, is damaged.
+            ValueError: for a plain backbone without `value_head`.
+            MismatchError: if the head does not fit the backbone.
         """
-        hub = {"revision": revision, "token": token}
-        location = str(pretrained_model_name_or_path)
-        config = config or AutoConfig.from_pretrained(location, **hub)
-        if not isinstance(config, ValueSteerConfig):
-            if value_head is None:
-                raise ValueError(f"{location} is a plain backbone: pass `value_head=`, a ValueHead or its Hub id.")
-            backbone = AutoModelForCausalLM.from_pretrained(location, **hub, **kwargs)
-            head = ValueHead.from_pretrained(value_head, token=token) if isinstance(value_head, str) else value_head
-            return cls(backbone, head, value_steer)
-        head = ValueHead.from_pretrained(location, subfolder=_HEAD_FOLDER, **hub)
-        if config.backbone is None:
-            backbone = AutoModelForCausalLM.from_pretrained(location, subfolder=_BACKBONE_FOLDER, **hub, **kwargs)
+        source = str(pretrained_model_name_or_path)
+        kwargs |= {"revision": revision, "token": token}
+        location = {name: given for name in LOCATION if (given := kwargs.pop(name, None)) is not None}
+        access = {name: given for name, given in location.items() if name in ACCESS}
+        own = _own_config(source, config, location)
+        if own is None and value_head is None:
+            raise ValueError(f"{source} is a plain backbone: pass `value_head=`, a ValueHead or its Hub id.")
+        if value_head is None:
+            head = ValueHead.from_pretrained(source, **_deeper(location, _HEAD_FOLDER))
         else:
-            reference = {"revision": config.backbone_revision, "token": token}
-            backbone = AutoModelForCausalLM.from_pretrained(config.backbone, **reference, **kwargs)
-        return cls(backbone, head, value_steer or config.value_steer)
+            named = isinstance(value_head, str | os.PathLike)
+            head = ValueHead.from_pretrained(value_head, **access) if named else value_head
+        if own is None:
+            place, kwargs = location, kwargs | {"config": config}
+        elif own.backbone is None:
+            place = _deeper(location, _BACKBONE_FOLDER)
+        else:
+            source, place = own.backbone, {"revision": own.backbone_revision, "subfolder": own.backbone_subfolder}
+            place = access | {name: given for name, given in place.items() if given is not None}
+        refuse_misspelt(source, "backbone", place.get("revision"))
+        loaded = AutoModelForCausalLM.from_pretrained(source, **place, **kwargs)
+        backbone, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        if isinstance(backbone, cls):  # older references to a backbone inside a saved model did not say where in it
+            backbone = backbone.backbone
+        model = cls(backbone, head, value_steer or (own and own.value_steer))
+        if not os.path.isdir(source):
+            model.config.backbone_revision = place.get("revision")
+        model.config.backbone_subfolder = place.get("subfolder")
+        return (model, *info) if info else model
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], save_backbone: bool = False, **kwargs: Any
     ) -> None:
         """Write the config, the head (`value_head/`), and the backbone (`backbone/`) or a reference to it.
 
+        A reference names the revision and subfolder that `from_pretrained` was asked for. For a backbone that was
+        loaded otherwise, set `config.backbone_revision` first.
+
         Raises:
             ValueError: if the backbone has no name or path to refer to and is not saved.
         """
-        folder = Path(save_directory)
-        config = ValueSteerConfig(**{**self.config.to_dict(), "backbone": self.backbone.name_or_path or None})
-        if save_backbone:
-            config.backbone = None
-            self.backbone.save_pretrained(folder / _BACKBONE_FOLDER, **kwargs)
-        elif config.backbone is None:
+        folder, record = Path(save_directory), self.config.to_dict()
+        name = None if save_backbone else self.backbone.name_or_path or None
+        if name is None and not save_backbone:
             raise ValueError("This backbone has no Hub id or folder to refer to: pass `save_backbone=True`.")
+        if name != self.config.backbone:
+            record |= {"backbone": name, "backbone_revision": None, "backbone_subfolder": None}
+        if save_backbone:
+            self.backbone.save_pretrained(folder / _BACKBONE_FOLDER, **kwargs)
         self.value_head.save_pretrained(folder / _HEAD_FOLDER)
+        config = ValueSteerConfig(**record)
         config.architectures = [type(self).__name__]
         config.save_pretrained(folder)
 
@@ -187,6 +274,25 @@ class ValueSteerForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             The URL of the commit.
         """
         return push(lambda folder: self.save_pretrained(folder, save_backbone=save_backbone), repo_id, **kwargs)
+
+
+def _own_config(source: str, config: PreTrainedConfig | None, location: Mapping[str, Any]) -> ValueSteerConfig | None:
+    """The config of a saved [`ValueSteerForCausalLM`]; `None` if this is a plain backbone."""
+    if config is not None:
+        return config if isinstance(config, ValueSteerConfig) else None
+    path = find(source, "config.json", "model", **location)
+    if path is None:  # as where there are GGUF files, or adapters
+        return None
+    with reading(path, "config of a model"):
+        record = read_object(path)
+        if record.get("model_type") not in (ValueSteerConfig.model_type, ValueSteerConfig.old_model_type):
+            return None
+        return ValueSteerConfig.from_dict(record)  # type: ignore[no-any-return]
+
+
+def _deeper(location: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """The location of a folder in there."""
+    return {**location, "subfolder": "/".join(filter(None, (location.get("subfolder"), folder)))}
 
 
 register(ValueSteerConfig)

@@ -235,7 +235,7 @@ def _save(
 
 def _with_code(model: PreTrainedModel, layers: Sequence[int], folder: Path) -> tuple[Any, Any]:
     """Class and configuration of a checkpoint that brings its own code, which is written into `folder`."""
-    name, kind = type(model).__name__, model.config.model_type
+    name, kind = type(model).__name__, type(model.config).model_type  # the class's: an instance has what its file says
     folder.mkdir()
     code = _TEMPLATE.format(model=name, config=type(model.config).__name__, type=kind)
     (folder / f"{_MODULE}.py").write_text(code, encoding="utf-8")

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
 from hf_value_steer.activation.vectors import SteeringVectors
-from hf_value_steer.backbone import fingerprint, num_layers
+from hf_value_steer.backbone import fingerprint, num_layers, underlying
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.training.judges.base import import_optional
@@ -53,6 +53,7 @@ def vectors_from_pairs(
     Raises:
         ValueError: for an empty side, sides of different lengths with `"pca"`, or a difference of zero.
     """
+    model = underlying(model)
     _check(method, pooling, positive, negative)
     encoded = [[tokenizer(text)["input_ids"] for text in side] for side in (positive, negative)]
     starts = [[_first_read(len(row), pooling, read_token_index) for row in side] for side in encoded]
@@ -93,6 +94,7 @@ def vectors_from_collection(
     Raises:
         ValueError: if all generations are on one side, or the collection is of another backbone.
     """
+    model = underlying(model)
     if fingerprint(model) != collection.manifest["backbone_fingerprint"]:
         raise ValueError(f"{collection.folder} was made with another backbone than this one ({model.name_or_path!r}).")
     if method == "pca":
@@ -132,6 +134,7 @@ def vectors_from_value_head(
         sequences: token ids of each text.
         layers, batch_size: as in [`vectors_from_pairs`].
     """
+    model = underlying(model)
     check_fit(head, model)
     head, layers = head.to(model.device), _layers(model, layers)
     totals = {layer: torch.zeros(residual_width(model)) for layer in layers}

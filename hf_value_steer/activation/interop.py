@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.errors import ArtefactError
+from hf_value_steer.reading import reading
 
 
 _NAME = re.compile(r"(?:direction|layer)\.(\d+)")
@@ -42,31 +44,44 @@ def vectors_from_gguf(path: str | os.PathLike[str], **recorded: Any) -> Steering
     """From a GGUF file of control vectors, as `repeng` exports them (`direction.LAYER`).
 
     Raises:
-        ValueError: if this is no such file.
+        ArtefactError: if this is no such file, or a damaged one.
         ImportError: if the package `gguf` is missing.
     """
     from gguf import GGUFReader
 
-    reader = GGUFReader(path)
-    architecture = reader.get_field("general.architecture")
-    found = architecture.contents() if architecture else None
-    if found != "controlvector":
-        raise ValueError(f"{path} is no control vector: its architecture is {found!r}.")
-    tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
-    return _imported(_by_layer(tensors, path), "gguf", recorded)
+    with reading(path, "GGUF file of control vectors"):
+        reader = GGUFReader(path)
+        architecture = reader.get_field("general.architecture")
+        found = architecture.contents() if architecture else None
+        if found != "controlvector":
+            raise ArtefactError(f"this is no control vector: its architecture is {found!r}.")
+        tensors = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
+        return _imported(_by_layer(tensors), "gguf", recorded)
 
 
 def vectors_from_file(path: str | os.PathLike[str], **recorded: Any) -> SteeringVectors:
-    """From a `.gguf` file, or a `.safetensors` file with tensors `direction.LAYER` or `layer.LAYER`, one row each."""
+    """From a `.gguf` file, or a `.safetensors` file with tensors `direction.LAYER` or `layer.LAYER`, one row each.
+
+    Raises:
+        OSError: if there is no such file.
+        ArtefactError: if it holds something else, or is damaged.
+    """
     if Path(path).suffix == ".gguf":
         return vectors_from_gguf(path, **recorded)
-    return _imported(_by_layer(load_file(path), path), "safetensors", recorded)
+    with reading(path, "safetensors file of vectors"):
+        return _imported(_by_layer(load_file(path)), "safetensors", recorded)
 
 
-def _by_layer(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> dict[int, Tensor]:
+def _by_layer(tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
     matches = {name: _NAME.fullmatch(name) for name in tensors}
     if not matches or not all(matches.values()):
-        raise ValueError(f"{path} should hold tensors named direction.LAYER, it has {sorted(tensors)[:5]}.")
+        raise ArtefactError(f"it should hold tensors named direction.LAYER, it has {sorted(tensors)[:5]}.")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.numel() != tensor.shape[-1:].numel():
+            raise ArtefactError(
+                f"{name} should be one row of floating-point numbers, it is of shape {tuple(tensor.shape)} and "
+                f"{tensor.dtype}: export it anew, not quantised."
+            )
     return {int(match[1]): tensors[name] for name, match in matches.items() if match}
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_value_steer.backbone import underlying
 from hf_value_steer.points import layer_points
 
 
@@ -66,6 +67,7 @@ def read_residuals(
         enabled; the feature `(rows, positions, feature width)`; and the mask `(rows, positions)`: 1 for text, 0 for
         the padding on its right.
     """
+    model = underlying(model)
     width, stack = residual_width(model), layer_points(model)
     for first in range(0, len(sequences), batch_size):
         ids, mask = pad_right(sequences[first : first + batch_size], model.device)

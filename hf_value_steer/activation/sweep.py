@@ -22,7 +22,7 @@ from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, load_prompts
 
 
-MULTIPLIERS = (-4.0, -2.0, -1.0, 1.0, 2.0, 4.0)
+MULTIPLIERS = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)  # of calibrated vectors most work below 1
 REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this part of the base's repeats itself
 
 
@@ -92,10 +92,12 @@ class Sweeper:
 
     def __init__(self, runner: Runner, vectors: SteeringVectors, judges: Sequence[str]):
         self.runner, self.vectors = runner, vectors
+        loaded = {name: load_judge(name) for name in judges}
+        for judge in loaded.values():
+            judge.check(runner.prompts)
         base = Setting("base", "base")
         texts = runner.run(base)
         rows = [prompt for prompt in runner.prompts for _ in range(runner.samples)]
-        loaded = {name: load_judge(name) for name in judges}
         self.measures = Measures(
             runner.model, runner.formatter, rows, loaded, judges[0], texts, polarity="undesirable"
         )
@@ -153,12 +155,13 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     runs = swept(document["runs"])
     low, high = document["window"]
     charts = [
-        _chart("rate", f"Judge: {name}", runs, [run["judges"][name]["rate"] for run in runs], "rate")
-        for name in runs[0]["judges"]
+        _chart(f"rate-{index}", "rate", f"Judge: {name}", runs, [run["judges"][name]["rate"] for run in runs])
+        for index, name in enumerate(runs[0]["judges"])
     ]
     note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
     ratios = [run["perplexity_ratio"] for run in runs]
-    charts.append(_chart("perplexity", note, runs, ratios, "perplexity", Rule("budget", document["budget"])))
+    rule = Rule("budget", document["budget"])
+    charts.append(_chart("perplexity", "perplexity", note, runs, ratios, rule))
     if document["norms"]:
         charts.append(norm_chart(document["layers"], document["norms"]))
     return (
@@ -188,7 +191,7 @@ def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
 
 
 def _chart(
-    kind: str, note: str, runs: Sequence[Mapping[str, Any]], heights: Sequence[float], label: str, *rules: Rule
+    name: str, kind: str, note: str, runs: Sequence[Mapping[str, Any]], heights: Sequence[float], *rules: Rule
 ) -> Chart:
     multipliers = [float(run["multiplier"]) for run in runs]
     points = [
@@ -197,8 +200,8 @@ def _chart(
     ]
     x = linear("multiplier m", multipliers, lambda value: f"{value:g}", tight=True)
     if kind == "rate":
-        y = linear(label, [0.0, *heights], lambda value: f"{100 * value:.3g} %")
+        y = linear(kind, [0.0, *heights], lambda value: f"{100 * value:.3g} %")
     else:
-        y = logarithmic(label, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
+        y = logarithmic(kind, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
     title = {"rate": "Rate", "perplexity": "Perplexity, relative to base"}[kind]
-    return Chart(f"{kind}-{note}", title, note, x, y, [Series("", points, "m-filter")], rules=rules)
+    return Chart(name, title, note, x, y, [Series("", points, "m-filter")], rules=rules)

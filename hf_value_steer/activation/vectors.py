@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from difflib import SequenceMatcher
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,30 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import residual_width
-from hf_value_steer.backbone import fingerprint_of, num_layers, refuse_other_backbone
-from hf_value_steer.files import write_atomically, write_json, write_new
+from hf_value_steer.backbone import fingerprint_of, num_layers, refuse_other_backbone, underlying
+from hf_value_steer.cards import LIBRARY_NAME, NOT_RECORDED, UNNAMED
+from hf_value_steer.errors import ArtefactError
+from hf_value_steer.files import write_atomically, write_json
 from hf_value_steer.hub import push
+from hf_value_steer.markup import code, literal, plain
+from hf_value_steer.reading import find, read_object, reading, tensor_shapes
 
 
 FORMAT = "hf-value-steer/steering-vectors@1"
 _JSON, _TENSORS = "steering_vectors.json", "steering_vectors.safetensors"
-_RECORDED = ("attribute", "backbone", "backbone_fingerprint", "num_layers", "provenance")
+_TEXT = str | None
+_RECORDED: dict[str, Any] = {
+    "attribute": _TEXT,
+    "backbone": _TEXT,
+    "backbone_fingerprint": _TEXT,
+    "num_layers": int | None,
+    "provenance": dict,
+}
 
 _CARD = """---
 {{ card_data }}
@@ -35,20 +46,20 @@ _CARD = """---
 
 # Steering vectors: {{ attribute }}
 
-A direction of the residual stream of `{{ backbone }}` behind layers {{ first }} to {{ last }}, {{ width }} wide.
+A direction of the residual stream of {{ backbone }} behind layers {{ first }} to {{ last }}, {{ width }} wide.
 A positive multiplier brings more of it, a negative one less. {{ calibration }}
 
 ```python
 from transformers import AutoModelForCausalLM
 from hf_value_steer import SteeringVectors
 
-model = AutoModelForCausalLM.from_pretrained("{{ backbone }}")
+model = AutoModelForCausalLM.from_pretrained({{ backbone_literal }})
 vectors = SteeringVectors.from_pretrained("org/these-vectors")
-with vectors.apply(model, multiplier=1.0):
+with vectors.apply(model, multiplier=-0.25):  # how far it can go: `hf-value-steer vectors sweep`
     out = model.generate(**inputs)
 ```
 
-Backbone fingerprint: `{{ fingerprint }}`. Where it comes from: `{{ provenance }}`.
+Backbone fingerprint: {{ fingerprint }}. Where it comes from: {{ provenance }}.
 
 ## Limits
 
@@ -176,7 +187,8 @@ class SteeringVectors:
         return self.calibrated(mean_norms(model, sequences), rho, texts=len(sequences))
 
     def check_fit(self, model: PreTrainedModel, allow_backbone_mismatch: bool = False) -> None:
-        """Raise a `ValueError` unless these are vectors of this model."""
+        """Raise a `ValueError` unless these are vectors of this model, or of the one inside it."""
+        model = underlying(model)
         width, depth = residual_width(model), num_layers(model)
         if self.width != width:
             raise ValueError(f"These vectors are {self.width} wide, the residual stream of this model is {width}.")
@@ -200,7 +212,7 @@ class SteeringVectors:
         """Steer everything that `model` does inside a `with` block; see [`~hf_value_steer.activation.apply.steered`].
 
         ```python
-        with vectors.apply(model, multiplier=-2.0):
+        with vectors.apply(model, multiplier=-0.25):
             out = model.generate(**inputs)
         ```
         """
@@ -218,8 +230,13 @@ class SteeringVectors:
         return fingerprint_of((f"layers.{layer}", offset) for layer, offset in zip(self.layers, offsets, strict=True))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write `steering_vectors.json`, `steering_vectors.safetensors` and, unless there is one, a `README.md`."""
+        """Write `steering_vectors.json`, `steering_vectors.safetensors` and a card, `README.md`.
+
+        In a card that is there, what was generated from the vectors that were there is made anew; what a person wrote
+        stays.
+        """
         folder = Path(save_directory)
+        card = self._card_over(folder)
         tensors = {"directions": self.directions, "strengths": self.strengths}
         if self.norms is not None:
             tensors["norms"] = self.norms
@@ -227,7 +244,19 @@ class SteeringVectors:
         recorded = {name: getattr(self, name) for name in _RECORDED}
         made_by = {"format": FORMAT, "library_version": version("hf-value-steer")}
         write_json(folder / _JSON, {**made_by, "layers": list(self.layers), **recorded})
-        write_new(folder / "README.md", lambda: str(self.card()))
+        write_atomically(folder / "README.md", card.encode())
+
+    def _card_over(self, folder: Path) -> str:
+        """The card of these vectors, as the next one in a folder."""
+        path, card = folder / "README.md", str(self.card())
+        if not path.is_file():
+            return card
+        text = path.read_text(encoding="utf-8")
+        before, after = _generated_card(folder).split("\n"), card.split("\n")
+        for kind, start, stop, first, last in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+            if kind == "replace":
+                text = text.replace("\n".join(before[start:stop]), "\n".join(after[first:last]))
+        return text
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> "SteeringVectors":
@@ -238,18 +267,21 @@ class SteeringVectors:
             hub: `revision`, `token`, `cache_dir`, `subfolder`, ... of the download.
 
         Raises:
-            ValueError: if these are no steering vectors, or damaged ones.
+            OSError: if there is nothing there, or the Hub cannot be reached.
+            ArtefactError: if these are no steering vectors, or damaged ones: it names the file.
         """
-        paths = [cached_file(str(source), name, **hub) for name in (_JSON, _TENSORS)]
-        document = json.loads(Path(paths[0]).read_text(encoding="utf-8"))
-        if document.get("format") != FORMAT:
-            raise ValueError(f"{source} has the format {document.get('format')!r}, expected {FORMAT!r}.")
-        try:
-            tensors: dict[str, Any] = load_file(paths[1])
-            recorded = {name: document[name] for name in _RECORDED}
-            return cls(tuple(document["layers"]), **tensors, **recorded, name_or_path=str(source))
-        except Exception as error:
-            raise ValueError(f"{source} holds damaged steering vectors: {error}") from error
+        folder = str(source)
+        paths = [find(folder, name, "steering vectors", **hub) for name in (_JSON, _TENSORS)]
+        for path, name in zip(paths, (_JSON, _TENSORS), strict=True):
+            if path is None:
+                raise ArtefactError(f"{folder} holds no steering vectors: there is no {name}.")
+        document_file, tensor_file = (path for path in paths if path is not None)
+        with reading(document_file, "file of steering vectors"):
+            layers, recorded = _checked(read_object(document_file))
+        with reading(tensor_file, "file of steering vectors"):
+            _refuse_other_tensors(tensor_shapes(tensor_file), len(layers))
+            tensors: dict[str, Any] = {name: tensor.float() for name, tensor in load_file(tensor_file).items()}
+            return cls(layers, **tensors, **recorded, name_or_path=folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Upload what `save_pretrained` writes as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
@@ -268,18 +300,54 @@ class SteeringVectors:
                 f"At multiplier 1, what is added is {100 * rho.mean():.3g} % of the residual's norm at every layer."
             )
         data = ModelCardData(
-            library_name="hf-value-steer", base_model=self.backbone, tags=["steering-vector", "activation-steering"]
+            library_name=LIBRARY_NAME, base_model=self.backbone, tags=["steering-vector", "activation-steering"]
         )
         card: ModelCard = ModelCard.from_template(
             data,
             template_str=_CARD,
-            attribute=self.attribute or "unnamed attribute",
-            backbone=self.backbone or "an unnamed backbone",
+            attribute=plain(self.attribute or "unnamed attribute"),
+            backbone=code(self.backbone or UNNAMED),
+            backbone_literal=literal(self.backbone or UNNAMED),
             first=self.layers[0],
             last=self.layers[-1],
             width=self.width,
             calibration=strength,
-            fingerprint=self.backbone_fingerprint or "not recorded",
-            provenance=json.dumps(self.provenance, sort_keys=True),
+            fingerprint=code(self.backbone_fingerprint or NOT_RECORDED),
+            provenance=code(json.dumps(self.provenance, sort_keys=True)),
         )
         return card
+
+
+def _checked(document: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The layers of a `steering_vectors.json`, and the other fields of [`SteeringVectors`] that it holds."""
+    if document.get("format") != FORMAT:
+        raise ArtefactError(
+            f"the format is {document.get('format')!r}, this version of hf-value-steer reads {FORMAT!r}."
+        )
+    for name, kind in {"layers": list, **_RECORDED}.items():
+        if name not in document or not isinstance(document[name], kind):
+            raise ArtefactError(f"damaged: `{name}` is {document.get(name, 'missing')!r}, save the vectors again.")
+    layers = tuple(document["layers"])
+    if not all(type(layer) is int for layer in layers):
+        raise ArtefactError(f"damaged: `layers` have to be integers, got {layers}: save the vectors again.")
+    return layers, {name: document[name] for name in _RECORDED}
+
+
+def _refuse_other_tensors(shapes: Mapping[str, tuple[int, ...]], count: int) -> None:
+    """Raise an `ArtefactError` unless these are the tensors of vectors for so many layers."""
+    required, optional = {"directions", "strengths"}, {"norms"}
+    if not required <= shapes.keys() <= required | optional:
+        raise ArtefactError(f"damaged: it holds {sorted(shapes)[:4]}, expected directions, strengths and maybe norms.")
+    for name, shape in shapes.items():
+        if shape[:1] != (count,) or len(shape) != 1 + (name == "directions"):
+            raise ArtefactError(f"damaged: `{name}` has shape {shape}, but {_JSON} names {count} layers.")
+
+
+def _generated_card(folder: Path) -> str:
+    """What was generated for the vectors in a folder; nothing if there are none that can be read."""
+    if not (folder / _JSON).is_file():
+        return ""
+    try:
+        return str(SteeringVectors.from_pretrained(folder).card())
+    except (OSError, ValueError):
+        return ""

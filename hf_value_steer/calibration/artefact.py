@@ -24,6 +24,7 @@ from hf_value_steer.calibration.filtering import (
 from hf_value_steer.calibration.promises import CONFIDENT, Method, Mode, promise
 from hf_value_steer.files import write_atomically
 from hf_value_steer.policy import Polarity
+from hf_value_steer.reading import read_object, reading
 
 
 FILE_NAME = "calibration.json"
@@ -81,6 +82,11 @@ class Calibration:
             self.mode == "selective" and self.method == "filter"
         ):
             raise ValueError(f"`mode` {self.mode!r} does not exist for method {self.method!r}.")
+        for name in ("head_fingerprint", "data", "kernel", "backend"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"`{name}` has to be a text, got {getattr(self, name)!r}.")
+        if not isinstance(self.sampling, Mapping | None):
+            raise ValueError(f"`sampling` has to be a dict, got {self.sampling!r}.")
         self._check_delta()
         object.__setattr__(self, "scores", self._ascending(self.scores))
         if self.groups is not None:
@@ -256,6 +262,8 @@ class Calibration:
             found = record.get("format") if isinstance(record, Mapping) else type(record).__name__
             raise ValueError(f"the format is {found!r}, this version of hf-value-steer reads {FORMAT!r}.")
         given = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        if missing := [name for name in ("mode", "method", "polarity", "scores") if name not in given]:
+            raise ValueError(f"{', '.join(missing)} is missing.")
         if "groups" in given:
             given["groups"] = {key: group["scores"] for key, group in given["groups"].items()}
         calibration = cls(**given)
@@ -278,10 +286,8 @@ class Calibration:
         """Read `calibration.json` from a folder.
 
         Raises:
-            ValueError: if the file is corrupt or of an unknown format.
+            ArtefactError: if the file is corrupt or of an unknown format.
         """
         path = Path(folder) / FILE_NAME
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no calibration: {error}") from error
+        with reading(path, "calibration"):
+            return cls.from_dict(read_object(path))

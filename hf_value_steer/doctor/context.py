@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_value_steer.backbone import feature_width
+from hf_value_steer.backbone import feature_width, underlying
 from hf_value_steer.configuration import ValueFilterConfig, ValueHeadConfig
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.generation.scorer import load_head
@@ -29,7 +29,7 @@ class Context:
     """
 
     def __init__(self, model: PreTrainedModel, given: ValueHead | str | None, num_candidates: int):
-        self.model, self.given, self.num_candidates = model, given, num_candidates
+        self.model, self.given, self.num_candidates = underlying(model), given, num_candidates
         self.tolerance = max(1e-4, 8 * torch.finfo(model.dtype).eps)
 
     @cached_property

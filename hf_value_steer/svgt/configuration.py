@@ -1,5 +1,6 @@
 """`ValueGuidanceConfig`: what a guidance module is, and which backbone and layer it belongs to."""
 
+import math
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal
@@ -112,6 +113,6 @@ class ValueGuidanceConfig(VersionedConfig):
                 )
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"`dropout` has to be in [0, 1), got {self.dropout}.")
-        if not self.step >= 0.0:
-            raise ValueError(f"`step` has to be at least 0, got {self.step}.")
+        if not 0.0 <= self.step < math.inf:
+            raise ValueError(f"`step` has to be a finite number of at least 0, got {self.step}.")
         check_threshold(self.threshold)

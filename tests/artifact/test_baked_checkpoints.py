@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from hf_value_steer.activation.bake import unbake
 from hf_value_steer.activation.exports import BIASED, plan_export
 from hf_value_steer.activation.vectors import SteeringVectors
+from tests import hostile
 from tests.families import build
 from tests.tiny_models import build_tiny, tiny_config
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
@@ -120,6 +121,16 @@ def test_unbaked_is_the_original_bit_for_bit(baked, family, tmp_path):
 def test_custom_code_is_never_loaded_unsteered(baked):
     with pytest.raises(ValueError, match="trust_remote_code|steered_qwen3"):
         AutoConfig.from_pretrained(baked[0] / "qwen3")
+
+
+@pytest.mark.parametrize("text", ["Python", "docstring", "lines"])
+def test_no_text_of_a_config_gets_into_code(baked, tmp_path, text):
+    model, text = tiny("qwen3"), hostile.TEXTS[text]
+    model.config.model_type = text  # what a config.json leaves there that is loaded as one of another type
+    random_vectors(model).bake(model, 1.0, tmp_path / "baked")
+    code = [(folder / "modeling_steered.py").read_text() for folder in (baked[0] / "qwen3", tmp_path / "baked")]
+    assert code[0] == code[1]
+    assert json.loads((tmp_path / "baked" / "config.json").read_text())["model_type"] == "steered_qwen3"
 
 
 def test_windows_are_not_lost_in_an_export_as_llama():

@@ -13,11 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer import SteeringVectors, ValueGuidanceConfig, ValueGuidanceModule, ValueHead, ValueHeadConfig
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.cards import LIMITS_PLACEHOLDER, written_limits
 from hf_value_steer.hub import push_head
-from tests import documents
+from tests import documents, hostile
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -287,6 +287,16 @@ def test_somebody_has_to_write_or_accept_the_limits(run):
     assert written_limits(push_head(head, "org/head", limits="Other.", dry_run=True).card) == "Other."
 
 
+@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
+def test_no_text_of_a_config_stands_for_limits(text, tmp_path):
+    config = ValueHeadConfig(hidden_size=8, attribute=text, chat_template=text, training={text: text})
+    ValueHead(config).save_pretrained(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Nobody has written the limits of this head"):
+            push_head(tmp_path, "org/head", dry_run=True)
+        (tmp_path / "README.md").unlink(missing_ok=True)
+
+
 def test_a_card_of_its_author_is_pushed_as_it_is(run):
     head = run / "head"
     (head / "README.md").write_text("# Mine\n\n## Limits\n\nSlang.\n")
@@ -297,6 +307,57 @@ def test_a_card_of_its_author_is_pushed_as_it_is(run):
         (head / "README.md").write_text(unfinished)
         with pytest.raises(ValueError, match="Nobody has written the limits"):
             push_head(head, "org/head", dry_run=True)
+
+
+# What `collect` may record as the backbone where it is not told its Hub id.
+PATHS = ["/models/llama", "./llama", "../llama", "~/llama", "models/a/llama", "here", "org/here", "python:mine:load"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Two folders that could be mistaken for Hub ids."""
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("backbone", PATHS)
+def test_a_backbone_that_is_not_on_the_hub_is_refused(run, backbone):
+    head, said = run / "head", {"limits": "It knows no slang.", "dry_run": True}
+    message = f"`base_model` of the card is {backbone!r}, which is not on the Hub.*collect --backbone org/name"
+    written = json.loads((head / "config.json").read_text())
+    (head / "config.json").write_text(json.dumps({**written, "backbone": backbone}))
+    with pytest.raises(ValueError, match=message):
+        push_head(head, "org/head", **said)
+    (head / "README.md").write_text(f"---\nbase_model: [org/base, {backbone}]\n---\n# Mine\n\n## Limits\n\nSlang.\n")
+    with pytest.raises(ValueError, match=message):
+        push_head(head, "org/head", dry_run=True)
+    for name in ("org/base-model", "gpt2", None):
+        (head / "README.md").unlink(missing_ok=True)
+        (head / "config.json").write_text(json.dumps({**written, "backbone": name}))
+        assert push_head(head, "org/head", **said).url is None
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("backbone", PATHS)
+def test_whatever_is_trained_is_not_uploaded_with_a_backbone_that_is_not_on_the_hub(hub, backbone):
+    module = ValueGuidanceConfig(hidden_size=8, layer=0, value_width=8, backbone=backbone)
+    trained = [
+        ValueHead(ValueHeadConfig(hidden_size=8, backbone=backbone)),
+        ValueGuidanceModule(module),
+        SteeringVectors.from_tensors({0: torch.ones(8)}, backbone=backbone),
+    ]
+    for artefact in trained:
+        with pytest.raises(ValueError, match="which is not on the Hub"):
+            artefact.push_to_hub("org/head", token="hf_good")
+    assert hub.requests == []
+
+
+def test_a_card_whose_metadata_cannot_be_read_is_refused(run):
+    (run / "head" / "README.md").write_text("---\na: [\n---\n# Mine\n\n## Limits\n\nSlang.\n")
+    with pytest.raises(ValueError, match=r"README\.md has to begin with metadata in YAML"):
+        push_head(run / "head", "org/head", dry_run=True)
 
 
 def test_what_cannot_be_right_is_refused(run):

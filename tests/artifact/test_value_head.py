@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
 from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer.errors import ArtefactError
 
 
 @pytest.fixture
@@ -213,7 +214,7 @@ def test_foreign_bins_are_refused_and_not_executed(head, tmp_path, capsys):
     buffer = io.BytesIO()
     pickle.dump(Payload(), buffer, protocol=2)
     path.write_bytes(buffer.getvalue())
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ArtefactError, match="head.bin: this pickle .* is not executed"):
         ValueHead.from_value_steer(path)
     assert "executed" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="value-steer knows only mlp heads"):

@@ -1,23 +1,30 @@
 """Backbone and head as one model, model cards, and the `custom_generate` repository."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, LlamaConfig, pipeline, set_seed
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, pipeline, set_seed
 
 import hf_value_steer
 from hf_value_steer import (
     AbstentionConfig,
+    AbstentionLogitsProcessor,
+    SteeringVectors,
     ValueFilterConfig,
     ValueHead,
     ValueHeadConfig,
     ValueSteerForCausalLM,
+    disable_value_steer,
     enable_value_steer,
     export_custom_generate,
 )
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.activation.extract import vectors_from_value_head
+from hf_value_steer.backbone import fingerprint, underlying
+from hf_value_steer.doctor import diagnose
 from tests.families import FAMILIES, build, prompts, random_head
 
 
@@ -77,6 +84,91 @@ def test_forward_returns_values(folders):
     assert model(**inputs, logits_to_keep=1).token_values.shape == (2, 1)
 
 
+@pytest.fixture
+def whole(folders):
+    return ValueSteerForCausalLM.from_pretrained(folders / "backbone", value_head=str(folders / "head"))
+
+
+def test_the_config_answers_for_the_backbone_and_does_not_save_it(whole, folders):
+    config, backbone = whole.config, whole.backbone.config
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "eos_token_id", "pad_token_id", "rope_parameters"):
+        assert getattr(config, name) == getattr(backbone, name)
+    assert config.get_text_config() is backbone and config.get_text_config(decoder=True) is backbone
+    assert config.model_type == "hvs_value_steer" and not hasattr(config, "no_such_field")
+    backbone.quantization_config = {"quant_method": "none"}
+    whole.save_pretrained(folders / "saved")
+    saved = json.loads((folders / "saved" / "config.json").read_text())
+    assert set(saved) == {
+        "architectures", "backbone", "backbone_revision", "backbone_subfolder", "model_type",
+        "schema_version", "transformers_version", "value_steer",
+    }  # fmt: skip
+    for again in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert again.vocab_size == config.vocab_size and again.to_dict() == config.to_dict()
+    assert not hasattr(type(config)(), "vocab_size")
+
+
+def test_what_users_of_a_model_call(whole, folders):
+    out = text(whole, return_dict_in_generate=True, output_scores=True)
+    scores = whole.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    assert torch.equal(
+        scores, whole.backbone.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    )
+    assert whole.can_generate() and whole.output_modalities == whole.backbone.output_modalities
+    assert not hasattr(whole, "generate_batch")  # it would not be steered
+    whole.generation_config = GenerationConfig(max_new_tokens=3, eos_token_id=2, pad_token_id=0)
+    assert whole.backbone.generation_config is whole.generation_config
+    assert whole.generate(**prompts(1)).shape[1] == prompts(1)["input_ids"].shape[1] + 3
+    again, info = ValueSteerForCausalLM.from_pretrained(
+        folders / "backbone", str(folders / "head"), output_loading_info=True
+    )
+    assert type(again) is ValueSteerForCausalLM and not info["missing_keys"]
+
+
+@pytest.mark.parametrize("choice", [{}, {"mode": "last_token"}, {"tokens": "generated"}])
+def test_vectors_act_on_the_backbone_inside(whole, choice):
+    vectors = SteeringVectors.from_tensors(
+        {0: torch.ones(32), 1: torch.arange(32.0)}, backbone_fingerprint=fingerprint(whole.backbone), num_layers=2
+    )
+    vectors.check_fit(whole)
+    plain = whole.backbone.generate(**prompts(2), do_sample=False, max_new_tokens=8)
+    with vectors.apply(whole, 3.0, **choice):
+        inside = whole.backbone.generate(**prompts(2), do_sample=False, max_new_tokens=8)
+        outside = whole.generate(**prompts(2), do_sample=False, max_new_tokens=8, value_steer=ACCEPTING)
+    with vectors.apply(whole.backbone, 3.0, **choice):
+        assert torch.equal(whole.backbone.generate(**prompts(2), do_sample=False, max_new_tokens=8), inside)
+    assert torch.equal(inside, outside) and not torch.equal(inside, plain)
+
+
+ACCEPTING = {"method": "filter", "threshold": 0.5, "max_interventions": 0}
+
+
+def test_vectors_are_made_and_calibrated_of_the_backbone_inside(whole):
+    sequences = [[5, 17, 3, 44], [9, 10, 60, 7]]
+    for model in (whole, whole.backbone):
+        vectors = vectors_from_value_head(model, whole.value_head, sequences, layers=[0])
+        assert vectors.backbone_fingerprint == fingerprint(whole.backbone)
+        assert vectors.backbone == whole.backbone.name_or_path
+    torch.testing.assert_close(vectors.calibrate(whole, sequences).norms, vectors.calibrate(model, sequences).norms)
+
+
+def test_what_takes_a_model_acts_on_the_backbone_inside(whole, expected):
+    assert underlying(whole) is underlying(torch.compile(whole, backend="eager")) is whole.backbone
+    config = ValueFilterConfig(value_head=whole.value_head)
+    assert enable_value_steer(whole) is whole
+    assert torch.equal(text(whole.backbone, value_steer=config), expected)
+    assert torch.equal(text(whole), expected) and torch.equal(text(whole, value_steer=config), expected)
+    disable_value_steer(whole)
+    with pytest.raises(ValueError, match="value_steer"):
+        text(whole.backbone, value_steer=config)
+    config = AbstentionConfig(value_head=whole.value_head, threshold=0.6)
+    ids = [
+        text(whole.backbone, logits_processor=[AbstentionLogitsProcessor(model, config)])
+        for model in (whole, whole.backbone)
+    ]
+    assert torch.equal(*ids)
+    assert "FAIL" not in [check.status for check in diagnose(whole)]
+
+
 def test_what_does_not_fit_together_is_refused(folders):
     with pytest.raises(ValueError, match="is a plain backbone: pass `value_head="):
         ValueSteerForCausalLM.from_pretrained(folders / "backbone")
@@ -100,6 +192,7 @@ def test_text_generation_pipeline(tokenizer):
     expected = model.generate(**inputs, do_sample=False)[0].tolist()
     assert steered[0][0]["generated_token_ids"] == expected
     assert expected != backbone.generate(**inputs, do_sample=False)[0].tolist()
+    assert "ValueSteerForCausalLM" in repr(pipe)
 
 
 def test_fingerprints_tell_backbones_apart(folders):
