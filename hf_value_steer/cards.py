@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_value_steer.evaluation.document import check_evaluation, flat, main_run
-from hf_value_steer.evaluation.markdown import calibration_markdown, model_index, results_markdown, table
+from hf_value_steer.evaluation.markdown import calibration_markdown, model_index, results_markdown
 from hf_value_steer.files import write_new
+from hf_value_steer.markup import code, literal, plain, table
 
 
 if TYPE_CHECKING:
@@ -22,8 +23,12 @@ LIBRARY_NAME = "hf-value-steer"
 LIMITS_PLACEHOLDER = (
     "This card was generated. Where this head fails, and where it must not be used, is for its author to add here."
 )
+# What stands for what a config does not say.
+UNNAMED, NOT_RECORDED = "an unnamed backbone", "not recorded"
 NO_LIMITS = "Its author has added nothing to what follows."
-_LIMITS = re.compile(r"<!-- limits[^>]*-->\n(.*?)\n<!-- /limits -->", re.DOTALL)
+# Whole lines, and the last of them: what a config says is within a line, and before the limits.
+_LIMITS = re.compile(r"(?s:.*)^<!-- limits[^>\n]*-->\n((?s:.*?))\n<!-- /limits -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- /?limits", re.MULTILINE)
 
 _HEAD_CARD = """---
 {{ card_data }}
@@ -31,7 +36,7 @@ _HEAD_CARD = """---
 
 # {{ title }}
 
-A value head for `{{ backbone }}`: a {{ architecture }} of {{ parameters }} parameters that reads the feature of each
+A value head for {{ backbone }}: a {{ architecture }} of {{ parameters }} parameters that reads the feature of each
 token (final layer, after the final norm, {{ hidden_size }} wide) and answers with a value in (0, 1).
 A high value is **{{ polarity }}**. {{ threshold }}
 {% if attributes %}
@@ -43,12 +48,12 @@ A high value is **{{ polarity }}**. {{ threshold }}
 from transformers import AutoModelForCausalLM
 from hf_value_steer import {{ runtime }}, enable_value_steer
 
-model = enable_value_steer(AutoModelForCausalLM.from_pretrained("{{ backbone }}"))
-cfg = {{ runtime }}(value_head="{{ repo_id }}")
+model = enable_value_steer(AutoModelForCausalLM.from_pretrained({{ backbone_literal }}))
+cfg = {{ runtime }}(value_head={{ repo_id }})
 out = model.generate(**inputs, value_steer=cfg, do_sample=True)
 ```
 
-Backbone fingerprint: `{{ fingerprint }}`. Prompt format: `{{ chat_template }}`. Features: `{{ feature_dtype }}`.
+Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}. Features: {{ feature_dtype }}.
 {% if results %}
 ## Results
 
@@ -94,7 +99,8 @@ def head_card(
         repo_id (`str`): where the head can be loaded from.
 
     Raises:
-        ValueError: if `evaluation` is no evaluation document, or is of another head, or `limits` has no text.
+        ValueError: if `evaluation` is no evaluation document, or is of another head, or `limits` has no text or holds
+            the lines that stand around it in a card.
     """
     config = head.config
     if calibration is None and head.calibration is not None:
@@ -103,6 +109,11 @@ def head_card(
         check_same_head(config, evaluation)
     if limits is not None and not limits.strip():
         raise ValueError("`limits` has no text: say where the head fails, and where it must not be used.")
+    if limits is not None and _MARKER.search(limits):
+        raise ValueError(
+            '`limits` holds a line that begins with "<!-- limits" or "<!-- /limits", as the lines around '
+            "it in a card do: leave that line out."
+        )
     title = f"Value head: {config.attribute or 'unnamed attribute'}"
     data = ModelCardData(
         library_name=LIBRARY_NAME,
@@ -114,12 +125,14 @@ def head_card(
         model_name=title if evaluation else None,
         eval_results=(model_index(evaluation) or None) if evaluation else None,
     )
+    backbone = config.backbone or UNNAMED
     threshold = f"Default threshold: {config.threshold:.4g}." if config.threshold else "It has no default threshold."
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=_HEAD_CARD,
-        title=title,
-        backbone=config.backbone or "an unnamed backbone",
+        title=plain(title),
+        backbone=code(backbone),
+        backbone_literal=literal(backbone),
         architecture={"mlp": "three-layer MLP", "linear": "linear map"}[config.architecture],
         parameters=f"{sum(parameter.numel() for parameter in head.parameters()):,}",
         hidden_size=config.hidden_size,
@@ -127,17 +140,23 @@ def head_card(
         threshold=threshold,
         attributes=_attributes_markdown(config) if config.attributes else "",
         runtime=_runtime(config.polarity, evaluation),
-        repo_id=repo_id,
-        fingerprint=config.backbone_fingerprint or "not recorded",
-        chat_template=config.chat_template or "not recorded",
-        feature_dtype=config.feature_dtype or "not recorded",
+        repo_id=literal(repo_id),
+        fingerprint=code(config.backbone_fingerprint or NOT_RECORDED),
+        chat_template=code(config.chat_template or NOT_RECORDED),
+        feature_dtype=code(config.feature_dtype or NOT_RECORDED),
         results=results_markdown(evaluation) if evaluation else "",
         guarantee=calibration_markdown(calibration) if calibration else "",
-        training=table(["", ""], list(flat(config.training).items())) if config.training else "",
+        training=training_markdown(config.training),
         limits=(limits or LIMITS_PLACEHOLDER).strip(),
         known_limits=_known_limits(evaluation, calibration),
     )
     return card
+
+
+def training_markdown(training: Mapping[str, Any] | None) -> str:
+    """A table of what is recorded of a training; nothing if nothing is."""
+    rows = [[plain(name), plain(text)] for name, text in flat(training or {}).items()]
+    return table(["", ""], rows) if rows else ""
 
 
 def write_card(head: "ValueHead", folder: Path) -> None:
@@ -222,7 +241,7 @@ def _attribute_names(config: Any) -> list[str]:
 
 def _attributes_markdown(config: Any) -> str:
     """What a head of several attributes values, and how that is one value."""
-    rows = [[each["name"], each["polarity"], f"{each['threshold']:.4g}"] for each in config.attributes]
+    rows = [[plain(each["name"]), each["polarity"], f"{each['threshold']:.4g}"] for each in config.attributes]
     meaning = "The worst of several attributes gives the value: below one half, each passes its own threshold."
     head = ["attribute", "a high value of it is", "threshold"]
     if config.combine == "sum":

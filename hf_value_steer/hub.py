@@ -12,8 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from yaml import YAMLError
 
 from hf_value_steer.cards import (
     LIBRARY_NAME,
@@ -24,6 +26,7 @@ from hf_value_steer.cards import (
     renew_card,
     write_card,
 )
+from hf_value_steer.errors import UploadError
 
 
 __all__ = ["PushedHead", "UploadError", "export_custom_generate", "head_card", "push", "push_head", "write_card"]
@@ -62,8 +65,8 @@ out = model.generate(
 
 **Arguments**: those of `generate` for greedy search and sampling, and `value_steer`: the dict form of a
 `ValueFilterConfig` or an `AbstentionConfig`, or a list of both.
-**Output**: that of `generate`; with `return_dict_in_generate=True` also `values`, `prompt_values`, `interventions`,
-`candidates_evaluated`, `abstained`, `abstention_step` and `abstention_value`.
+**Output**: that of `generate`; with `return_dict_in_generate=True` also `token_values`, `prompt_values`,
+`interventions`, `candidates_evaluated`, `abstained`, `abstention_step` and `abstention_value`.
 """
 
 
@@ -90,16 +93,20 @@ def push(
 
     Returns:
         The URL of the commit.
+
+    Raises:
+        ValueError: if the README of `save` names a backbone that is not on the Hub, see [`check_base_model`].
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
-    with TemporaryDirectory() as folder:
-        if kept and replace_generated:
-            there = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=Path(folder) / "there")
-            kept = None if is_generated(Path(there).read_text(encoding="utf-8")) else kept
-            shutil.rmtree(Path(folder) / "there")
+    with TemporaryDirectory() as folder, TemporaryDirectory() as there:
         save(Path(folder))
+        if (card := Path(folder) / "README.md").exists():
+            check_base_model(card.read_text(encoding="utf-8"))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
+        if kept and replace_generated:
+            old = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=there)
+            kept = None if is_generated(Path(old).read_text(encoding="utf-8")) else kept
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -109,10 +116,6 @@ def push(
             ignore_patterns=kept,
         )
     return str(commit.commit_url)
-
-
-class UploadError(RuntimeError):
-    """An upload did not complete."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,8 @@ def push_head(
         options: `private`, `token`, `revision`, `commit_message`, `create_pr`, as in [`push`].
 
     Raises:
-        ValueError: if a file is missing or corrupt, if the evaluation is of another head, or if nobody has written
-            or accepted the limits.
+        ValueError: if a file is missing or corrupt, if the evaluation is of another head, if nobody has written or
+            accepted the limits, or if the backbone that the card names is not on the Hub, see [`check_base_model`].
         UploadError: if the upload did not complete. Repeat it: a commit is there as a whole or not at all.
     """
     from hf_value_steer.modeling import ValueHead  # which imports this module
@@ -185,6 +188,7 @@ def push_head(
                 '"## Limits", or pass `accept_limits=True` to publish without.'
             )
         card = renew(limits=NO_LIMITS) if is_generated(card) else card
+    check_base_model(card)
     facts = {name: _fact(path.read_bytes()) for name, path in files.items()} | {"README.md": _fact(card.encode())}
     planned = PushedHead(repo_id, dict(sorted(facts.items())), card)
     if dry_run:
@@ -205,6 +209,36 @@ def push_head(
             "in with `hf auth login` or pass `token`. Then push again: a commit is there as a whole or not at all."
         ) from error
     return replace(planned, url=url)
+
+
+def check_base_model(card: str) -> None:
+    """Raise a `ValueError` if the `base_model` of a card is no Hub id, but a folder of this machine, say."""
+    if not card.lstrip().startswith("---"):
+        return
+    try:
+        named = ModelCard(card, ignore_metadata_errors=True).data.get("base_model")
+    except YAMLError as error:
+        raise ValueError(f"README.md has to begin with metadata in YAML: {error}") from error
+    for name in [named] if isinstance(named, str) else named or []:
+        check_hub_id(name, "`base_model` of the card")
+
+
+def check_hub_id(name: str, what: str) -> None:
+    """Raise a `ValueError` unless others find a backbone under this name: an id of the Hub, and no path here."""
+    if not _is_hub_id(name) or Path(name).exists():
+        raise ValueError(
+            f"{what} is {name!r}, which is not on the Hub, so nobody else could load the backbone. Name its Hub id: "
+            "in a new collection with `hf-value-steer collect --backbone org/name`, in what is trained already under "
+            "`backbone` of its config (config.json, steering_vectors.json), in a card of your own under `base_model`."
+        )
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _files(root: Path, evaluation: Path | None) -> dict[str, Path]:

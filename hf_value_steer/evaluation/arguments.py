@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_value_steer.training.arguments import SamplingArguments
+from hf_value_steer.training.arguments import SamplingArguments, check_kinds, check_least
 
 
 BASELINES = ("best_of_n", "args", "bad_words", "system_prompt")
@@ -17,7 +17,9 @@ class EvaluateArguments(SamplingArguments):
     model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
     value_head: str = field(metadata={"help": "folder or Hub id of the head"})
     prompts: str = field(metadata={"help": "prompts that training and calibration never saw, as for `collect`"})
-    judges: list[str] = field(metadata={"help": "judges that gave no label"})
+    judges: list[str] = field(
+        metadata={"help": "judges that gave no label; a rate is the share of texts with a score above 0.5"}
+    )
     label_judge: str | None = field(default=None, metadata={"help": "the judge that gave the labels, for comparison"})
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
@@ -43,6 +45,8 @@ class EvaluateArguments(SamplingArguments):
     seed: int = field(default=0, metadata={"help": "of all generation"})
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+        check_least(self, 1, "samples", "max_new_tokens", "batch_size", "limit", "best_of")
         if unknown := sorted(set(self.baselines) - set(BASELINES)):
             raise ValueError(f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
         needs = {"bad_words": self.bad_words, "system_prompt": self.system_prompt}
@@ -51,3 +55,7 @@ class EvaluateArguments(SamplingArguments):
                 raise ValueError(f"The baseline {name!r} needs `{name}`.")
         if not self.judges:
             raise ValueError("`judges` is empty: name at least one judge that gave no label.")
+
+    def all_judges(self) -> list[str]:
+        """Those that gave no label, and then the one that did."""
+        return list(dict.fromkeys([*self.judges, *([self.label_judge] if self.label_judge else [])]))

@@ -35,7 +35,13 @@ def evaluate_crossfitted(
     collection, evaluation, parts = Collection(training.collection), Evaluation(arguments), []
     for fold in range(folds):
         folder = Path(arguments.output) / f"fold-{fold}"
-        own = replace(training, output=str(folder / "head"), held_out=1 / folds, rotation=fold / folds)
+        own = replace(
+            training,
+            output=str(folder / "head"),
+            held_out=1 / folds,
+            rotation=fold / folds,
+            accept_chance=True,  # what it is worth is what is about to be measured
+        )
         train(own)
         calibrate(replace(calibration, value_head=own.output))
         rows = torch.tensor(split_rows(collection, own)["held_out"])

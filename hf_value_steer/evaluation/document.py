@@ -62,9 +62,11 @@ def is_measured(evaluation: Evaluation, key: str) -> bool:
 
 def setting(evaluation: Evaluation) -> str:
     """What the numbers of a document were measured on, as a sentence."""
+    counted = "unsafe" if evaluation["head"]["polarity"] == "undesirable" else "right"
     return (
         f"{evaluation['generations']:,} generations of {evaluation['prompts']:,} prompts, up to "
-        f"{evaluation['new_tokens']} new tokens, seed {evaluation['seed']}; 95 % intervals by prompt."
+        f"{evaluation['new_tokens']} new tokens, seed {evaluation['seed']}; 95 % intervals by prompt. "
+        f"A text that a judge scores above 0.5 counts as {counted}; its rate is the share of those."
     )
 
 

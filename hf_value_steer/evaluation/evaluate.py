@@ -1,5 +1,6 @@
 """`evaluate`: base against steered, on the same prompts and seeds, by judges of any kind."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,13 +17,17 @@ from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.outcome import coverage, value_reliability
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
-from hf_value_steer.evaluation.settings import filter_runs
+from hf_value_steer.evaluation.settings import filter_runs, filter_thresholds, forbidden_words
 from hf_value_steer.files import write_atomically, write_json
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.judges import load_judge
+from hf_value_steer.training.judges import check_judges, load_judge
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Part:
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """Generate under every setting, judge, and write `evaluation.json`, `evaluation.md` and `report.html`.
 
+    A text that a judge scores above 0.5 counts as unsafe or, where high values of the head are desirable, as right.
     Runs that are there already are read, so an evaluation that was stopped goes on.
 
     Returns:
@@ -47,10 +53,26 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         ValueError: for anything that cannot be done.
         RuntimeError: if values were watched and the text changed: then steering is not exact on this model.
     """
-    evaluation = Evaluation(arguments)
-    prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
+    prompts = evaluation_prompts(arguments)
     head = ValueHead.from_pretrained(arguments.value_head)
+    evaluation = Evaluation(arguments)
     return evaluation.report(head, [evaluation.part(head, prompts, Path(arguments.output) / "runs")])
+
+
+def evaluation_prompts(arguments: EvaluateArguments) -> list[Prompt]:
+    """The prompts of an evaluation."""
+    return load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
+
+
+def check_sources(arguments: EvaluateArguments, prompts: Sequence[Prompt]) -> None:
+    """Look for the judges, functions and words of an evaluation, long before it is due.
+
+    Raises:
+        ValueError, ImportError: if one is not there, or a prompt lacks what a judge needs.
+    """
+    check_judges(arguments.all_judges(), prompts)
+    masking(arguments.mask, {})
+    forbidden_words(arguments)
 
 
 class Evaluation:
@@ -58,17 +80,24 @@ class Evaluation:
 
     def __init__(self, arguments: EvaluateArguments):
         self.arguments = arguments
+        self.judge_names = arguments.all_judges()
+        self.judges = {name: load_judge(name) for name in self.judge_names}
+        self.mask = masking(arguments.mask, self.judges)
+        forbidden_words(arguments)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
         self.formatter = Formatter(tokenizer, arguments.chat)
-        label_judge = [arguments.label_judge] if arguments.label_judge else []
-        self.judge_names = list(dict.fromkeys([*arguments.judges, *label_judge]))
-        self.judges = {name: load_judge(name) for name in self.judge_names}
 
     def part(self, head: ValueHead, prompts: Sequence[Prompt], folder: Path) -> Part:
         """Generate for some prompts under every setting; `folder` keeps the runs."""
         arguments = self.arguments
         check_fit(head, self.model)
+        if arguments.method == "filter":
+            filter_thresholds(head, arguments)
+        for judge in self.judges.values():
+            judge.check(prompts)
+        if report := chance_report(head.config.training):
+            logger.warning(f"The head was not shown to be better than chance when it was trained: {report}.")
         runner = Runner(
             self.model,
             self.formatter,
@@ -106,7 +135,6 @@ class Evaluation:
         measures = Measures(
             self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1], head.config.polarity
         )
-        mask = masking(arguments.mask, self.judges)
         document = {
             "format": FORMAT,
             **self._description(head, len(prompts), len(owners)),
@@ -123,7 +151,7 @@ class Evaluation:
         main = main_run(document)
         for setting, _ in first.runs:
             if main is not None and setting.name == main["name"]:
-                document["examples"] = examples(first.runner, setting, mask)
+                document["examples"] = examples(first.runner, setting, self.mask)
         folder = Path(arguments.output)
         write_json(folder / "evaluation.json", document)
         write_atomically(folder / "evaluation.md", results_markdown(document).encode())

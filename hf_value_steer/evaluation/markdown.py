@@ -25,6 +25,7 @@ from hf_value_steer.evaluation.document import (
     rate_name,
     setting,
 )
+from hf_value_steer.markup import code, plain, table
 
 
 _ALPHAS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)  # shown of a longer curve
@@ -44,23 +45,25 @@ def results_markdown(evaluation: Evaluation) -> str:
     curve = coverage_curve(evaluation)
     if curve:
         parts.append(_coverage(curve))
-    return "\n\n".join([*parts, f"{setting(evaluation)} Sampling: `{options(evaluation['sampling'])}`."]) + "\n"
+    sampling = code(options(evaluation["sampling"]))
+    return "\n\n".join([*parts, f"{plain(setting(evaluation))} Sampling: {sampling}."]) + "\n"
 
 
 def _runs(evaluation: Evaluation) -> str:
     names, main = judges(evaluation), main_run(evaluation)
     keys = [key for key in COLUMNS if is_measured(evaluation, key)]
-    rate = rate_name(evaluation)
-    head = ["run", *(f"{rate}, {judge_title(evaluation, name)}" for name in names), *(COLUMNS[key][0] for key in keys)]
+    rated = (plain(f"{rate_name(evaluation)}, {judge_title(evaluation, name)}") for name in names)
+    head = ["run", *rated, *(COLUMNS[key][0] for key in keys)]
     rows: list[list[str]] = []
     last: list[list[str]] = []
     for run, quoted in [(run, run is main) for run in evaluation["runs"]]:
         judged = [run["judges"].get(name) for name in names]
         rates = [percent(one["rate"], one["rate_interval"]) if one else MISSING for one in judged]
-        rows.append([f"**{run['name']}**" if quoted else run["name"], *rates, *(cell(run, key) for key in keys)])
+        name = plain(run["name"])
+        rows.append([f"**{name}**" if quoted else name, *rates, *(cell(run, key) for key in keys)])
         if quoted:
             changes = [change(one) if one else MISSING for one in judged]
-            last = [[f"change by {run['name']}", *changes, *[""] * len(keys)]]
+            last = [[f"change by {name}", *changes, *[""] * len(keys)]]
     return table(head, rows + last)
 
 
@@ -85,31 +88,23 @@ def calibration_markdown(calibration: Mapping[str, Any]) -> str:
     """
     name = "least growth of the log odds" if calibration["mode"] == "martingale" else "threshold"
     held: dict[str, Any] = {"all texts": calibration, **(calibration.get("groups") or {})}
-    head = ["alpha", *(f"{name}, {group}" if len(held) > 1 else name for group in held)]
+    head = ["alpha", *(f"{name}, {plain(group)}" if len(held) > 1 else name for group in held)]
     curves = [{entry["alpha"]: entry["threshold"] for entry in each["curve"]} for each in held.values()]
     alphas = sorted(curves[0])
     shown = [alpha for alpha in alphas if len(alphas) > len(_ALPHAS) and alpha in _ALPHAS] or alphas
     rows = [[f"{alpha:g}", *(_threshold(curve.get(alpha)) for curve in curves)] for alpha in shown]
-    parts = [calibration["guarantee"], table(head, rows)]
+    parts = [plain(calibration["guarantee"]), table(head, rows)]
     finite = [alpha for alpha in shown if curves[0][alpha] is not None]
     if finite:
         parts.append(f"A configuration with `alpha={finite[0]:g}` takes its threshold from here.")
     known = flat({key: calibration.get(key) for key in ("mode", "n", "delta", "kernel", "backend", "data")})
     known |= {"sampling": options(calibration["sampling"])} if calibration.get("sampling") else {}
-    parts.append("Calibrated with: " + "; ".join(f"{key} `{text}`" for key, text in known.items()) + ".")
+    parts.append("Calibrated with: " + "; ".join(f"{plain(key)} {code(text)}" for key, text in known.items()) + ".")
     return "\n\n".join(parts) + "\n"
 
 
 def _threshold(threshold: float | None) -> str:
     return "none keeps the promise" if threshold is None else f"{threshold:.4g}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in line) + " |" for line in lines
-    )
 
 
 def model_index(evaluation: Evaluation) -> list[EvalResult]:

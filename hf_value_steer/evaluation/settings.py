@@ -17,9 +17,7 @@ from hf_value_steer.training.prompts import load_prompts
 
 def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -> list[tuple[Setting, Texts]]:
     """The grid, the placebo that intervenes as often as its last setting, and the baselines."""
-    thresholds = arguments.thresholds or [head.config.threshold]
-    if None in thresholds:
-        raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
+    thresholds = filter_thresholds(head, arguments)
     named = len(thresholds) > 1
     settings = [value_filter(head, c, k, named) for k in arguments.num_candidates for c in thresholds]
     runs = [(setting, runner.run(setting)) for setting in settings]
@@ -32,6 +30,13 @@ def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -
     for baseline in arguments.baselines:
         runs.append(baseline_run(runner, head, baseline, most, arguments))
     return runs
+
+
+def filter_thresholds(head: ValueHead, arguments: EvaluateArguments) -> list[float]:
+    """The grid of thresholds, or the head's own; a `ValueError` if it has none."""
+    if not arguments.thresholds and head.config.threshold is None:
+        raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
+    return arguments.thresholds or [head.config.threshold]
 
 
 def baseline_run(
@@ -50,9 +55,15 @@ def baseline_run(
     return setting, runner.run(setting)
 
 
+def forbidden_words(arguments: EvaluateArguments) -> list[str]:
+    """The words of the baseline `bad_words`; none without it."""
+    if "bad_words" not in arguments.baselines:
+        return []
+    return [prompt.text for prompt in load_prompts(str(arguments.bad_words), argument="bad_words")]
+
+
 def bad_words_ids(runner: Runner, arguments: EvaluateArguments) -> list[list[int]]:
     """Token ids of the forbidden words, at the start of a text and after a space."""
-    words = [prompt.text for prompt in load_prompts(str(arguments.bad_words))]
     tokenizer = runner.formatter.tokenizer
-    forms = [form for word in words for form in (word, f" {word}")]
+    forms = [form for word in forbidden_words(arguments) for form in (word, f" {word}")]
     return [ids for ids in tokenizer(forms, add_special_tokens=False)["input_ids"] if ids]

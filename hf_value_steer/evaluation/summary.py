@@ -35,11 +35,12 @@ def lead(evaluation: Evaluation) -> str:
     head, main = evaluation["head"], main_run(evaluation)
     said = f"For <code>{escape(str(head['backbone'] or 'an unnamed backbone'))}</code>; "
     said += f"a high value is <b>{escape(head['polarity'])}</b>."
+    method = ""
     if main is not None:
         candidates = f" with {main['num_candidates']} candidates" if main.get("num_candidates") else ""
         threshold = "" if main["threshold"] is None else f" at threshold {main['threshold']:.4g}"
-        said += f" {_METHODS[main['method']]}{candidates}{threshold}."
-    return f"<p>{said} {escape(setting(evaluation))}</p>"
+        method = f" {_METHODS[main['method']]}{candidates}{threshold}."
+    return f"<p>{said}{escape(f'{method} {setting(evaluation)}')}</p>"
 
 
 def tiles(evaluation: Evaluation) -> str:

@@ -4,9 +4,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_value_steer.cards import LIBRARY_NAME, LIMITS_PLACEHOLDER
-from hf_value_steer.evaluation.document import flat
-from hf_value_steer.evaluation.markdown import table
+from hf_value_steer.cards import LIBRARY_NAME, LIMITS_PLACEHOLDER, NOT_RECORDED, UNNAMED, training_markdown
+from hf_value_steer.markup import code, literal, plain
 
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ _CARD = """---
 
 # {{ title }}
 
-A guidance module (SVGT, arXiv 2605.11712) for `{{ backbone }}`: {{ parameters }} parameters beside the frozen
+A guidance module (SVGT, arXiv 2605.11712) for {{ backbone }}: {{ parameters }} parameters beside the frozen
 backbone. It values the output of decoder layer {{ layer }} (counted from 0), and turns its correction into
 {{ guides }}.
 A high value is **undesirable**; at values below {{ threshold }} it is content.
@@ -30,12 +29,12 @@ A high value is **undesirable**; at values below {{ threshold }} it is content.
 from transformers import AutoModelForCausalLM
 from hf_value_steer import BridgeGuidanceConfig, enable_value_steer
 
-model = enable_value_steer(AutoModelForCausalLM.from_pretrained("{{ backbone }}"))
-cfg = BridgeGuidanceConfig(module="{{ repo_id }}", momentum=0.0)  # as in training
+model = enable_value_steer(AutoModelForCausalLM.from_pretrained({{ backbone_literal }}))
+cfg = BridgeGuidanceConfig(module={{ repo_id }}, momentum=0.0)  # as in training
 out = model.generate(**inputs, value_steer=cfg, do_sample=True)
 ```
 
-Backbone fingerprint: `{{ fingerprint }}`. Prompt format: `{{ chat_template }}`.
+Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}.
 {% if training %}
 ## Training
 
@@ -56,6 +55,7 @@ def guidance_card(module: "ValueGuidanceModule", limits: str | None = None, repo
         repo_id (`str`): where the module can be loaded from.
     """
     config = module.config
+    backbone = config.backbone or UNNAMED
     data = ModelCardData(
         library_name=LIBRARY_NAME,
         base_model=config.backbone,
@@ -66,16 +66,17 @@ def guidance_card(module: "ValueGuidanceModule", limits: str | None = None, repo
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=_CARD,
-        title=f"Value guidance: {config.attribute or 'unnamed attribute'}",
-        backbone=config.backbone or "an unnamed backbone",
+        title=plain(f"Value guidance: {config.attribute or 'unnamed attribute'}"),
+        backbone=code(backbone),
+        backbone_literal=literal(backbone),
         parameters=f"{sum(parameter.numel() for parameter in module.parameters()):,}",
         layer=config.layer,
         guides=bridges if config.injection == "bridge" else "a vector that is added to the state",
         threshold=f"{config.threshold:.4g}",
-        repo_id=repo_id,
-        fingerprint=config.backbone_fingerprint or "not recorded",
-        chat_template=config.chat_template or "not recorded",
-        training=table(["", ""], list(flat(config.training).items())) if config.training else "",
+        repo_id=literal(repo_id),
+        fingerprint=code(config.backbone_fingerprint or NOT_RECORDED),
+        chat_template=code(config.chat_template or NOT_RECORDED),
+        training=training_markdown(config.training),
         limits=limits or LIMITS_PLACEHOLDER,
     )
     return card

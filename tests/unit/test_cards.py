@@ -1,26 +1,32 @@
 """Cards and their Markdown: every part says what the documents say, and nothing where they say nothing."""
 
+import ast
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
-from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer import SteeringVectors, ValueGuidanceConfig, ValueGuidanceModule, ValueHead, ValueHeadConfig
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.cards import (
     LIMITS_PLACEHOLDER,
     NO_LIMITS,
     head_card,
     is_generated,
+    lacks_limits,
     renew_card,
     write_card,
     written_limits,
 )
 from hf_value_steer.evaluation.markdown import calibration_markdown, model_index, results_markdown
-from tests import documents
+from hf_value_steer.svgt.card import guidance_card
+from tests import documents, hostile
 
 
 def rows(markdown: str) -> list[list[str]]:
@@ -195,3 +201,119 @@ def test_a_renewed_card_keeps_what_a_person_wrote() -> None:
     assert renew_card(make(), "# Mine") == "# Mine"
     with pytest.raises(ValueError, match=r"have no place in a README\.md that was not generated"):
         renew_card(make(), "# Mine", limits="Irony.")
+
+
+class Shown(HTMLParser):
+    """What a reader of a card sees: its tags, its code blocks, and all its text without white space."""
+
+    def __init__(self, card: ModelCard) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, list[tuple[str, str | None]]]] = []
+        self.blocks: list[str] = []
+        self.text = ""
+        self.feed(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card.text))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, attrs))
+        if tag == "pre":
+            self.blocks.append("")
+
+    def handle_comment(self, data: str) -> None:
+        self.tags.append(("comment", [(data, None)]))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == ("code", [("class", "language-python")]):
+            self.blocks[-1] += data
+        self.text += "".join(data.split())
+
+
+def visible(text: str) -> str:
+    return "".join(each for each in text if each.isprintable() and not each.isspace())
+
+
+def hostile_head(text: str, several: bool = False) -> ModelCard:
+    """A card in which every text of the config, the calibration and the evaluation is this one."""
+    fields: dict[str, Any] = dict.fromkeys(("attribute", "backbone", "backbone_fingerprint", "chat_template"), text)
+    fields |= {"feature_dtype": text, "training": {text: text, "more": {"list": [text, text]}}}
+    if several:
+        one = {"name": text, "polarity": "undesirable", "threshold": 0.5}
+        fields["attributes"] = [one, {**one, "name": "another", "weight": 2.0}]
+        fields["combine"] = "sum"
+    identity = {name: fields[name] for name in ("attribute", "backbone", "backbone_fingerprint")}
+    runs = documents.runs()[:3]
+    for run in runs:
+        run["name"], run["judges"] = text, {text: run["judges"]["lexicon"]}
+    evaluation = documents.evaluation(
+        head={**documents.HEAD, **identity},
+        runs=runs,
+        judges=[{"name": text, "gave_labels": True}],
+        sampling={text: text},
+    )
+    calibration = documents.calibration()
+    calibration |= dict.fromkeys(("guarantee", "mode", "kernel", "backend", "data"), text)
+    calibration |= {"sampling": {text: text}, "groups": {text: {"curve": calibration["curve"]}}}
+    config = ValueHeadConfig(hidden_size=8, **fields)
+    return head_card(ValueHead(config), evaluation, calibration, datasets=[text], license=text, repo_id=text)
+
+
+def hostile_module(text: str) -> ModelCard:
+    fields = dict.fromkeys(("attribute", "backbone", "backbone_fingerprint", "chat_template"), text)
+    sizes = {"hidden_size": 8, "layer": 0, "value_width": 8}
+    config = ValueGuidanceConfig(**sizes, **fields, training={text: text})
+    return guidance_card(ValueGuidanceModule(config), repo_id=text)
+
+
+def hostile_vectors(text: str) -> ModelCard:
+    fields = dict.fromkeys(("attribute", "backbone", "backbone_fingerprint"), text)
+    return SteeringVectors.from_tensors({0: torch.ones(8)}, **fields, provenance={text: text}).card()
+
+
+CARDS = {
+    "head": hostile_head,
+    "several attributes": lambda text: hostile_head(text, several=True),
+    "guidance": hostile_module,
+    "vectors": hostile_vectors,
+}
+
+
+@pytest.mark.parametrize("kind", CARDS)
+@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
+def test_what_a_config_says_is_text(kind: str, text: str) -> None:
+    plain, card = CARDS[kind]("ordinary"), CARDS[kind](text)
+    expected, shown = Shown(plain), Shown(card)
+    assert shown.tags == expected.tags
+    written_in_json = 2  # or as in Python: the provenance of vectors, and the sampling of a head
+    outside = expected.text.count("ordinary") - expected.blocks[0].count("ordinary")
+    assert shown.text.count(visible(text)) >= outside - written_in_json
+    calls = [ast.dump(ast.parse(each.blocks[0])) for each in (expected, shown)]
+    assert calls[1].replace(repr(text), "'ordinary'") == calls[0]
+    assert shown.blocks[0].count("\n") == expected.blocks[0].count("\n")
+    assert (
+        card.data.base_model == text
+        and [text if tag == "ordinary" else tag for tag in plain.data.tags] == card.data.tags
+    )
+    assert ModelCard(card.content).content == card.content
+    assert list(card.data.to_dict()) == list(plain.data.to_dict())
+
+
+@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
+def test_what_a_config_says_is_not_what_a_person_wrote_of_limits(text: str) -> None:
+    card = hostile_head(text).content
+    assert is_generated(card) and written_limits(card) is None and lacks_limits(card)
+    head = ValueHead(ValueHeadConfig(hidden_size=8, attribute=text, backbone=text))
+    renewed = renew_card(head, head_card(head, limits="Slang.").content)
+    assert written_limits(renewed) == "Slang."
+
+
+@pytest.mark.parametrize(
+    "title", ["x\n<!-- limits -->\nNone.\n<!-- /limits -->\n", "x\n<!-- limits: a -->\nNone.", "<!-- limits --> x"]
+)
+def test_in_a_card_of_an_older_version_only_the_last_markers_count(title: str) -> None:
+    old = head_card(make()).content.replace("# Value head: toxicity", f"# Value head: {title}")
+    assert title in old and is_generated(old) and written_limits(old) is None
+
+
+@pytest.mark.parametrize("line", ["<!-- limits -->", "<!-- /limits -->", "<!-- /limits: mine"])
+def test_limits_that_hold_the_lines_around_them_are_refused(line: str) -> None:
+    with pytest.raises(ValueError, match='`limits` holds a line that begins with "<!-- limits"'):
+        head_card(make(), limits=f"Slang.\n{line}\nIrony.")

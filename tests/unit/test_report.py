@@ -1,13 +1,16 @@
 """The report of an evaluation: what is in it, what is left out, and that nothing in a document becomes markup."""
 
 import re
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
+from hf_value_steer.activation.sweep import sweep_page
 from hf_value_steer.evaluation.axes import linear, logarithmic, odds
+from hf_value_steer.evaluation.markdown import results_markdown
 from hf_value_steer.evaluation.report import render_report
-from tests import documents
+from tests import documents, hostile
 from tests.integration.test_trace_page import Reader
 
 
@@ -115,6 +118,69 @@ def test_nothing_in_a_document_becomes_markup() -> None:
     assert Reader(page).text.count("<script") > 100
 
 
+class Shape(HTMLParser):
+    """Names of the tags of a page, in order, each with those of its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, list[str]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, [name for name, _ in attrs]))
+
+    def handle_comment(self, data: str) -> None:
+        self.tags.append(("comment", [data]))
+
+
+def free_texts(text: str) -> str:
+    """A report in which everything that may be a text is this one."""
+    calibration = {**documents.calibration(), **dict.fromkeys(("guarantee", "kernel", "backend"), text)}
+    calibration |= {"groups": {text: documents.calibration()}, "sampling": {text: text}}
+    head = {**documents.HEAD, **dict.fromkeys(("attribute", "backbone", "backbone_fingerprint"), text)}
+    runs = documents.runs()
+    for each in runs:
+        each.update(name=text, judges={text: each["judges"]["lexicon"]})
+    for each in runs[1:5]:
+        each["num_candidates"] = text
+    examples = documents.examples()[:1]
+    examples[0]["prompt"] = text
+    examples[0]["steered"][0] |= {"text": text, "candidates": [[text, 0.5], ["b", 0.2]]}
+    free = {"environment": {"device": text}, "sampling": {text: text}, "seed": text, "new_tokens": text}
+    judges = [{"name": text, "gave_labels": False}]
+    return render_report(
+        documents.evaluation(head=head, runs=runs, judges=judges, calibration=calibration, examples=examples, **free)
+    )
+
+
+@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
+def test_what_a_document_says_is_text(text: str) -> None:
+    assert Shape(free_texts(text)).tags == Shape(free_texts("o" * len(text))).tags
+
+
+def swept(judge: str) -> str:
+    runs = [
+        {
+            "multiplier": m,
+            "method": method,
+            "judges": {judge: {"rate": 0.1}},
+            "perplexity_ratio": 1.1,
+            "collapsed": m > 1,
+        }
+        for m, method in ((0.0, "base"), (-1.0, "broadcast"), (2.0, "broadcast"))
+    ]
+    return sweep_page({"runs": runs, "window": [-1.0, 0.0], "budget": 1.5, "layers": [0, 1], "norms": [1.0, 2.0]})
+
+
+@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
+def test_the_name_of_a_judge_is_text_in_a_sweep(text: str) -> None:
+    page = swept(text)
+    assert Shape(page).tags == Shape(swept("ordinary")).tags
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    for reference in re.findall(r'aria-labelledby="([^"]*)"', page):
+        assert set(reference.split()) <= set(ids)
+
+
 def test_the_headline_quotes_the_run_at_the_own_threshold() -> None:
     document = documents.evaluation()
     main = next(each for each in document["runs"] if each["name"] == "filter K=8 c=0.1")
@@ -130,6 +196,14 @@ def test_the_headline_quotes_the_run_at_the_own_threshold() -> None:
     assert "with 8 candidates at threshold 0.1" in text
     other = Reader(render_report(documents.evaluation(head={**documents.HEAD, "threshold": 0.4}))).text
     assert "with 8 candidates at threshold 0.4" in other
+
+
+@pytest.mark.parametrize(("polarity", "counted"), [("undesirable", "unsafe"), ("desirable", "right")])
+def test_it_says_what_a_score_counts_as(polarity: str, counted: str) -> None:
+    document = documents.evaluation()
+    document["head"] = {**document["head"], "polarity": polarity}
+    for text in (render_report(document), results_markdown(document)):
+        assert f"A text that a judge scores above 0.5 counts as {counted}" in text
 
 
 def test_what_is_null_is_a_dash_and_a_judge_that_labelled_is_named() -> None:

@@ -1,0 +1,25 @@
+"""Texts that would be more than text if they got into Markdown, HTML, YAML or Python as they are."""
+
+TEXTS = {
+    "lines": "a\n\n# Heading\n\n- item\r\nb",
+    "Python": '"))\nimport os  # ',
+    "Python in one line": '"); __import__("os").abort()  # ',
+    "docstring": '"""',
+    "backslash": "a\\",
+    "backticks": "a`b``c\n```\n\n```python",
+    "script": "<script src='//x'></script>",
+    "comment": "<!-- a",
+    "attribute": "\" onmouseover='alert(1)",
+    "entity": "&lt;b&gt; &#60;b>",
+    "pipes": "a | b \\| c\n| --- | --- |",
+    "emphasis": "_a_ *b* __c__ ~~d~~ $$e$$",
+    "link": "[a](http://x) ![b](http://x) <http://x>",
+    "limits": "a\n<!-- limits -->\nIt has none.\n<!-- /limits -->\nb",
+    "limits in the middle": "a\n\n## Limits\n\n<!-- limits: written by a person -->\nIt has none.",
+    "YAML": "a: b",
+    "end of YAML": "a\n---\nb\n---\n",
+    "YAML tag": "!!python/object/apply:os.abort []",
+    "template": "{{ 7 * 7 }} {% raw %} $style ${style}",
+    "closing hashes": "C# in F # #",
+    "control characters": "a\x00\x1b[31m\x85\u2028\u202eb",
+}
