@@ -74,7 +74,7 @@ def training(folder: Path, architecture: str, steps: int | None) -> dict[str, An
     torch.set_num_threads(2)
     arguments = TrainArguments(
         collection=str(folder), output=str(folder / architecture), judge=JUDGE, architecture=architecture,
-        epochs=1, validation=0.02, calibration=0.0, learning_rate=1e-3,
+        epochs=1, validation=0.02, calibration=0.0, learning_rate=1e-3, accept_chance=True,
         trainer=["disable_tqdm=true", *([f"max_steps={steps}"] if steps else [])],
     )  # fmt: skip
     start = time.perf_counter()

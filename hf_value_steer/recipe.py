@@ -11,16 +11,17 @@ import yaml
 from hf_value_steer.cards import renew_card
 from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
-from hf_value_steer.evaluation.evaluate import evaluate
-from hf_value_steer.files import write_atomically
-from hf_value_steer.hub import push_head
+from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
+from hf_value_steer.files import read_utf8, write_atomically
+from hf_value_steer.hub import check_hub_id, push_head
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.svgt.train import GuidanceTrainArguments, train_guidance
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
+from hf_value_steer.training.calibrate import CalibrateArguments, calibrate, check_column
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
-from hf_value_steer.training.targets import parse_attributes
+from hf_value_steer.training.prompts import Prompt, load_prompts
+from hf_value_steer.training.targets import check_target, parse_attributes
 from hf_value_steer.training.train import TrainArguments, train
 
 
@@ -64,10 +65,13 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
         The folder of what was trained: of the head, if there is one.
 
     Raises:
-        ValueError: for an unknown section or field, before anything is done.
+        ValueError: for an unknown section or field, and for a judge, a function, a file or a column that is not there,
+            before anything is generated; for a head that learned nothing, see
+            [`~hf_value_steer.training.train.train`].
     """
-    content = recipe if isinstance(recipe, Mapping) else yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    content = recipe if isinstance(recipe, Mapping) else yaml.safe_load(read_utf8(Path(recipe)))
     steps = _Steps(content)
+    steps.look_for_sources()
     collect(steps.collect, steps.label)
     trained = []
     if steps.train is not None:
@@ -125,6 +129,7 @@ class _Steps:
         if "train" in content:
             chosen = {**collection, "output": head, **learned, **content["train"]}
             self.train = _arguments(TrainArguments, "train", chosen)
+            check_target(self.train.preset().target, self.label.prefixes, self.collect.next_tokens)
         if "guide" in content:
             if not self.label.prefixes:
                 raise ValueError(
@@ -133,12 +138,15 @@ class _Steps:
             same = {name: given[name] for name in ("model", "dtype") if name in given}
             own = {"output": str(folder / "module"), "judge": (labels.get("judges") or [None])[0]}
             self.guide = _arguments(GuidanceTrainArguments, "guide", {**collection, **same, **own, **content["guide"]})
+            check_target(self.guide.target, self.label.prefixes, self.collect.next_tokens)
         self.folds, self.push = 0, content.get("push")
         self.card = content.get("card") or {}
         if unknown := sorted(set(self.card) - {"limits", "license", "datasets"}):
             raise ValueError(f"Section 'card' of the recipe has no {', '.join(unknown)}.")
         if self.push is not None and "repo_id" not in self.push:
             raise ValueError("Section 'push' of the recipe needs `repo_id`.")
+        if self.push is not None:
+            check_hub_id(self.collect.backbone or self.collect.model, "The backbone of section 'collect'")
         if "calibrate" in content:
             own = content["calibrate"] or {}
             chosen = {**collection, "value_head": head, **({} if "judge" in own else learned), **own}
@@ -154,6 +162,17 @@ class _Steps:
                 )
             chosen |= {"prompts": given.get("prompts")} if self.folds else {}
             self.evaluate = _arguments(EvaluateArguments, "evaluate", chosen)
+
+    def look_for_sources(self) -> None:
+        """Look for everything that later steps will ask for; `collect` does so for its own."""
+        if self.calibrate is not None and self.calibrate.group_column is not None:
+            check_column(self.calibrate.group_column, self._prompts())
+        if self.evaluate is not None:
+            check_sources(self.evaluate, self._prompts() if self.folds else evaluation_prompts(self.evaluate))
+
+    def _prompts(self) -> list[Prompt]:
+        given = self.collect
+        return load_prompts(given.prompts, given.prompt_column, given.prompt_split, given.limit)
 
 
 def _learned(judges: Sequence[str], train: Mapping[str, Any]) -> dict[str, Any]:

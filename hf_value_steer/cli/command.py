@@ -1,6 +1,7 @@
 """From dataclasses of arguments to commands."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -46,6 +47,8 @@ def guarded(function: Callable[[argparse.Namespace], None]) -> Callable[[argpars
 
     def run(namespace: argparse.Namespace) -> int:
         transformers.logging.set_verbosity_error()
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("hf_value_steer").setLevel(logging.INFO)
         try:
             function(namespace)
         except (ImportError, OSError, RuntimeError, ValueError) as error:

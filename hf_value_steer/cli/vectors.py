@@ -75,7 +75,7 @@ class ApplyArguments(BackboneArguments, SamplingArguments):
 
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "as for `collect`"})
-    multipliers: list[float] = field(default_factory=lambda: [-1.0, 1.0], metadata={"help": "which to show"})
+    multipliers: list[float] = field(default_factory=lambda: [-0.25, 0.25], metadata={"help": "which to show"})
     mode: str = field(default="broadcast", metadata={"help": "broadcast or last_token"})
     max_new_tokens: int = field(default=64, metadata={"help": "length of a text"})
     seed: int = field(default=0, metadata={"help": "of sampling"})
@@ -86,7 +86,7 @@ class BakeArguments(BackboneArguments):
     """Write a checkpoint that is steered by itself."""
 
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
-    multiplier: float = field(metadata={"help": "how much of them"})
+    multiplier: float = field(metadata={"help": "how much of them; `sweep` says how far it can go"})
     output: str = field(metadata={"help": "folder of the checkpoint"})
     texts: str | None = field(default=None, metadata={"help": "texts to compare on; random tokens if left out"})
 

@@ -61,7 +61,8 @@ class ValueStageTrainer(Trainer):  # type: ignore[misc]
 def discrimination(prediction: EvalPrediction) -> dict[str, float]:
     """`auroc`, `accuracy` and `f1` of tokens that count, whose label is above one half or not.
 
-    `captured`: which share of the sum of all labels the tenth of the tokens with the highest values has.
+    `captured`: which share of the sum of all labels the tenth of the tokens with the highest values has. It is left
+    out where all labels are 0, and `auroc` where all are on one side.
     """
     from sklearn.metrics import f1_score, roc_auc_score
 
@@ -69,13 +70,15 @@ def discrimination(prediction: EvalPrediction) -> dict[str, float]:
     counted = ~labels.isnan() & (labels >= 0)  # `Trainer` pads with -100
     positive, said = labels[counted] > 0.5, logits[counted] > 0
     top = labels[counted][logits[counted].argsort(descending=True)[: int(counted.sum()) // 10]]
-    both = bool(positive.any()) and not bool(positive.all())
-    return {
-        "auroc": float(roc_auc_score(positive, logits[counted])) if both else float("nan"),
+    found = {
         "accuracy": float((positive == said).float().mean()),
         "f1": float(f1_score(positive, said, zero_division=0.0)),
-        "captured": float(top.sum() / labels[counted].sum()),
     }
+    if positive.any() and not positive.all():
+        found["auroc"] = float(roc_auc_score(positive, logits[counted]))
+    if labels[counted].any():
+        found["captured"] = float(top.sum() / labels[counted].sum())
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """`svgt train`: from a labelled collection to a saved guidance module, in three stages."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_value_steer.svgt.stages import (
     ValueStageTrainer,
 )
 from hf_value_steer.svgt.states import States
+from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
 from hf_value_steer.training.checkpoints import train_on
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter
@@ -96,7 +98,7 @@ def train_guidance(arguments: GuidanceTrainArguments) -> ValueGuidanceModule:
     A training that was stopped goes on from the last epoch of its stage, and ends with the same module.
 
     Raises:
-        ValueError: if labels are missing, or the folder holds another module.
+        ValueError: if labels are missing, all of one class, or the folder holds another module.
     """
     output, collection = Path(arguments.output), Collection(arguments.collection)
     recorded = {**arguments.record(), "collection_sha256": collection.digest()}
@@ -118,16 +120,20 @@ def train_guidance(arguments: GuidanceTrainArguments) -> ValueGuidanceModule:
 class _Training:
     def __init__(self, arguments: GuidanceTrainArguments, collection: Collection):
         self.arguments, self.collection = arguments, collection
+        self.targets = Targets(collection, [arguments.judge], arguments.target)
+        if "prefixes" not in self.targets.labels[0].kinds:
+            raise ValueError("Stage `bridge` learns from scores of prefixes: label again with `prefixes`.")
+        self.rows = split_rows(collection, arguments)
+        training, validation = self.rows["train"], self.rows["validation"]
+        refuse_one_class(self.targets, training, [arguments.judge])
+        refuse_what_cannot_be_told(self.targets, validation, [arguments.judge], accepted=True)
+        report_balance(self.targets, [arguments.judge], {"training": training, "validation": validation})
         self.work = Path(arguments.output) / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
         self.model.requires_grad_(False)
         self.formatter = Formatter(tokenizer, collection.manifest["arguments"]["chat"])
-        self.targets = Targets(collection, [arguments.judge], arguments.target)
-        if "prefixes" not in self.targets.labels[0].kinds:
-            raise ValueError("Stage `bridge` learns from scores of prefixes: label again with `prefixes`.")
-        self.rows = split_rows(collection, arguments)
         set_seed(arguments.seed)
         self.module = ValueGuidanceModule(self._config())
         self.states = States(collection, self.work / "states", self.model, self.formatter, self.module.config.layer)
@@ -184,6 +190,8 @@ class _Training:
         (self.work / stage).mkdir(exist_ok=True)
         train_on(trainer)
         evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+        if not math.isfinite(evaluated["eval_loss"]):
+            raise ValueError(f"Stage {stage!r}: the validation loss is not finite: lower `{stage}_rate`.")
         kept = ("loss", "auroc", "accuracy", "f1", "captured", *PARTS)
         return {name: round(evaluated[f"eval_{name}"], 4) for name in kept if f"eval_{name}" in evaluated}
 

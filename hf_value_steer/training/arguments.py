@@ -1,24 +1,44 @@
 """What can be said to `collect`, and how tokens are drawn."""
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
 
 def check_kinds(arguments: Any) -> None:
-    """Refuse what is none of the choices, or no number where one is due: a recipe may hold anything.
+    """Refuse what is none of the choices, or of another kind than is due: a recipe may hold anything.
 
     Raises:
         ValueError: names the field of the dataclass `arguments`.
     """
     for each in fields(arguments):
-        choice, options = getattr(arguments, each.name), get_args(each.type)
+        choice, origin, options = getattr(arguments, each.name), get_origin(each.type), get_args(each.type)
         if choice is None:
             continue
-        if get_origin(each.type) is Literal and choice not in options:
+        if origin is Literal and choice not in options:
             raise ValueError(f"`{each.name}` has to be one of {', '.join(options)}; got {choice!r}.")
-        is_number = isinstance(choice, int | float) and not isinstance(choice, bool)
-        if {int, float} & {each.type, *options} and not is_number:
-            raise ValueError(f"`{each.name}` has to be a number, got {choice!r} (in YAML 1.0e-3, not 1e-3).")
+        if origin is list and not isinstance(choice, list | tuple):
+            raise ValueError(f"`{each.name}` has to be a list, got {choice!r}.")
+        if each.type is bool and not isinstance(choice, bool):
+            raise ValueError(f"`{each.name}` has to be true or false, got {choice!r}.")
+        if {int, float} & {each.type, *options}:
+            for number in choice if origin is list else [choice]:
+                _check_number(each.name, number)
+
+
+def _check_number(name: str, number: Any) -> None:
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        raise ValueError(f"`{name}` has to be a number, got {number!r} (in YAML 1.0e-3, not 1e-3).")
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` has to be a finite number, got {number!r}.")
+
+
+def check_least(arguments: Any, least: int, *names: str) -> None:
+    """Refuse numbers below `least`; fields that are `None` are passed over."""
+    for name in names:
+        number = getattr(arguments, name)
+        if number is not None and number < least:
+            raise ValueError(f"`{name}` has to be at least {least}, got {number}.")
 
 
 @dataclass(kw_only=True)
@@ -76,8 +96,7 @@ class CollectArguments(SamplingArguments):
             raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
         if self.force_words and self.engine == "vllm":
             raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
-        for name in ("samples", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` has to be at least 1, got {getattr(self, name)}.")
+        check_least(self, 1, "samples", "max_new_tokens", "batch_size", "limit")
+        check_least(self, 0, "forced_samples", "next_tokens")
         if bool(self.forced_samples) != bool(self.force_words):
             raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,15 @@ from hf_value_steer.configuration import check_attributes
 from hf_value_steer.files import write_atomically
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
+from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.label import Labels
+from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import parse_attributes
 from hf_value_steer.training.train import TrainArguments, split_rows
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -87,11 +93,18 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
             f"`value_head` is for backbone {head.config.backbone_fingerprint}, but {arguments.collection} was "
             f"collected from {collection.manifest['backbone_fingerprint']}: its values would mean nothing."
         )
+    if report := chance_report(head.config.training):
+        logger.warning(
+            f"{arguments.value_head} was not shown to be better than chance: {report}. Its thresholds bound how often "
+            "it acts, but where it acts means little."
+        )
     rows = np.array(held_out_rows(collection, Path(arguments.value_head)))
     judges = _judges(arguments, head)
     verdicts = {each: (Labels(collection, each[0]).responses() > 0.5).numpy() for each in judges}
     bad = np.any([verdict ^ (polarity == "desirable") for (_, polarity), verdict in verdicts.items()], axis=0)
-    prompts = collection.rows.prompt.numpy()
+    prompts, column = collection.rows.prompt.numpy(), arguments.group_column
+    if column is not None:
+        check_column(column, collection.prompts)
     named = " ".join(judge for judge, _ in judges)
     chosen = rows[one_per_prompt(prompts[rows].tolist(), arguments.seed)]
     if arguments.method == "filter":  # only now: a prompt that is seldom safe must not count more than it does
@@ -101,7 +114,6 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     if arguments.token_rate is not None and _worst_counts(head):
         _set_attribute_thresholds(collection, head, rows.tolist(), arguments.token_rate)
     values = _values(collection, head, chosen.tolist(), arguments.method)
-    column = arguments.group_column
     calibration = Calibration.from_scores(
         values.worst.numpy(),
         mode=arguments.mode,
@@ -120,6 +132,15 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     calibration.save(arguments.value_head)
     write_atomically(Path(arguments.value_head) / "config.json", head.config.to_json_string().encode())
     return calibration
+
+
+def check_column(column: str, prompts: Sequence[Prompt]) -> None:
+    """Raise a `ValueError` unless every prompt has this column."""
+    for prompt in prompts:
+        if column not in prompt.columns:
+            raise ValueError(
+                f"`group_column`: prompt {prompt.text!r} has no column {column!r}, only {sorted(prompt.columns)}."
+            )
 
 
 def _judges(arguments: CalibrateArguments, head: ValueHead) -> list[tuple[str, Polarity]]:

@@ -27,6 +27,7 @@ from hf_value_steer.progress import progress
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
+from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import LabelArguments, label
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
 from hf_value_steer.training.references import PREFIX, model_name, resolve
@@ -50,7 +51,8 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     Goes on where it was stopped: a shard is there completely or not at all, and its random numbers depend on the seed
     and its index alone, so an interrupted collection becomes the same, byte by byte. Under `accelerate launch` the
     processes share the shards. With `engine="vllm"` the prompts are continued by vLLM, in this process, and the
-    features are those that its model runner sees, which a steered server scores.
+    features are those that its model runner sees, which a steered server scores. Prompts, words and judges are looked
+    at before the backbone is loaded.
 
     Args:
         arguments: what to generate.
@@ -67,7 +69,10 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     prompts = load_prompts(arguments.prompts, arguments.prompt_column, arguments.prompt_split, arguments.limit)
     asked = {"arguments": _recorded(arguments), "prompts_sha256": prompts_digest(prompts)}
     refuse_other(folder / "collection.json", asked)
-    engine = _start(arguments, state, prompts)
+    words = _words(arguments.force_words) if arguments.force_words else []
+    if labels is not None:
+        check_judges(labels.judges, prompts)
+    engine = _start(arguments, state, prompts, words)
     batches = list(_batches(arguments, prompts))
     with state.main_process_first():
         claim(folder / "collection.json", {**asked, **_manifest(arguments, engine, len(batches))})
@@ -92,9 +97,11 @@ def _batches(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Iterator
             index += 1
 
 
-def _start(arguments: CollectArguments, state: PartialState, prompts: Sequence[Prompt]) -> Engine:
+def _start(
+    arguments: CollectArguments, state: PartialState, prompts: Sequence[Prompt], words: Sequence[str]
+) -> Engine:
     if arguments.engine == "generate":
-        return _Generate(arguments, state.device)
+        return _Generate(arguments, state.device, words)
     if state.num_processes > 1:
         raise ValueError("vLLM shares the work itself: run `collect` as one process, with `tensor_parallel_size`.")
     try:
@@ -137,12 +144,11 @@ def _is_complete(path: Path) -> bool:
 class _Generate:
     """`generate` of transformers as an [`Engine`]."""
 
-    def __init__(self, arguments: CollectArguments, device: torch.device):
+    def __init__(self, arguments: CollectArguments, device: torch.device, words: Sequence[str]):
         self.arguments = arguments
         self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
         self.formatter = Formatter(tokenizer, arguments.chat)
-        source = arguments.force_words
-        self.words = ForcedWords(self.model, tokenizer, _words(source)) if source else None
+        self.words = ForcedWords(self.model, tokenizer, words) if words else None
         self.facts = {
             "backbone_fingerprint": fingerprint(self.model),
             "hidden_size": feature_width(self.model),
@@ -173,20 +179,26 @@ class _Generate:
 
 
 def _words(source: str) -> list[str]:
-    return resolve(source)() if source.startswith(PREFIX) else [prompt.text for prompt in load_prompts(source)]
+    if not source.startswith(PREFIX):
+        return [prompt.text for prompt in load_prompts(source, argument="force_words")]
+    words = list(resolve(source)())
+    if not words:
+        raise ValueError(f"`force_words`: {source} gave no word.")
+    return words
 
 
 class _Watch(LogitsProcessor):  # type: ignore[misc]
     """Keeps the most likely next tokens of every step, and forces two words into every row if there are any.
 
-    A word begins at a random step of each half of the generation.
+    A word begins at a random step of each half of the generation; a generation of one token is one half.
     """
 
     def __init__(self, words: ForcedWords | None, arguments: CollectArguments, rows: int, prompt_length: int):
         self.words, self.keep, self.prompt_length = words, arguments.next_tokens, prompt_length
         self.pending: list[list[int]] = [[] for _ in range(rows)]
         half, draw = arguments.max_new_tokens // 2, random.Random(torch.initial_seed())
-        self.starts = [{draw.randrange(half), half + draw.randrange(half)} for _ in range(rows)]
+        step = max(half, 1)
+        self.starts = [{draw.randrange(step), half + draw.randrange(step)} for _ in range(rows)]
         self.likely: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

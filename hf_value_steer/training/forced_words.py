@@ -1,5 +1,7 @@
 """Words that a model rarely says by itself, drawn so that they fit where they are forced in."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +24,7 @@ class ForcedWords:
         ValueError: if there is none.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: list[str]):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]):
         if not words:
             raise ValueError("There is no word to force in: `force_words` is empty.")
         forms = dict.fromkeys(form for word in words for form in _forms(word))

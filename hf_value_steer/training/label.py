@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_value_steer.files import claim, write_json
 from hf_value_steer.progress import progress
+from hf_value_steer.training.arguments import check_kinds
 from hf_value_steer.training.judges import Judge, agreement, load_judge
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
@@ -29,6 +30,9 @@ class LabelArguments:
     prefix_words: int | None = field(
         default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default"}
     )
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
 
 
 def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments: LabelArguments) -> dict[str, Any]:
@@ -81,6 +85,10 @@ class Labels:
         if missing := sum(not path.exists() for path in paths):
             raise ValueError(f"{judge} has not labelled {missing} of {len(paths)} shards: run `collect` with it.")
         self.collection, self.files = collection, [TensorFile(path) for path in paths]
+
+    def digest(self) -> str:
+        """What tells these labels from others."""
+        return hashlib.sha256("".join(file.metadata["sha256"] for file in self.files).encode()).hexdigest()
 
     def responses(self) -> Tensor:
         """Scores of whole responses, `(rows,)`."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from hf_value_steer.files import read_utf8
 from hf_value_steer.training.references import PREFIX, resolve
 
 
@@ -28,54 +29,63 @@ class Prompt:
     messages: Sequence[Mapping[str, str]] | None = None
 
 
-def load_prompts(source: str, column: str = "prompt", split: str = "train", limit: int | None = None) -> list[Prompt]:
+def load_prompts(
+    source: str,
+    column: str = "prompt",
+    split: str = "train",
+    limit: int | None = None,
+    *,
+    argument: str = "prompts",
+) -> list[Prompt]:
     """Read prompts.
 
     Args:
-        source (`str`): a `.txt` file (one prompt a line), a `.jsonl` file, `python:module:function` (which returns
-            texts or records), or a Hub id or folder for `datasets.load_dataset`.
+        source (`str`): a `.txt` file (one prompt a line), a `.jsonl` file, both in UTF-8, `python:module:function`
+            (which returns texts or records), or a Hub id or folder for `datasets.load_dataset`.
         column (`str`): the column of a record that holds the prompt: a text, or a list of chat messages that ends
             with the user's.
         split (`str`): split of a data set.
         limit (`int`, *optional*): take the first so many.
+        argument (`str`): what errors call the source.
 
     Raises:
-        ValueError: if there is no prompt, or a record does not hold `column`.
+        ValueError: if there is no prompt, a record does not hold `column`, or a file is not in UTF-8.
     """
-    prompts = [_prompt(record, column, source) for record in _records(source, split)][:limit]
+    records = _records(source, split, argument)
+    prompts = [_prompt(record, column, f"`{argument}`: a record of {source}") for record in records][:limit]
     if not prompts:
-        raise ValueError(f"`prompts`: {source} holds no prompt.")
+        raise ValueError(f"`{argument}`: {source} holds no prompt.")
     return prompts
 
 
-def _records(source: str, split: str) -> Iterable[Any]:
+def _records(source: str, split: str, argument: str) -> Iterable[Any]:
     if source.startswith(PREFIX):
         return resolve(source)()  # type: ignore[no-any-return]
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
-        return _dataset(source, split)
+        return _dataset(source, split, argument)
     if not path.is_file():
-        raise ValueError(f"`prompts`: there is no file {source}.")
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        raise ValueError(f"`{argument}`: there is no file {source}.")
+    lines = [line for line in read_utf8(path).split("\n") if line.strip()]
     return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
 
 
-def _dataset(source: str, split: str) -> Iterable[Any]:
+def _dataset(source: str, split: str, argument: str) -> Iterable[Any]:
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise ValueError(
-            f"`prompts`: {source} is read with the `datasets` package, which is not installed: "
+            f"`{argument}`: {source} is read with the `datasets` package, which is not installed: "
             'pip install "hf-value-steer[train]".'
         ) from error
     return load_dataset(source, split=split)  # type: ignore[no-any-return]
 
 
-def _prompt(record: Any, column: str, source: str) -> Prompt:
+def _prompt(record: Any, column: str, place: str) -> Prompt:
     if isinstance(record, str):
         return Prompt(record.strip())
     if column not in record:
-        raise ValueError(f"`prompts`: a record of {source} has no column {column!r}, only {sorted(record)}.")
+        raise ValueError(f"{place} has no column {column!r}, only {sorted(record)}.")
     columns = {name: entry for name, entry in record.items() if name != column}
     if isinstance(record[column], str):
         return Prompt(record[column].strip(), columns)

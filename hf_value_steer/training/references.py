@@ -13,7 +13,7 @@ def resolve(reference: str) -> Any:
     """What `python:module:name` names; modules of the working directory can be imported, as under `python -m`.
 
     Raises:
-        ValueError: if the reference has another form, or there is no such module or name.
+        ValueError: if the reference has another form, there is no such module or name, or importing it fails.
     """
     module, separator, name = reference.removeprefix(PREFIX).partition(":")
     if not (reference.startswith(PREFIX) and module and separator and name):
@@ -24,6 +24,8 @@ def resolve(reference: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{reference!r} cannot be found from {here}: {error}.") from error
+    except Exception as error:  # the module is the user's: anything
+        raise ValueError(f"{reference!r}: importing it raised {type(error).__name__}: {error}.") from error
 
 
 def model_name(model: str) -> str:

@@ -155,6 +155,10 @@ class Collection:
         """A tensor of the row's tokens, `(tokens, ...)`: `"features"`, `"tokens"`, `"next_tokens"`, ..."""
         return self.read_from(self.shards, name, row)
 
+    def length(self, row: int) -> int:
+        """How many tokens a row has."""
+        return int(self.rows.stop[row] - self.rows.start[row])
+
     def digest(self) -> str:
         """What tells this collection from others: its manifest, with the digest of its prompts."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()

@@ -44,6 +44,14 @@ def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
     return attributes
 
 
+def check_target(kind: Target, prefixes: bool, next_tokens: int) -> None:
+    """Raise a `ValueError` if a target reads what `label` and `collect` will not have left."""
+    if _NEEDS[kind] != "responses" and not prefixes:
+        raise ValueError(f"`target` {kind!r} needs `prefixes: true` in section 'label'.")
+    if _NEEDS[kind] == "next" and not next_tokens:
+        raise ValueError(f"`target` {kind!r} needs `next_tokens` above 0 in section 'collect'.")
+
+
 class Targets:
     """Targets of a collection's tokens, all in [0, 1].
 
@@ -77,14 +85,23 @@ class Targets:
         features = self.collection.read("features", row)
         if self.kind == "response":
             features = torch.cat([self.collection.prompt_feature(row)[None], features])
-            return features, self.responses[row].expand(len(features), *self.responses.shape[1:])
+        return features, self.of(row)
+
+    def of(self, row: int) -> Tensor:
+        """The targets of a row alone."""
+        if self.kind == "response":
+            return self.responses[row].expand(self.collection.length(row) + 1, *self.responses.shape[1:])
         if row not in self.known:
             self.known[row] = _side_by_side([self._of_tokens(labels, row) for labels in self.labels])
-        return features, self.known[row]
+        return self.known[row]
 
     def generated(self, row: int) -> Tensor:
         """Targets of the new tokens alone, without that of the prompt's last token, which some kinds have."""
-        return self.row(row)[1][-len(self.collection.read("tokens", row)) :]
+        return self.of(row)[-self.collection.length(row) :]
+
+    def positive(self, rows: Sequence[int]) -> Tensor:
+        """Whether each judge scores the whole text above one half, `(rows, A)`."""
+        return (self.responses[list(rows)] > 0.5).view(len(rows), len(self.labels))
 
     def _of_tokens(self, labels: Labels, row: int) -> Tensor:
         prefixes = labels.read("prefixes", row)

@@ -1,8 +1,9 @@
 """`train`: from a labelled collection to a saved head."""
 
 import json
+import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,16 +12,19 @@ import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hf_value_steer.configuration import ValueHeadConfig, check_attributes
-from hf_value_steer.files import write_json
+from hf_value_steer.files import claim, write_json
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.arguments import check_kinds
+from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
+from hf_value_steer.training.chance import METRICS, chance_report
 from hf_value_steer.training.checkpoints import train_on
+from hf_value_steer.training.label import Labels
 from hf_value_steer.training.losses import Loss
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Target, Targets, parse_attributes
-from hf_value_steer.training.trainer import HeadInTraining, TokenRows, ValueHeadTrainer, statistics
+from hf_value_steer.training.trainer import HeadInTraining, StopAtChance, TokenRows, ValueHeadTrainer, statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,9 @@ class TrainArguments(SplitArguments):
     patience: int | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
     batch_rows: int = field(default=32, metadata={"help": "generations in one step"})
     seed: int = field(default=0, metadata={"help": "of weights and order"})
+    accept_chance: bool = field(
+        default=False, metadata={"help": "go on with a head that is no better than chance on the validation texts"}
+    )
     trainer: list[str] = field(
         default_factory=list,
         metadata={"help": "further TrainingArguments as name=value, for instance report_to=wandb, bf16=true"},
@@ -144,8 +151,8 @@ class TrainArguments(SplitArguments):
         return [{"name": each.name, "polarity": each.polarity, "threshold": 0.5} for each in parsed]
 
     def record(self) -> dict[str, Any]:
-        """What `training.json` keeps: not where things lie, and what is for several attributes only if there are."""
-        left_out = ("collection", "output", *(() if self.attributes else ("attributes", "combine")))
+        """What `training.json` keeps: what makes the head, and what is for several attributes only if there are."""
+        left_out = ("collection", "output", "accept_chance", *(() if self.attributes else ("attributes", "combine")))
         return {name: choice for name, choice in asdict(self).items() if name not in left_out}
 
     def preset(self) -> Recipe:
@@ -173,20 +180,26 @@ def split_rows(collection: Collection, arguments: SplitArguments) -> dict[str, l
 def train(arguments: TrainArguments) -> ValueHead:
     """Train a head and save it with a record of its training. A head that is there already is loaded.
 
-    A training that was stopped goes on from its last epoch and ends with the same head.
+    A training that was stopped goes on from its last epoch and ends with the same head. It says how many texts and
+    tokens are positive. A head whose values are no better than chance on the validation texts, by the AUROC of the
+    mean value of a text (one-sided, 95 %), is not saved unless `accept_chance` says so; then nothing is trained
+    again.
 
     Raises:
-        ValueError: if labels are missing, all of one class, or the folder holds another head.
+        ValueError: if labels are missing, all of one class, or the folder holds another head; if the head is no
+            better than chance, or the validation texts are too few to tell.
     """
     output, collection = Path(arguments.output), Collection(arguments.collection)
-    recorded = {**arguments.record(), "collection_sha256": collection.digest()}
+    recorded = _recorded(collection, arguments)
     record = output / "training.json"
     if record.exists():
         if json.loads(record.read_text(encoding="utf-8"))["arguments"] != recorded:
             raise ValueError(f"{output} holds a head that was trained otherwise: choose another folder.")
-        return ValueHead.from_pretrained(output)  # type: ignore[no-any-return]
-    rows = split_rows(collection, arguments)
-    head, history = fit(collection, arguments, rows["train"], rows["validation"], output / "checkpoints")
+        head: ValueHead = ValueHead.from_pretrained(output)
+        _refuse_chance(head.config.training, arguments)
+        return head
+    rows, work = split_rows(collection, arguments), output / "checkpoints"
+    head, history = _fitted(collection, arguments, rows, work)
     head.config.training = {
         "recipe": arguments.recipe,
         **asdict(arguments.preset()),
@@ -194,11 +207,48 @@ def train(arguments: TrainArguments) -> ValueHead:
         **({"attributes": arguments.attributes} if arguments.attributes else {"judge": arguments.judge}),
         "metrics": history[-1],
     }
+    _refuse_chance(head.config.training, arguments)
     head.save_pretrained(output)
     splits = {name: len(members) for name, members in rows.items()}
     write_json(record, {"arguments": recorded, "history": history, "splits": splits})
-    shutil.rmtree(output / "checkpoints")
+    shutil.rmtree(work)
     return head
+
+
+def _fitted(
+    collection: Collection, arguments: TrainArguments, rows: Mapping[str, Sequence[int]], work: Path
+) -> tuple[ValueHead, list[dict[str, Any]]]:
+    """What [`fit`] returns, kept in `work`: whoever accepts a head at chance does not train it again."""
+    done, claimed = work / "history.json", work / "arguments.json"
+    if done.exists() and json.loads(claimed.read_text(encoding="utf-8")) != _learned(collection, arguments):
+        shutil.rmtree(work)  # of a head that was refused
+    if not done.exists():
+        head, history = fit(collection, arguments, rows["train"], rows["validation"], work)
+        head.save_pretrained(work / "head")
+        write_json(done, history)
+    return ValueHead.from_pretrained(work / "head"), json.loads(done.read_text(encoding="utf-8"))
+
+
+def _recorded(collection: Collection, arguments: TrainArguments) -> dict[str, Any]:
+    """What makes the head, but for the labels."""
+    return {**arguments.record(), "collection_sha256": collection.digest()}
+
+
+def _learned(collection: Collection, arguments: TrainArguments) -> dict[str, Any]:
+    """What makes the head: a judge that was mended has other labels under the same name."""
+    labels = {judge: Labels(collection, judge).digest() for judge in arguments.judges()}
+    return {**_recorded(collection, arguments), "labels_sha256": labels}
+
+
+def _refuse_chance(training: Mapping[str, Any] | None, arguments: TrainArguments) -> None:
+    """Raise a `ValueError` for a head at chance, unless that is accepted."""
+    report = chance_report(training)
+    if report and not arguments.accept_chance:
+        raise ValueError(
+            f"The head is not shown to be better than chance: {report}. Collect more prompts or `samples`, look "
+            "whether the judge's labels make sense, or try another `recipe` or `target`. To go on with this head all "
+            "the same say `accept_chance`: nothing is trained again."
+        )
 
 
 def fit(
@@ -207,21 +257,25 @@ def fit(
     train_rows: Sequence[int],
     validation_rows: Sequence[int],
     work: Path,
-) -> tuple[ValueHead, list[dict[str, float]]]:
+) -> tuple[ValueHead, list[dict[str, Any]]]:
     """Fit a head on some rows and stop on others.
 
     Args:
         collection: labelled generations.
         arguments: how to train; `output` is not written.
         train_rows, validation_rows: indices of rows.
-        work: folder for checkpoints; training goes on from the last one in it.
+        work: folder for checkpoints; training goes on from the last one in it. It remembers what it is for.
 
     Returns:
-        The head of the best epoch, and the metrics of every epoch, those of the best one last.
+        The head of the best epoch, and the metrics of every epoch, those of the best one last. What cannot be
+        computed, such as the AUROC where all labels are on one side, is `None`.
     """
     recipe = arguments.preset()
-    targets = Targets(collection, arguments.judges(), recipe.target)
-    _refuse_one_class(targets, train_rows, arguments.judges())
+    judges = arguments.judges()
+    targets = Targets(collection, judges, recipe.target)
+    refuse_one_class(targets, train_rows, judges)
+    refuse_what_cannot_be_told(targets, validation_rows, judges, arguments.accept_chance)
+    report_balance(targets, judges, {"training": train_rows, "validation": validation_rows})
     training, validation = TokenRows(targets, train_rows), TokenRows(targets, validation_rows)
     set_seed(arguments.seed)
     model = HeadInTraining(
@@ -236,17 +290,35 @@ def fit(
         args=_training_arguments(arguments, work),
         train_dataset=training,
         eval_dataset=validation,
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=recipe.patience)],
+        callbacks=[
+            EarlyStoppingCallback(early_stopping_patience=recipe.patience),
+            *(() if arguments.accept_chance else (StopAtChance(recipe.patience),)),
+        ],
     )
-    work.mkdir(parents=True, exist_ok=True)
+    claim(work / "arguments.json", _learned(collection, arguments))
     train_on(trainer)
-    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    history = _history(trainer.state.log_history, [each["name"] for each in arguments.head_attributes()])
+    finite = [entry for entry in history if entry["loss"] is not None]
+    if not finite:
+        raise ValueError(
+            f"The validation loss was never finite: lower `learning_rate` (it is {recipe.learning_rate:g}), or look "
+            "for infinite features in the collection."
+        )
+    return model.folded(), [*history, min(finite, key=lambda entry: entry["loss"])]
+
+
+def _history(log: Sequence[Mapping[str, Any]], attributes: Sequence[str]) -> list[dict[str, Any]]:
+    """The metrics of every epoch that a `Trainer` has logged."""
     metrics = ("auroc", "calibration_error")
-    single = [f"{metric}_{each['name']}" for each in arguments.head_attributes() for metric in metrics]
-    kept = ("epoch", *(f"eval_{name}" for name in ("loss", *metrics, *single)))
-    history = [{name.removeprefix("eval_"): entry[name] for name in kept} for entry in evaluations]
-    history.append(min(history, key=lambda entry: entry["loss"]))
-    return model.folded(), history
+    of_texts = METRICS if not attributes else ()
+    single = [f"{metric}_{name}" for name in attributes for metric in (*metrics, *METRICS)]
+    kept = ("epoch", *(f"eval_{name}" for name in ("loss", *metrics, *of_texts, *single)))
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    return [{name.removeprefix("eval_"): _finite(entry.get(name)) for name in kept} for entry in evaluations]
+
+
+def _finite(metric: Any) -> Any:
+    return None if isinstance(metric, float) and not math.isfinite(metric) else metric
 
 
 def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
@@ -265,18 +337,6 @@ def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
             chat_template=manifest["chat_template"],
         )
     )
-
-
-def _refuse_one_class(targets: Targets, rows: Sequence[int], judges: Sequence[str]) -> None:
-    if not rows:
-        raise ValueError("There is no generation to train on: collect more prompts, or make the other splits smaller.")
-    scores = targets.responses[list(rows)].view(len(rows), len(judges))
-    for judge, positive in zip(judges, (scores > 0.5).sum(dim=0).tolist(), strict=True):
-        if positive in (0, len(rows)):
-            raise ValueError(
-                f"{judge} scores {positive} of the {len(rows)} responses of the training split above 0.5: there is "
-                "nothing to learn. Choose prompts that bring out both kinds, or another judge."
-            )
 
 
 def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArguments:

@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.training.chance import at_chance, discrimination
 from hf_value_steer.training.losses import Loss, coherence, token_loss
 from hf_value_steer.training.targets import Targets
 
 
 STATISTICS_TOKENS = 100_000  # enough to know mean and scale of every feature
+CHANCE_STEPS = 300  # for which a training may be at chance and go on
 
 
 class TokenRows(Dataset[dict[str, Tensor]]):
@@ -71,11 +72,15 @@ class HeadInTraining(nn.Module):
 
     def forward(self, features: Tensor, labels: Tensor, follows: Tensor) -> dict[str, Tensor]:
         """Loss `()`, the mean over tokens and attributes, and logits of the shape of `labels`."""
-        logits = self.head.attribute_logits((features.float() - self.mean) / self.scale).squeeze(-1)
+        logits = self.logits(features).squeeze(-1)
         loss = token_loss(logits, labels, self.loss, self.positive_weight).mean()
         if self.coherence_weight:
             loss = loss + self.coherence_weight * coherence(logits, follows)
         return {"loss": loss, "logits": logits}
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits of each attribute, `(tokens, A)`, of features `(tokens, width)`."""
+        return self.head.attribute_logits((features.float() - self.mean) / self.scale)
 
     def folded(self) -> ValueHead:
         """The head for features as they are: mean and scale folded into its first layer."""
@@ -100,12 +105,64 @@ def statistics(dataset: TokenRows) -> tuple[Tensor, Tensor]:
     return mean.float(), variance.sqrt().float()
 
 
+@torch.no_grad()
+def text_metrics(model: HeadInTraining, dataset: TokenRows, names: Sequence[str] = ()) -> dict[str, Any]:
+    """How well the mean value of a text tells whether the judge scores all of it above one half.
+
+    Not its highest value: that of a longer text is higher, and there is more in it for the judge to find, so that even
+    random heads would be better than chance.
+
+    Returns:
+        [`~hf_value_steer.training.chance.Discrimination.metrics`], of several attributes under `<metric>_<name>`.
+    """
+    rows = (model.logits(dataset[index]["features"].to(model.mean.device)) for index in range(len(dataset)))
+    means = torch.stack([logits.sigmoid().mean(dim=0) for logits in rows]).cpu().numpy()
+    targets = dataset.targets
+    prompts = targets.collection.rows.prompt[list(dataset.rows)].numpy()
+    suffixes = [f"_{name}" for name in names] or [""]
+    columns = zip(suffixes, means.T, targets.positive(dataset.rows).numpy().T, strict=True)
+    found = {suffix: discrimination(values, positive, prompts).metrics() for suffix, values, positive in columns}
+    return {f"{metric}{suffix}": each[metric] for suffix, each in found.items() for metric in each}
+
+
+class StopAtChance(TrainerCallback):  # type: ignore[misc]
+    """Ends a training in which an attribute was at chance in every epoch so far: the head would be refused.
+
+    Args:
+        patience: epochs for which it may be.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,  # noqa: ARG002
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> None:
+        evaluations = [
+            {name.removeprefix("eval_"): value for name, value in entry.items()}
+            for entry in state.log_history
+            if "eval_loss" in entry
+        ]
+        if len(evaluations) >= self.patience and state.global_step >= CHANCE_STEPS:
+            control.should_training_stop |= bool(set.intersection(*(set(at_chance(each)) for each in evaluations)))
+
+
 class ValueHeadTrainer(Trainer):  # type: ignore[misc]
     """[`~transformers.Trainer`] of a [`HeadInTraining`] over [`TokenRows`]; batches are rows, losses are per token."""
 
-    def __init__(self, *, model: HeadInTraining, **kwargs: Any):
-        metrics = partial(token_metrics, names=[each["name"] for each in model.head.config.attributes or ()])
-        super().__init__(model=model, data_collator=join_rows, compute_metrics=metrics, **kwargs)
+    def __init__(self, *, model: HeadInTraining, eval_dataset: TokenRows, **kwargs: Any):
+        names = [each["name"] for each in model.head.config.attributes or ()]
+
+        def metrics(prediction: EvalPrediction) -> dict[str, Any]:
+            return token_metrics(prediction, names) | text_metrics(model, eval_dataset, names)
+
+        super().__init__(
+            model=model, data_collator=join_rows, compute_metrics=metrics, eval_dataset=eval_dataset, **kwargs
+        )
         # Trainer would divide the loss by the number of rows that it counts in the batch.
         self.model_accepts_loss_kwargs = False
 
@@ -140,7 +197,7 @@ def reliability(values: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
 def token_metrics(prediction: EvalPrediction, names: Sequence[str] = ()) -> dict[str, float]:
     """`auroc` of tokens whose label is above one half, and `calibration_error`, the expected one.
 
-    The AUROC is NaN when all labels are on one side.
+    The AUROC is left out where all labels are on one side, and both are where logits are not finite.
 
     Args:
         prediction: logits and labels, `(tokens,)` or `(tokens, A)`.
@@ -151,14 +208,17 @@ def token_metrics(prediction: EvalPrediction, names: Sequence[str] = ()) -> dict
     if not names:
         return _metrics(logits, labels)
     single = [_metrics(*columns) for columns in zip(logits.unbind(-1), labels.unbind(-1), strict=True)]
-    means = {key: sum(each[key] for each in single) / len(single) for key in single[0]}
+    shared = [key for key in single[0] if all(key in each for each in single)]
+    means = {key: sum(each[key] for each in single) / len(single) for key in shared}
     return means | {f"{key}_{name}": each[key] for name, each in zip(names, single, strict=True) for key in each}
 
 
 def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     from sklearn.metrics import roc_auc_score
 
+    if not logits.isfinite().all():
+        return {}
     positive = labels > 0.5
-    one_class = bool(positive.all()) or not bool(positive.any())
-    auroc = float("nan") if one_class else float(roc_auc_score(positive, logits))
-    return {"auroc": auroc, "calibration_error": reliability(logits.sigmoid(), labels).error}
+    both = bool(positive.any()) and not bool(positive.all())
+    auroc = {"auroc": float(roc_auc_score(positive, logits))} if both else {}
+    return {**auroc, "calibration_error": reliability(logits.sigmoid(), labels).error}

@@ -56,6 +56,7 @@ def recipe(world, output, **changes):
             "epochs": 8,
             "patience": 8,
             "batch_rows": 8,
+            "accept_chance": True,  # what a token adds shows in few texts as a whole
         },
         "calibrate": {"token_rate": TOKEN_RATE},
     }

@@ -54,6 +54,7 @@ def test_vectors_of_a_collection(world):
     found = SteeringVectors.from_pretrained(world / "vectors")
     assert (found.layers, found.attribute, found.provenance["source"]) == ((0, 1), "bad", "collection")
     assert found.rho == pytest.approx(0.2)
+    assert "what is added is 20 % of" in (world / "vectors" / "README.md").read_text()
 
 
 def test_sweep(world, to_bad, capsys):

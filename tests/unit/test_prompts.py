@@ -1,8 +1,10 @@
+import codecs
 import json
 
 import pytest
 from transformers import AutoTokenizer
 
+from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, share, write_prompts
 from hf_value_steer.training.references import resolve
 from tests.tiny_text import save_tiny_model
@@ -16,6 +18,27 @@ def test_text_files_hold_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_text("one \n\ntwo\n", encoding="utf-8")
     assert load_prompts(str(tmp_path / "p.txt")) == [Prompt("one"), Prompt("two")]
     assert load_prompts(str(tmp_path / "p.txt"), limit=1) == [Prompt("one")]
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", ["\r\n", "\n", "\r"])
+def test_text_files_of_other_systems(tmp_path, mark, end):
+    """With a byte order mark, and with lines that end in any way: prompts, records, word lists."""
+    (tmp_path / "p.txt").write_bytes(mark + end.join(["one", "zw\u00f6lf", ""]).encode())
+    assert load_prompts(str(tmp_path / "p.txt")) == [Prompt("one"), Prompt("zw\u00f6lf")]
+    (tmp_path / "p.jsonl").write_bytes(mark + end.join(['{"prompt": "one"}', '{"prompt": "two"}']).encode())
+    assert [prompt.text for prompt in load_prompts(str(tmp_path / "p.jsonl"))] == ["one", "two"]
+    judge = load_judge(f"lexicon:{tmp_path / 'p.txt'}")
+    assert judge([Prompt("")] * 2, ["one of them", "none"]).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])
+def test_other_encodings_are_refused_by_name(tmp_path, encoding):
+    path = tmp_path / "p.txt"
+    path.write_bytes("one\nf\u00fcnf\n".encode(encoding))
+    for read in (load_prompts, lambda source: load_judge(f"lexicon:{source}")):
+        with pytest.raises(ValueError, match=r"p\.txt is not .*UTF-8.*: save it in UTF-8"):
+            read(str(path))
 
 
 def test_records_keep_their_columns(tmp_path):

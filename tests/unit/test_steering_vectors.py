@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 from hf_value_steer.activation.extract import vectors_from_pairs, vectors_from_value_head
 from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.activation.residual import layer_range, pad_right, read_residuals
+from hf_value_steer.activation.sweep import MULTIPLIERS, SweepArguments
 from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.cli.vectors import ApplyArguments
 from tests.families import FAMILIES, build, random_head
 from tests.tiny_models import build_tiny
 
@@ -109,6 +113,37 @@ def test_value_head_gradient_raises_the_value():
     assert vectors.provenance["head"] == head.fingerprint()
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_generated_card_is_renewed_and_what_a_person_wrote_stays(tmp_path, edited):
+    model = build("llama")
+    vectors, card = random_vectors(model, attribute="calm"), tmp_path / "README.md"
+    vectors.save_pretrained(tmp_path)
+    assert "not calibrated" in card.read_text()
+    if edited:
+        text = card.read_text().replace("## Limits", "Use it with care.\n\n## Limits")
+        card.write_text(text.replace("tags:", "license: mit\ntags:"))
+    calibrated = SteeringVectors.from_pretrained(tmp_path).calibrate(model, SEQUENCES, rho=0.2)
+    for rho in (0.2, 0.3):  # calibrated, and once more
+        calibrated.calibrate(model, SEQUENCES, rho).save_pretrained(tmp_path)
+        assert f"what is added is {100 * rho:g} % of" in card.read_text()
+    text = card.read_text()
+    assert "not calibrated" not in text and f'"rho": {0.3}' in text and "20 % of" not in text
+    assert ("Use it with care." in text) == ("license: mit" in text) == edited
+    if not edited:
+        assert text == str(SteeringVectors.from_pretrained(tmp_path).card())
+
+
+def test_a_card_of_a_persons_own_is_left_alone(tmp_path):
+    vectors = random_vectors(build("llama"))
+    (tmp_path / "README.md").write_text("Mine.\n")
+    for _ in range(2):
+        vectors.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "Mine.\n"
+    (tmp_path / "steering_vectors.json").write_text("{}")  # damaged: nothing is known of what was there
+    vectors.save_pretrained(tmp_path)
+    assert SteeringVectors.from_pretrained(tmp_path).layers == vectors.layers
+
+
 def test_saved_and_loaded(tmp_path):
     model = build("llama")
     vectors = random_vectors(model, attribute="calm", num_layers=2).calibrate(model, SEQUENCES)
@@ -164,3 +199,38 @@ def test_bad_pairs():
         vectors_from_pairs(model, Words(), ["5"], ["6"], layers=[2])
     with pytest.raises(ValueError, match="zero"):
         vectors_from_pairs(model, Words(), ["5 6"], ["5 6"])
+
+
+DOCUMENTS = [Path("README.md"), *sorted(Path("docs").glob("*.md")), *sorted(Path("hf_value_steer").rglob("*.py"))]
+NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
+
+
+def measured():
+    """Perplexity relative to base by multiplier, in the table of the documentation."""
+    rows = re.findall(
+        rf"^\| broadcast m=({NUMBER}) \|.*\| x({NUMBER}) \|", Path("docs/activation.md").read_text(), re.MULTILINE
+    )
+    return {float(multiplier): float(ratio) for multiplier, ratio in rows}
+
+
+def shown(text):
+    """The multipliers of calls and commands in a text."""
+    found = re.findall(rf"(?:multiplier=|bake\(model, |--multipliers? )({NUMBER}(?: {NUMBER})*)", text)
+    return [float(number) for numbers in found for number in numbers.split()]
+
+
+def test_every_example_steers_as_much_as_the_table_shows_to_be_good():
+    found = {str(path): shown(path.read_text()) for path in DOCUMENTS}
+    assert len(found["docs/activation.md"]) == 5 and len(found["hf_value_steer/activation/vectors.py"]) == 2
+    ratios = measured()
+    assert max(ratios.values()) > 70 and all(ratios[m] <= 1.1 for numbers in found.values() for m in numbers)
+
+
+def test_the_default_sweep_and_what_apply_shows_lie_where_vectors_work():
+    ratios = measured()
+    for sign in (-1, 1):
+        within = [m for m in MULTIPLIERS if 0 < sign * m < 1]
+        assert len(within) >= 2 and set(within) <= ratios.keys()
+    required = {"output": "o", "model": "m", "vectors": "v", "prompts": "p", "judges": ["j"]}
+    assert SweepArguments(**required).multipliers == list(MULTIPLIERS)
+    assert all(ratios[m] < 2 for m in ApplyArguments(model="m", vectors="v", prompts="p").multipliers)

@@ -10,14 +10,17 @@ A judge is named by a text, so that a recipe can name it and an artefact can say
 - `python:module:function`: a function of prompts and responses.
 """
 
+from collections.abc import Sequence
+
 from hf_value_steer.training.judges.agreement import agreement
-from hf_value_steer.training.judges.base import Judge
+from hf_value_steer.training.judges.base import Judge, import_optional
 from hf_value_steer.training.judges.llm import LLMJudge
 from hf_value_steer.training.judges.models import ClassifierJudge, RewardJudge
 from hf_value_steer.training.judges.text import LexiconJudge, MathJudge, PythonJudge
+from hf_value_steer.training.prompts import Prompt
 
 
-__all__ = ["Judge", "agreement", "load_judge"]
+__all__ = ["Judge", "agreement", "check_judges", "load_judge"]
 
 _FORMS = {
     "lexicon": "lexicon:PATH",
@@ -60,3 +63,20 @@ def load_judge(spec: str, *, batch_size: int = 16, device: str | None = None) ->
             return LLMJudge(spec, target, batch_size)
     expected = _FORMS.get(kind) or "one of " + ", ".join(_FORMS.values())
     raise ValueError(f"{spec!r} names no judge; expected {expected}.")
+
+
+def check_judges(specs: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    """Load every judge, and let go of it: what is wrong with it shows before anything is generated for it.
+
+    On the CPU, where a model takes no room from the one that generates.
+
+    Args:
+        specs (sequence of `str`): as in [`load_judge`].
+        prompts (sequence of [`Prompt`]): of the responses that they will judge.
+
+    Raises:
+        ValueError, ImportError: as in [`load_judge`], and if a prompt lacks what a judge needs.
+    """
+    import_optional("sklearn.metrics", "The agreement of judges")
+    for spec in specs:
+        load_judge(spec, device="cpu").check(prompts)

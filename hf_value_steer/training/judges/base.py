@@ -32,6 +32,9 @@ class Judge(ABC):
         self.truncated = 0
         self.digest: str | None = None
 
+    def check(self, prompts: Sequence[Prompt]) -> None:  # noqa: B027
+        """Raise a `ValueError` if one of these prompts lacks what the judge needs to judge a response to it."""
+
     @abstractmethod
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Any:
         """The scores, not checked yet: anything that holds one number for each response."""

@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from hf_value_steer.files import read_utf8
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.judges.base import Judge
 from hf_value_steer.training.prompts import Prompt
@@ -97,7 +98,7 @@ def load_template(name: str) -> Template:
         return TEMPLATES[name]
     if not Path(name).is_file():
         raise ValueError(f"template {name!r} is none of {', '.join(TEMPLATES)}, and no file in {Path.cwd()}.")
-    text = Path(name).read_text(encoding="utf-8-sig")
+    text = read_utf8(Path(name))
     polarity: Polarity = "undesirable"
     if text.startswith("polarity:"):
         line, _, text = text.partition("\n")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_value_steer.files import read_utf8
 from hf_value_steer.training.judges.base import Judge, import_optional
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.references import resolve
@@ -31,9 +32,8 @@ class LexiconJudge(Judge):
         super().__init__(spec)
         if not Path(path).is_file():
             raise ValueError(f"Judge {spec!r}: there is no file {path!r} in {Path.cwd()}.")
-        content = Path(path).read_bytes()
-        self.digest = hashlib.sha256(content).hexdigest()
-        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
+        self.digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        lines = [line.strip() for line in read_utf8(Path(path)).split("\n")]
         entries = {number: line for number, line in enumerate(lines, start=1) if line}
         if not entries:
             raise ValueError(f"Judge {spec!r}: {path} holds no word.")
@@ -100,6 +100,13 @@ class MathJudge(Judge):
         super().__init__(spec)
         self.column = column
         self.library = import_optional("math_verify", f"Judge {spec!r}")
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            try:
+                self._right(prompt)
+            except ValueError as error:
+                raise ValueError(f"Judge {self.spec!r}: {error}.") from error
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[bool]:
         pairs = zip(prompts, responses, strict=True)
