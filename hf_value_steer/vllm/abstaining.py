@@ -31,7 +31,7 @@ class Text:
 
 
 def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
-    """Look at texts, once at each, and decide which requests end now.
+    """Look at texts, once at each, and count what is not acceptable.
 
     Args:
         texts: of n requests; their state advances.
@@ -53,8 +53,5 @@ def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
     advanced = advance_streak(streaks, values, thresholds, head.config.polarity).tolist()
     for each, streak, value in zip(texts, advanced, values.tolist(), strict=True):
         abstaining = each.abstaining
-        if each.step >= abstaining.min_new_tokens:
-            abstaining.streak = streak
-            if abstaining.since is None and streak >= abstaining.config.patience:
-                abstaining.since = each.step
-                each.request.record.abstained = {"step": each.step, "value": value, "method": "abstain"}
+        if each.step >= abstaining.config.min_new_tokens and abstaining.since is None:
+            abstaining.streak, abstaining.value = streak, value

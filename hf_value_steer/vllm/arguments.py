@@ -3,6 +3,7 @@
 from typing import Any
 
 from hf_value_steer.configuration import ValueSteer, parse_value_steer
+from hf_value_steer.vllm.memory import cpu_memory
 
 
 WORKER = "hf_value_steer.vllm.worker.SteeredWorker"
@@ -18,7 +19,7 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
         value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], their dict form, or a list of both. Heads are
             named by Hub id or folder.
         engine_args: further arguments of vLLM. `async_scheduling` is off unless it is given; it needs the V2 model
-            runner.
+            runner. On a CPU `gpu_memory_utilization` fits what is free, unless it is given.
 
     Raises:
         ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
@@ -39,5 +40,5 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
         raise ValueError(f"{', '.join(f'`{name}`' for name in taken)} cannot be given: value steering sets them.")
     additional = {**engine_args.pop("additional_config", {}), "value_steer": configs}
     processors = [admission_for(steering), *(engine_args.pop("logits_processors", None) or ())]
-    chosen = {"async_scheduling": False, **engine_args}
+    chosen = {"async_scheduling": False, **cpu_memory(), **engine_args}
     return {**ours, **chosen, "additional_config": additional, "logits_processors": processors}

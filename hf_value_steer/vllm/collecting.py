@@ -17,6 +17,7 @@ from hf_value_steer.training.engine import Batch, seed_of, shard_tensors, until_
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.references import model_name
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
+from hf_value_steer.vllm.memory import cpu_memory
 from hf_value_steer.vllm.recording import ROW
 
 
@@ -60,7 +61,8 @@ class VllmEngine:
                 f"`engine_args`: {', '.join(changing)} would change what `model` is, and heads are known by its "
                 "fingerprint: pass the folder of the checkpoint that you mean as `model`."
             )
-        self.llm = LLM(**{"dtype": arguments.dtype, "seed": 0, "disable_log_stats": True, **given, **ours})
+        defaults = {"dtype": arguments.dtype, "seed": 0, "disable_log_stats": True, **cpu_memory()}
+        self.llm = LLM(**{**defaults, **given, **ours})
         model = self.llm.llm_engine.model_config
         self.longest, self.defaults = model.max_model_len, model.get_diff_sampling_param()
         self.facts = {

@@ -42,6 +42,11 @@ class Pending:
     step: int
     forced: bool
 
+    def may_end(self) -> bool:
+        """Whether the request permits the ending in its place."""
+        assert self.filtering.permits is not None  # kept from the draw
+        return self.filtering.permits(self.filtering.ending)
+
     def candidates(self) -> Tensor:
         """The natural sample and its alternatives, `(K,)`, -1 where there is none."""
         natural = torch.tensor([[self.token]], device=self.scores.device)
@@ -161,7 +166,7 @@ def _choose(pending: Sequence[Pending], natural: Tensor, head: ValueHead, forwar
         verdict = Verdict(int(candidates[row, winner]), float(values[row, winner]), count)
         if broken[row]:
             verdict.error = NOT_FINITE
-        elif not found[row] and config.fallback == "abstain":
+        elif not found[row] and config.fallback == "abstain" and pending[row].may_end():
             verdict.token, verdict.value = None, float(natural[row])
         elif winner > 0 and features is not None:
             job = jobs.index([row, winner])

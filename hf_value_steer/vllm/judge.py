@@ -6,6 +6,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
 from hf_value_steer.modeling import ValueHead
+from hf_value_steer.policy import answered
 
 
 logger = init_logger(__name__)
@@ -18,7 +19,7 @@ def values_of(head: ValueHead, features: Tensor) -> Tensor:
     none of them decides otherwise than the rest.
     """
     try:
-        values: Tensor = head(features).value
+        values = answered(head(features).value)
     except Exception:
         logger.exception("The value head raised; the requests in question end with an error.")
         values = torch.full(features.shape[:1], torch.nan, device=features.device)

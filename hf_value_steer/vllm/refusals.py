@@ -71,6 +71,18 @@ def refuse_head(steering: Steering, model: ModelConfig) -> None:
             )
 
 
+def refuse_message(steering: Steering, model: ModelConfig) -> None:
+    """Raise a `ValueError` for a message of abstention with tokens that the model does not have."""
+    if steering.abstain is None:
+        return
+    vocabulary = model.get_vocab_size()
+    if unknown := [token for token in steering.abstain.message_ids or () if token >= vocabulary]:
+        raise ValueError(
+            f"Abstention would end requests with tokens {unknown} of `message_ids`, but {model.model!r} has only "
+            f"{vocabulary}: use ids of its own tokenizer."
+        )
+
+
 def refuse_request(params: SamplingParams, methods: Mapping[str, SteeringConfig]) -> None:
     """Raise a `ValueError` that names everything in a request that its `methods` cannot honour."""
     ends = any(isinstance(each, AbstentionConfig) or _ends_rows(each) for each in methods.values())

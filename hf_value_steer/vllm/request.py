@@ -1,6 +1,7 @@
 """One steered request, as a model runner remembers it between steps."""
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +10,7 @@ from vllm.sampling_params import SamplingParams
 
 from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig
 from hf_value_steer.generation.scorer import Scorer
+from hf_value_steer.vllm.permissions import Permits
 from hf_value_steer.vllm.refusals import refuse_request
 from hf_value_steer.vllm.report import StepRecord
 from hf_value_steer.vllm.steering import Steering
@@ -22,25 +24,27 @@ class Filtering:
         config: its configuration.
         scorer: the head, and a threshold of shape `(1,)`.
         sampled (`bool`): whether alternatives are drawn, or the next most likely tokens.
-        eos (`int`): the token that ends the request under `fallback="abstain"`, else -1.
+        ending (`list` of `int`): EOS under `fallback="abstain"`, else nothing.
         key (`bytes`): of the alternatives' random stream.
         interventions (`int`): so far.
         ahead (`bool`): whether the runner is one token ahead of the scheduler: the last token that it knows is
             *pending*, drawn but neither checked nor emitted.
         scores (`torch.FloatTensor` of shape `(vocab,)`): processed scores that the pending token was drawn from.
         logprobs (`torch.FloatTensor` of shape `(vocab,)`, *optional*): what its logprobs are read from.
+        permits (*optional*): which tokens might have been inserted in its place.
         generator_state (`torch.ByteTensor`, *optional*): of the request's generator, before that draw.
     """
 
     config: ValueFilterConfig
     scorer: Scorer
     sampled: bool
-    eos: int
+    ending: list[int]
     key: bytes
     interventions: int = 0
     ahead: bool = False
     scores: Tensor | None = None
     logprobs: Tensor | None = None
+    permits: Permits | None = None
     generator_state: Tensor | None = None
 
     def checks(self, step: int) -> bool:
@@ -57,26 +61,37 @@ class Abstaining:
         config: its configuration.
         scorer: the head, and a threshold of shape `(1,)`.
         ending (`list` of `int`): the message and EOS, prescribed from `since` on.
-        min_new_tokens (`int`): the larger of the config's and the request's `min_tokens`.
-        streak (`int`): consecutive unacceptable values.
+        streak (`int`): consecutive unacceptable values, up to the one at which it fired.
+        value (`float`): the last of them.
         observed (`int`): number of new tokens of the last text that was looked at; a text is looked at once, although
             after a preemption its state is computed again.
         since (`int`, *optional*): number of new tokens when it fired.
+        inserted (`set` of `int`): numbers of new tokens which a token of the ending follows.
     """
 
     config: AbstentionConfig
     scorer: Scorer
     ending: list[int]
-    min_new_tokens: int
     streak: int = 0
+    value: float = math.nan
     observed: int = -1
     since: int | None = None
+    inserted: set[int] = field(default_factory=set)
 
-    def prescribed(self, step: int) -> int | None:
-        """The token that has to follow `step` new tokens, if it is prescribed."""
-        if self.since is None or step < self.since:
+    def prescribe(self, step: int, permits: Permits) -> int | None:
+        """The token that has to follow `step` new tokens, if one is prescribed.
+
+        The ending waits as long as the request forbids a token of it, and then each token as long as it is forbidden.
+        """
+        due = self.observed == step and self.streak >= self.config.patience
+        if self.since is None and due and permits(self.ending):
+            self.since = step
+        token = self.ending[min(sum(each < step for each in self.inserted), len(self.ending) - 1)]
+        if self.since is None or step < self.since or not permits([token]):
+            self.inserted.discard(step)  # drawn again after a preemption, from scores that may differ by rounding
             return None
-        return self.ending[min(step - self.since, len(self.ending) - 1)]
+        self.inserted.add(step)
+        return token
 
 
 @dataclass
@@ -88,26 +103,38 @@ class SteeredRequest:
     record: StepRecord = field(default_factory=StepRecord)
 
     @classmethod
-    def start(cls, steering: Steering, params: SamplingParams, request_id: str) -> "SteeredRequest":
-        """Read what the request asks for; raises a `ValueError` if it cannot be honoured."""
+    def start(cls, steering: Steering, params: SamplingParams, request_id: str, vocabulary: int) -> "SteeredRequest":
+        """Read what the request asks for; raises a `ValueError` if a model of `vocabulary` tokens cannot honour it."""
         methods, scorers = steering.choose(params.extra_args)
         refuse_request(params, methods)
         request = cls(None, None)
         for name, config in methods.items():
             if isinstance(config, ValueFilterConfig):
                 sampled = params.temperature > 0 and config.proposal == "sample"
-                eos = eos_token(params) if config.fallback == "abstain" else -1
+                ending = [eos_token(params, vocabulary)] if config.fallback == "abstain" else []
                 key = _key(config.seed, params.seed, request_id)
-                request.filtering = Filtering(config, scorers[name], sampled, eos, key)
+                request.filtering = Filtering(config, scorers[name], sampled, ending, key)
             elif isinstance(config, AbstentionConfig):
-                least = max(config.min_new_tokens, params.min_tokens)
-                ending = [*(config.message_ids or ()), eos_token(params)]
-                request.abstaining = Abstaining(config, scorers[name], ending, least)
+                ending = [*(config.message_ids or ()), eos_token(params, vocabulary)]
+                request.abstaining = Abstaining(config, scorers[name], ending)
         return request
 
-    def prescribed(self, step: int) -> int | None:
+    def insertable(self) -> list[int]:
+        """The tokens that may be inserted."""
+        return [token for method in (self.filtering, self.abstaining) if method for token in method.ending]
+
+    def prescribe(self, step: int, permits: Permits) -> int | None:
         """The token that abstention prescribes after `step` new tokens, if any."""
-        return self.abstaining.prescribed(step) if self.abstaining else None
+        if self.abstaining is None:
+            return None
+        token = self.abstaining.prescribe(step, permits)
+        if self.abstaining.since == step:
+            self.record.abstained = {"step": step, "value": self.abstaining.value, "method": "abstain"}
+        return token
+
+    def is_prescribed(self, step: int) -> bool:
+        """Whether the token after `step` others was prescribed."""
+        return self.abstaining is not None and step in self.abstaining.inserted
 
     def start_at(self, scorer: Scorer, prompt_value: Tensor) -> None:
         """Set the threshold that may follow the value `()` of the prompt; the first one that comes is reported."""
@@ -121,11 +148,17 @@ class SteeredRequest:
         return record
 
 
-def eos_token(params: SamplingParams) -> int:
-    """The token that ends a request; raises a `ValueError` if the model has none."""
-    if params.eos_token_id is None:
+def eos_token(params: SamplingParams, vocabulary: int) -> int:
+    """The token that ends a request; raises a `ValueError` if the model, of `vocabulary` tokens, has none."""
+    eos = params.eos_token_id
+    if eos is None:
         raise ValueError("Abstention ends requests with EOS, but this model has none, or `ignore_eos` is on.")
-    return int(params.eos_token_id)
+    if eos >= vocabulary:
+        raise ValueError(
+            f"Abstention ends requests with EOS, which is {eos} for this tokenizer, but the model has only "
+            f"{vocabulary} tokens: serve it with its own tokenizer."
+        )
+    return int(eos)
 
 
 def _key(engine_seed: int | None, request_seed: int | None, request_id: str) -> bytes:

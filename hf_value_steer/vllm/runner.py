@@ -25,6 +25,7 @@ from hf_value_steer.vllm.emission import Emission
 from hf_value_steer.vllm.filtering import NO_LOOKAHEAD, NOT_FINITE, Pending, Verdict, check
 from hf_value_steer.vllm.judge import values_of
 from hf_value_steer.vllm.lookahead import Lookahead
+from hf_value_steer.vllm.permissions import Permissions
 from hf_value_steer.vllm.request import Filtering, SteeredRequest
 from hf_value_steer.vllm.steering import Steering
 
@@ -37,6 +38,7 @@ class SteeredRunner(metaclass=ABCMeta):
 
     model: Any
     sampler: Any
+    vllm_config: Any
 
     def attach(self, steering: Steering) -> None:
         """Steer from now on."""
@@ -44,6 +46,7 @@ class SteeredRunner(metaclass=ABCMeta):
         self.steered: dict[str, SteeredRequest] = {}
         self.lookahead = Lookahead(self)
         self.emission = Emission()
+        self.permissions = Permissions()
 
     # How a runner keeps its books; a row is one of its present batch.
 
@@ -113,10 +116,12 @@ class SteeredRunner(metaclass=ABCMeta):
         request_id = self.request_id(row)
         if request_id not in self.steered:
             try:
-                steered = SteeredRequest.start(self.steering, self.params(request_id), request_id)
+                vocabulary = self.vllm_config.model_config.get_vocab_size()
+                steered = SteeredRequest.start(self.steering, self.params(request_id), request_id, vocabulary)
             except ValueError as error:
                 self.emission.fail(row, request_id, str(error))
                 steered = SteeredRequest(None, None)
+            self.permissions.watch(steered.insertable())
             self.steered[request_id] = steered
         return self.steered[request_id]
 
@@ -126,10 +131,14 @@ class SteeredRunner(metaclass=ABCMeta):
         assert filtering is not None
         return filtering
 
-    def prescribed(self, rows: Sequence[int]) -> dict[int, int]:
-        """The next tokens of rows that abstention ends."""
-        tokens = {row: self.request(row).prescribed(self.step(row)) for row in rows}
-        return {row: token for row, token in tokens.items() if token is not None}
+    def prescribe(self, rows: Sequence[int], drawn: Sequence[int]) -> dict[int, int]:
+        """The next tokens of rows that abstention ends: `drawn` are their rows in the last draw."""
+        tokens = {}
+        for row, index in zip(rows, drawn, strict=True):
+            token = self.request(row).prescribe(self.step(row), self.permissions.of(index))
+            if token is not None:
+                tokens[row] = token
+        return tokens
 
     def _fail(self, row: int, reason: str) -> None:
         self.emission.fail(row, self.request_id(row), reason)
@@ -183,6 +192,7 @@ class SteeredRunner(metaclass=ABCMeta):
             filtering = self.request(row).filtering
             if filtering is not None:
                 filtering.scores, filtering.logprobs = self.sampler.drawn_from(index)
+                filtering.permits = self.permissions.of(index)
 
     # The filter.
 
@@ -191,7 +201,7 @@ class SteeredRunner(metaclass=ABCMeta):
         found = []
         for row, (position, token) in zip(rows, self.last(rows), strict=True):
             step = self.step(row) - 1
-            forced = self.request(row).prescribed(step) is not None
+            forced = self.request(row).is_prescribed(step)
             found.append(Pending(self.filtering(row), row, position, token, step, forced))
         return found
 
@@ -223,7 +233,7 @@ class SteeredRunner(metaclass=ABCMeta):
         filtering, record = pending.filtering, self.request(pending.row).record
         token, record.value = verdict.token, verdict.value
         if token is None:
-            token, record.value = filtering.eos, None
+            token, record.value = filtering.ending[0], None
             record.abstained = {"step": pending.step, "value": verdict.value, "method": "filter"}
         if token != pending.token:
             self.replace_last(pending.row, pending.position, token)

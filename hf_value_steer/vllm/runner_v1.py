@@ -23,7 +23,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
 
     def attach(self, steering: Steering) -> None:
         super().attach(steering)
-        self.sampler: RecordingSampler = RecordingSampler(self.sampler)
+        self.sampler: RecordingSampler = RecordingSampler(self.sampler, self.permissions)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
@@ -69,7 +69,8 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
         output = super()._sample(logits, spec_decode_metadata)
-        for row, token in self.prescribed(self._live_rows()).items():
+        rows = self._live_rows()
+        for row, token in self.prescribe(rows, rows).items():
             output.sampled_token_ids[row, 0] = token
             if not self.request(row).filtering:
                 self.emission.put(row, token, self.sampler.drawn_from(row)[1])
@@ -117,7 +118,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         self.generator_states = {row: each.get_state() for row, each in generators.items()}
         drawn = self.sampler(every, replace(batch.sampling_metadata, generators=generators))
         tokens = drawn.sampled_token_ids[:, 0].tolist()
-        forced = self.prescribed(rows)
+        forced = self.prescribe(rows, rows)
         for row in rows:
             end = int(batch.num_tokens_no_spec[row])
             if end < self.max_model_len:

@@ -38,7 +38,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
     def attach(self, steering: Steering) -> None:
         super().attach(steering)
         self.sampling_params: dict[str, SamplingParams] = {}
-        self.sampler.__class__ = RecordingSampler
+        RecordingSampler.take_the_place_of(self.sampler, self.permissions)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         for request_id in scheduler_output.finished_req_ids:
@@ -60,7 +60,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         output, counts, rejected = super().sample(hidden_states, input_batch, grammar_output)
         self.drawn, self.booked = output.sampled_token_ids.clone(), counts.clone()
         self.remember_draw(rows, rows)
-        for row, token in self.prescribed(rows).items():
+        for row, token in self.prescribe(rows, rows).items():
             self.drawn[row, 0] = token
             if not self.request(row).filtering:
                 self.emission.put(row, token, self.sampler.drawn_from(row)[1])
@@ -158,10 +158,11 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         tokens, _ = self.sampler.sample(
             logits, slots, slots, numbers, places, last, torch.zeros_like(last), ends, return_logprobs=False
         )
-        self.remember_draw(rows, range(len(rows)))
+        drawn = range(len(rows))
+        self.remember_draw(rows, drawn)
         self.drawn[list(rows), 0] = tokens
         self.booked[list(rows)] = 1
-        for row, token in self.prescribed(rows).items():
+        for row, token in self.prescribe(rows, drawn).items():
             self.drawn[row, 0] = token
 
     def block_tables_of(self, rows: Sequence[int]) -> tuple[Tensor, int]:

@@ -8,19 +8,23 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.sampler import Sampler
 
+from hf_value_steer.vllm.permissions import Permissions
+
 
 class RecordingSampler(Sampler):  # type: ignore[misc]
     """Draws the tokens that [`~vllm.v1.sample.sampler.Sampler`] draws.
 
     Attributes:
+        permissions: of the last draw.
         scores (`torch.FloatTensor` of shape `(rows, vocab)`): scores of the last draw, after every processor,
             temperature, min-p, top-k and top-p.
         logprobs (`torch.FloatTensor` of the same shape, *optional*): what its logprobs were read from, where a
             request asked for them.
     """
 
-    def __init__(self, like: Sampler):
+    def __init__(self, like: Sampler, permissions: Permissions):
         super().__init__(like.logprobs_mode, like.use_fp64_gumbel)
+        self.permissions = permissions
         self.scores: Tensor | None = None
         self.logprobs: Tensor | None = None
         self._gathered_from: Tensor | None = None
@@ -35,6 +39,7 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
 
     def sample(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any) -> tuple[Tensor, Tensor | None]:
         self.scores = logits
+        self.permissions.read(logits)
         return super().sample(logits, sampling_metadata, *args)  # type: ignore[no-any-return]
 
     def gather_logprobs(self, logprobs: Tensor, num_logprobs: int, token_ids: Tensor) -> Any:

@@ -7,26 +7,38 @@ from torch import Tensor
 from vllm.config.model import PROCESSED_LOGPROBS_MODES
 from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcessor
 from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+
+from hf_value_steer.vllm.permissions import Permissions
 
 
 class RecordingSampler(Sampler):  # type: ignore[misc]
     """Draws the tokens that [`~vllm.v1.worker.gpu.sample.sampler.Sampler`] draws; such a one takes this class.
 
     Attributes:
+        permissions: of the last draw.
         scores (`torch.FloatTensor` of shape `(rows, vocab)`): scores of the last draw, after every processor,
             temperature, min-p, top-k and top-p.
         logprobs (`torch.FloatTensor` of the same shape, *optional*): the logits that its logprobs are read from, where
             a request asked for them.
     """
 
+    permissions: Permissions
     scores: Tensor
     logprobs: Tensor | None
+
+    @classmethod
+    def take_the_place_of(cls, sampler: Sampler, permissions: Permissions) -> None:
+        """Turn `sampler` into one of this class."""
+        sampler.__class__, sampler.permissions = cls, permissions
+        sampler.logits_processors.append(_LastProcessor(permissions))
 
     def sample(
         self, logits: Tensor, slots: Tensor, mapping: Tensor, numbers: np.ndarray, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.permissions.read(logits)  # in case that no row needs a processor
         drawn, self.scores = super().sample(logits, slots, mapping, numbers, *args, **kwargs)
         asked = self.get_logprobs_dims(numbers) is not None
         source = self.scores if self.logprobs_mode in PROCESSED_LOGPROBS_MODES else logits
@@ -48,3 +60,17 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
         """Of `tokens` `(n,)` and the `count` most likely ones, from `logits` `(n, vocab)`."""
         as_they_are = self.logprobs_mode in ("raw_logits", "processed_logits")
         return compute_topk_scores(logits, count, tokens, logits_mode=as_they_are)
+
+
+class _LastProcessor(LogitsProcessor):  # type: ignore[misc]
+    """Reads what the processors before it permit; what comes after it only narrows the sampling."""
+
+    def __init__(self, permissions: Permissions):
+        self.permissions = permissions
+
+    def add_request(self, *_: Any) -> bool:
+        return False
+
+    def apply(self, logits: Tensor, _: LogitsContext) -> Tensor:
+        self.permissions.read(logits)
+        return logits

@@ -10,6 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from hf_value_steer.configuration import ValueSteer
 from hf_value_steer.vllm.admission import admission
 from hf_value_steer.vllm.arguments import steered_engine_args
+from hf_value_steer.vllm.memory import cpu_memory
 
 
 try:
@@ -36,6 +37,8 @@ def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) ->
     """
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hf-value-steer serve"))
+    chosen = cpu_memory()
+    parser.set_defaults(**chosen)  # so that vLLM's own default, where it is given, counts as given
     args = parser.parse_args(["--model", model, *arguments])
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     given.pop("model")
@@ -48,4 +51,6 @@ def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) ->
     assert steering is not None
     for line in steering.describe():
         logger.info("Steering with %s", line)
+    if chosen:
+        logger.info("Memory of the CPU: --gpu-memory-utilization %s", args.gpu_memory_utilization)
     uvloop.run(run_server(args))

@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from hf_value_steer.vllm.refusals import refuse_engine, refuse_head
+from hf_value_steer.vllm.refusals import refuse_engine, refuse_head, refuse_message
 from hf_value_steer.vllm.steering import Steering
 
 
@@ -27,9 +27,10 @@ class SteeredWorker(Worker):  # type: ignore[misc]
             head.to(self.device)
 
     def load_steering(self) -> Steering:
-        """What is steered, with heads that fit the model."""
+        """What is steered, with heads and a message that fit the model."""
         steering = Steering.load(self.vllm_config.additional_config["value_steer"])
         refuse_head(steering, self.vllm_config.model_config)
+        refuse_message(steering, self.vllm_config.model_config)
         return steering
 
     def compile_or_warm_up_model(self) -> Any:

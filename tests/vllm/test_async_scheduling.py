@@ -15,6 +15,7 @@ from tests.vllm.test_identity import counted
 pytestmark = pytest.mark.skipif(not V2, reason="the V1 model runner is not steered under async scheduling")
 FILTER = {"method": "filter", "threshold": 0.3}
 ABSTAIN = {"method": "abstain", "threshold": 0.2, "patience": 3, "message_ids": [9]}
+ENDING_FILTER = {**FILTER, "threshold": 0.1, "fallback": "abstain"}
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,18 @@ def _params(count: int) -> list[Any]:
     from vllm import SamplingParams
 
     return [
-        SamplingParams(temperature=index % 2, seed=index, max_tokens=(60 - 3 * index) // SCALE)
+        SamplingParams(
+            temperature=index % 2, seed=index, max_tokens=(60 - 3 * index) // SCALE, min_tokens=3 * (index % 3)
+        )
         for index in range(count)
     ]
 
 
-@pytest.mark.parametrize("methods", [[FILTER], [ABSTAIN], [FILTER, ABSTAIN]], ids=["filter", "abstain", "both"])
+@pytest.mark.parametrize(
+    "methods",
+    [[FILTER], [ABSTAIN], [FILTER, ABSTAIN], [ENDING_FILTER]],
+    ids=["filter", "abstain", "both", "fallback abstain"],
+)
 def test_the_same_with_and_without(engine: Any, spread: str, methods: list[dict[str, Any]]) -> None:
     value_steer, prompts = [{**each, "value_head": spread} for each in methods], tiny.prompts(12)
     llm = engine(value_steer, async_scheduling=True)

@@ -182,7 +182,7 @@ def test_a_head_learns_from_it(folder: Path, prompts: Path, collected: Collectio
     head = train(
         TrainArguments(
             collection=str(collected.folder), judge=judge, output=str(tmp_path / "head"), recipe="hazard",
-            validation=0.3, calibration=0.0, epochs=1,
+            validation=0.3, calibration=0.0, epochs=1, accept_chance=True,
         )
     )  # fmt: skip
     assert isinstance(head, ValueHead)

@@ -27,8 +27,8 @@ def _params() -> list[Any]:
 
 
 def break_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, after: int) -> None:
-    """From the call after `after` others on, the head raises, or answers NaN to its first row."""
-    head = runner(llm).steering.heads["filter"]
+    """From the call after `after` others on, the head raises, or answers `kind`, a number, to its first row."""
+    head = next(iter(runner(llm).steering.heads.values()))
     forward, calls = head.forward, []
 
     def broken(features: torch.Tensor) -> Any:
@@ -37,7 +37,7 @@ def break_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, after: int)
         if len(calls) > after and kind == "raises":
             raise RuntimeError("out of memory")
         if len(calls) > after:
-            answer.value[:1] = torch.nan
+            answer.value[:1] = float(kind)
         return answer
 
     monkeypatch.setattr(head, "forward", broken)
@@ -61,6 +61,33 @@ def test_a_broken_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, aft
             assert emitted == tokens([good])[0][: len(emitted)]
             assert "finite" in bad.kv_transfer_params["value_steer"]["error"]
     assert tokens(run(llm, prompts, params)) == tokens(right)
+
+
+@pytest.mark.parametrize("answer", ["-inf", "inf", "1.5", "-0.5"])
+@pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
+@pytest.mark.parametrize("method", ["filter", "eager filter", "abstain"])
+def test_an_answer_that_is_no_probability(
+    engine: Any, spread: str, desirable: str, monkeypatch: pytest.MonkeyPatch, answer: str, polarity: str, method: str
+) -> None:
+    """One of them looks acceptable, whatever the polarity; the token in question is not emitted."""
+    from vllm import SamplingParams
+
+    head = {"value_head": spread if polarity == "undesirable" else desirable, "threshold": 0.5}
+    value_steer = {
+        "filter": {"method": "filter", **head},
+        "eager filter": {"method": "filter", "evaluation": "eager", **head},
+        "abstain": {"method": "abstain", "patience": 20, **head},
+    }[method]
+    llm, params = engine(value_steer), [SamplingParams(temperature=0, max_tokens=16, ignore_eos=method != "abstain")]
+    (right,) = run(llm, tiny.prompts(1), params)
+    with monkeypatch.context() as patch:
+        break_head(llm, patch, answer, 5)
+        (broken,) = run(llm, tiny.prompts(1), params)
+    assert broken.outputs[0].finish_reason == "error"
+    assert "finite" in broken.kv_transfer_params["value_steer"]["error"]
+    (emitted,), (good,) = tokens([broken]), tokens([right])
+    assert emitted == good[: len(emitted)] and len(emitted) < 6
+    assert not any(value < 0 or value > 1 for value in broken.kv_transfer_params["value_steer"]["values"])
 
 
 @pytest.mark.parametrize("where", ["in_place", "aside", "commit"])

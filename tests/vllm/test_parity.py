@@ -23,7 +23,7 @@ def model() -> Any:
     return model
 
 
-def _generate(model: Any, prompts: list[list[int]], value_steer: Any) -> list[Any]:
+def _generate(model: Any, prompts: list[list[int]], value_steer: Any, **bans: Any) -> list[Any]:
     """What `generate` answers to each prompt alone."""
     return [
         model.generate(
@@ -33,6 +33,7 @@ def _generate(model: Any, prompts: list[list[int]], value_steer: Any) -> list[An
             max_new_tokens=NEW_TOKENS,
             return_dict_in_generate=True,
             output_logits=True,
+            **bans,
         )
         for prompt in prompts
     ]
@@ -66,37 +67,92 @@ CASES: dict[str, tuple[int, list[dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_tokens_as_generate(engine: Any, model: Any, spread: str, case: str, record_property: Any) -> None:
+    count, methods = CASES[case][0] // SCALE, CASES[case][1]
+    interventions, abstained = _compare(engine, model, spread, count, methods, record_property)
+    assert interventions or not any(each["method"] == "filter" for each in methods)
+    assert abstained or case not in ("abstain", "abstain with patience and message", "both", "fallback abstain")
+
+
+MESSAGE = {"message_ids": [5, 6, 7]}
+ENDING = {
+    "filter": [{**FILTER, "threshold": 0.02, "fallback": "abstain"}],
+    "eager filter": [{**FILTER, "threshold": 0.02, "fallback": "abstain", "evaluation": "eager"}],
+    "abstain": [ABSTAIN],
+    "abstain with message": [{**ABSTAIN, **MESSAGE}],
+    "abstain with patience": [{**ABSTAIN, "threshold": 0.4, "patience": 3}],
+    "abstain with patience and message": [{**ABSTAIN, "threshold": 0.4, "patience": 3, **MESSAGE}],
+    "both": [{**FILTER, "threshold": 0.5, "fallback": "abstain"}, {**ABSTAIN, "patience": 3, **MESSAGE}],
+}
+EVERYTHING_BUT = {banned: [token for token in range(tiny.VOCABULARY) if token != banned] for banned in (tiny.EOS, 6)}
+BANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a minimum": ({"min_tokens": 8}, {"min_new_tokens": 8}),
+    "no EOS": ({"allowed_token_ids": EVERYTHING_BUT[tiny.EOS]}, {"suppress_tokens": [tiny.EOS]}),
+    "no EOS by a bias": ({"logit_bias": {tiny.EOS: -float("inf")}}, {"suppress_tokens": [tiny.EOS]}),
+    "no token of the message": ({"allowed_token_ids": EVERYTHING_BUT[6]}, {"suppress_tokens": [6]}),
+    "a bad word of the message": ({"bad_words": ["w7"]}, {"bad_words_ids": [[7]]}),
+    "a bad word across the message": ({"bad_words": ["w6 w7"]}, {"bad_words_ids": [[6, 7]]}),
+}
+FORBIDDING = [
+    *((ban, ending) for ban in ("a minimum", "no EOS") for ending in ENDING),
+    *((ban, "abstain with patience and message") for ban in list(BANS)[2:]),
+    ("a bad word across the message", "both"),
+]
+FOR_EVER = {"no EOS", "no EOS by a bias", "no token of the message", "a bad word of the message"}
+
+
+@pytest.mark.parametrize(("ban", "ending"), FORBIDDING)
+def test_what_the_request_forbids_binds_what_is_inserted(
+    engine: Any, model: Any, spread: str, ban: str, ending: str, record_property: Any
+) -> None:
+    """As in `generate`: an ending waits until none of its tokens is forbidden, and so does each token of it."""
+    methods, bans = ENDING[ending], BANS[ban]
+    _, abstained = _compare(engine, model, spread, 16 // SCALE, methods, record_property, *bans)
+    if ban in FOR_EVER and ending != "both":
+        assert not abstained
+    elif ban not in FOR_EVER:
+        assert abstained
+
+
+def _compare(
+    engine: Any,
+    model: Any,
+    spread: str,
+    count: int,
+    methods: list[dict[str, Any]],
+    record_property: Any,
+    ours: dict[str, Any] | None = None,
+    theirs: dict[str, Any] | None = None,
+) -> tuple[int, int]:
+    """Ask both, `ours` and `theirs` being what only one of them takes; returns interventions and ended texts."""
     from vllm import SamplingParams
 
-    count, methods = CASES[case][0] // SCALE, CASES[case][1]
     value_steer = [{**each, "value_head": spread} for each in methods]
     prompts = tiny.prompts(count)
-    ours = run(engine(value_steer), prompts, [SamplingParams(temperature=0, max_tokens=NEW_TOKENS)] * count)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, **ours or {})
+    outputs = run(engine(value_steer), prompts, [params] * count)
+    expectations = _generate(model, prompts, value_steer, **theirs or {})
     near, interventions, abstained = 0, 0, 0
-    for prompt, mine, told, theirs in zip(
-        prompts, tokens(ours), reports(ours), _generate(model, prompts, value_steer), strict=True
-    ):
-        expected = theirs.sequences[0, len(prompt) :].tolist()
+    for prompt, mine, told, answer in zip(prompts, tokens(outputs), reports(outputs), expectations, strict=True):
+        expected = answer.sequences[0, len(prompt) :].tolist()
         if mine != expected:
             step = next(i for i, pair in enumerate(zip(mine, expected, strict=False)) if pair[0] != pair[1])
-            assert _near_tie(theirs, step, [each["threshold"] for each in methods]), (prompt, step)
+            assert _near_tie(answer, step, [each["threshold"] for each in methods]), (prompt, step)
             near += 1
             continue
         known = len(told["values"])
         assert known >= len(mine) - 1
-        assert told["values"] == pytest.approx(theirs.token_values[0, :known].tolist(), abs=1e-4)
-        assert told["prompt_value"] == pytest.approx(float(theirs.prompt_values[0]), abs=1e-4)
-        assert told["interventions"] == theirs.interventions[0].nonzero().flatten().tolist()
-        assert bool(told["abstained"]) == bool(theirs.abstained[0])
+        assert told["values"] == pytest.approx(answer.token_values[0, :known].tolist(), abs=1e-4)
+        assert told["prompt_value"] == pytest.approx(float(answer.prompt_values[0]), abs=1e-4)
+        assert told["interventions"] == answer.interventions[0].nonzero().flatten().tolist()
+        assert bool(told["abstained"]) == bool(answer.abstained[0])
         if told["abstained"]:
-            assert told["abstained"]["step"] == int(theirs.abstention_step[0])
-            assert told["abstained"]["value"] == pytest.approx(float(theirs.abstention_value[0]), abs=1e-4)
+            assert told["abstained"]["step"] == int(answer.abstention_step[0])
+            assert told["abstained"]["value"] == pytest.approx(float(answer.abstention_value[0]), abs=1e-4)
         interventions += len(told["interventions"])
         abstained += bool(told["abstained"])
     record_property("near_ties", near)
     assert near <= 2
-    assert interventions or not any(each["method"] == "filter" for each in methods)
-    assert abstained or case not in ("abstain", "abstain with patience and message", "both", "fallback abstain")
+    return interventions, abstained
 
 
 def test_alternatives_take_turns_on_few_blocks(engine: Any, spread: str) -> None:

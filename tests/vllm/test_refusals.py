@@ -1,5 +1,6 @@
 """What cannot be steered is refused by name, and what a request may choose is checked before it is admitted."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,41 @@ def test_heads_that_do_not_fit(folder: Path, spread: str, tmp_path: Path, monkey
                 refuse_head(steering, model)
         else:
             refuse_head(steering, model)
+
+
+@pytest.mark.parametrize("message", [[tiny.VOCABULARY], [5, 100_000, 6, 191]])
+def test_a_message_beyond_the_vocabulary(folder: Path, spread: str, message: list[int]) -> None:
+    """Refused when the engine starts, also where the vocabulary of the weights is padded to more."""
+    from vllm import LLM
+
+    from hf_value_steer.vllm import steered_engine_args
+
+    abstain = {"method": "abstain", "value_head": spread, "message_ids": message}
+    beyond = [token for token in message if token >= tiny.VOCABULARY]
+    with pytest.raises(ValueError, match=re.escape(f"{beyond} of `message_ids`")):
+        LLM(**steered_engine_args(str(folder), abstain, max_model_len=128, enforce_eager=True))
+
+
+@pytest.mark.parametrize(("eos", "message"), [(tiny.VOCABULARY, f"only {tiny.VOCABULARY} tokens"), (None, "has none")])
+@pytest.mark.parametrize(
+    "value_steer",
+    [{"method": "abstain"}, {"method": "filter", "fallback": "abstain"}],
+    ids=lambda each: each["method"],
+)
+def test_an_eos_that_the_model_does_not_have(
+    engine: Any, spread: str, value_steer: Any, eos: int | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends requests that need it, and no others; the engine lives on."""
+    from vllm import SamplingParams
+
+    llm, prompts = engine({**value_steer, "value_head": spread}), tiny.prompts(2)
+    params = [SamplingParams(max_tokens=3, extra_args=each) for each in (None, {value_steer["method"]: "off"})]
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingParams, "eos_token_id", property(lambda _: eos))
+        outputs = run(llm, prompts, params)
+    assert [each.outputs[0].finish_reason for each in outputs] == ["error", "length"]
+    assert message in reports(outputs)[0]["error"]
+    assert tokens(run(llm, prompts, params))[0]
 
 
 @pytest.mark.parametrize(

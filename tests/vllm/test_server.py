@@ -74,6 +74,24 @@ def test_it_says_what_it_steers(server: tuple[str, Path]) -> None:
     assert "Steering with filter: unnamed attribute (undesirable), threshold 0.3, K=8, lazy" in server[1].read_text()
 
 
+def test_on_a_cpu_memory_fits_unless_it_is_said(
+    folder: Path, accepting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_value_steer.vllm import arguments, server
+
+    asked = []
+
+    async def run_server(args: Any) -> None:
+        asked.append(args.gpu_memory_utilization)
+
+    monkeypatch.setattr(server, "run_server", run_server)
+    for module in (arguments, server):
+        monkeypatch.setattr(module, "cpu_memory", lambda: {"gpu_memory_utilization": 0.37})
+    for said in ([], ["--gpu-memory-utilization", "0.92"], ["--gpu-memory-utilization=0.5"]):
+        server.serve(str(folder), accepting, said)
+    assert asked == [0.37, 0.92, 0.5]  # 0.92 is vLLM's own default
+
+
 def test_reports_in_responses(server: tuple[str, Path]) -> None:
     answer = _post(server[0], ignore_eos=True)
     (report,) = answer["value_steer"]
