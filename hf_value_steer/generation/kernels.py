@@ -196,8 +196,7 @@ class Expanded:
             return rows_of(name, value, look.rows).repeat_interleave(look.candidates.shape[1], dim=_dimension(name))
 
         kwargs = {name: expand(name, value) for name, value in look.model_kwargs.items()}
-        tokens = torch.cat([expand("input_ids", look.input_ids), look.candidates.reshape(-1, 1)], dim=1)
-        return look.step(tokens[:, :-1], kwargs, tokens[:, -1:])
+        return look.step(expand("input_ids", look.input_ids), kwargs, look.candidates.reshape(-1, 1))
 
     def attention(self, _look: Look) -> AbstractContextManager[None]:
         return nullcontext()
