@@ -24,12 +24,14 @@ class Decoded:
     Args:
         feature (`torch.FloatTensor` of shape `(rows, width)`): of the last token.
         cache: the cache after the forward.
+        cache_argument (`str`): under which name the forward took it.
         arguments (`dict`): of the forward, by name.
         prefill (`bool`): whether the forward read a prompt, or the last part of one.
     """
 
     feature: Tensor
     cache: Cache
+    cache_argument: str
     arguments: dict[str, Any]
     prefill: bool
 
@@ -43,7 +45,7 @@ class Decoded:
             positions = positions[..., -1:] + 1
         kept = {key: value for key, value in self.arguments.items() if not isinstance(value, torch.Tensor | Cache)}
         types = {name: self.arguments[name][:, -1:] for name in BY_TOKEN if self.arguments.get(name) is not None}
-        inputs = {**kept, **types, "attention_mask": mask, "position_ids": positions, CACHE: self.cache}
+        inputs = {**kept, **types, "attention_mask": mask, "position_ids": positions, self.cache_argument: self.cache}
         return tidied(inputs, len(self.feature))
 
 
@@ -52,6 +54,7 @@ class _Seen(threading.local):
 
     watching = False
     cache: weakref.ref[Cache] | None = None
+    cache_argument = CACHE
     arguments: dict[str, Any] | None = None
     feature: Tensor | None = None
     prefill = False
@@ -98,6 +101,7 @@ class DecodeTap:
                 # The cache is what `generate` holds while processors are called, and it is not to be held any longer.
                 seen.arguments = {name: value for name, value in arguments.items() if value is not cache}
                 seen.cache = None if cache is None else weakref.ref(cache)
+                seen.cache_argument = next((name for name, value in arguments.items() if value is cache), CACHE)
 
         def on_feature(feature: Tensor) -> None:
             if seen.watching:
@@ -131,4 +135,4 @@ class DecodeTap:
                 f"The last forward pass left a cache of {cached} tokens for {len(feature)} rows, but the scores "
                 f"are for {tuple(input_ids.shape)} tokens: value steering cannot follow this decoding method."
             )
-        return Decoded(feature[:, -1], cache, arguments, prefill)
+        return Decoded(feature[:, -1], cache, self._seen.cache_argument, arguments, prefill)

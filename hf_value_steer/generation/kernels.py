@@ -153,7 +153,8 @@ class Masked:
             mask = select_rows(mask[:, :-1], look.rows)
         inputs = look.step(look.input_ids, look.model_kwargs)
         for name in (name for name in BY_TOKEN if inputs.get(name) is not None):
-            inputs[name] = rows_of(name, inputs[name], look.rows).expand(*inputs[name].shape[:-2], *shape).contiguous()
+            last = rows_of(name, inputs[name][..., -1:], look.rows)
+            inputs[name] = last.expand(*last.shape[:-2], *shape).contiguous()
         inputs |= {
             "input_ids": look.candidates,
             "attention_mask": candidate_masks(look.model, look.cache, mask, shape),
