@@ -146,7 +146,6 @@ class ValueHeadConfig(VersionedConfig):
     training: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.threshold = as_python(self.threshold)
         refuse_unknown(set(kwargs) - INHERITED_KEYS, (field.name for field in fields(self)), type(self).__name__)
         self.library_version = self.library_version or version("hf-value-steer")
         if self.attributes is not None:

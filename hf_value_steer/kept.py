@@ -30,6 +30,11 @@ def load_once(load: Callable[[str], T], location: str) -> T:
     return found[1]
 
 
+def given_or_loaded(load: Callable[[str], T], given: T | str) -> T:
+    """What a config holds: the thing itself, or what its name stands for, loaded once."""
+    return load_once(load, given) if isinstance(given, str) else given
+
+
 def _stamp(folder: Path) -> list[tuple[str, int, int, int]] | None:
     """What is another thing once a file of the folder is; `None` if there is no such folder."""
     if not folder.is_dir():

@@ -42,3 +42,11 @@ def write_prompts(path: Path, count: int = 24) -> Path:
 def write_lexicon(path: Path) -> Path:
     path.write_text("\n".join(BAD) + "\n", encoding="utf-8")
     return path
+
+
+def write_world(folder: Path) -> Path:
+    """A tiny model, prompts and a word list in a folder: `model/`, `prompts.txt`, `bad.txt`."""
+    save_tiny_model(folder / "model")
+    write_prompts(folder / "prompts.txt", 40)
+    write_lexicon(folder / "bad.txt")
+    return folder

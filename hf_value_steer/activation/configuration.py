@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hf_value_steer.activation.apply import Mode, Tokens, check_choices
 from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.configuration import SteeringConfig
-from hf_value_steer.kept import load_once
+from hf_value_steer.kept import given_or_loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,7 @@ class ActivationConfig(SteeringConfig):
 
     def load_vectors(self) -> SteeringVectors:
         """The vectors themselves."""
-        named = isinstance(self.vectors, str)
-        return load_once(SteeringVectors.from_pretrained, self.vectors) if named else self.vectors  # type: ignore[return-value, arg-type]
+        return given_or_loaded(SteeringVectors.from_pretrained, self.vectors)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, as of every [`SteeringConfig`].

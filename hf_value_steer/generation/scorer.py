@@ -13,7 +13,7 @@ from hf_value_steer.calibration import Calibration
 from hf_value_steer.calibration.filtering import row_thresholds
 from hf_value_steer.configuration import AbstentionConfig, SteeringConfig
 from hf_value_steer.errors import MismatchError, ScoringError
-from hf_value_steer.kept import load_once
+from hf_value_steer.kept import given_or_loaded
 from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import Polarity, acceptable, answered
 
@@ -114,8 +114,7 @@ def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
     """
     if config.value_head is None:
         raise ValueError(f'`value_head` is missing from the "{config.method}" config: pass a ValueHead or its Hub id.')
-    named = isinstance(config.value_head, str)
-    head = load_once(ValueHead.from_pretrained, config.value_head) if named else config.value_head
+    head = given_or_loaded(ValueHead.from_pretrained, config.value_head)
     if not isinstance(head, ValueHead):
         raise TypeError(f"`value_head` has to be a ValueHead, got a {type(head).__name__}.")
     check_fit(head, model, config.allow_backbone_mismatch)

@@ -5,7 +5,8 @@ The tables at the end list all of it; `hf-value-steer doctor` and a test compare
 """
 
 import inspect
-from collections.abc import Iterable, Mapping
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import Any, Literal
@@ -135,11 +136,10 @@ def bans_and_warpers(
     """Processors that may forbid tokens; from the first one on that only narrows the sampling, the others; and of
     these those of the user, which may forbid tokens, too.
     """
-    ours = [type(each).__module__.startswith("transformers.") for each in processors]
-    names = [type(each).__name__ if own else "" for each, own in zip(processors, ours, strict=True)]
-    warpers = [index for index, name in enumerate(names) if name.endswith("LogitsWarper")]
-    first = warpers[0] if warpers else len(processors)
-    late = [each for each, own in zip(processors[first:], ours[first:], strict=True) if not own]
+    users = [not type(each).__module__.startswith("transformers.") for each in processors]
+    warping = [type(each).__name__.endswith("LogitsWarper") for each in processors]
+    first = next((i for i, warps in enumerate(warping) if warps and not users[i]), len(processors))
+    late = [each for each, of_user in zip(processors[first:], users[first:], strict=True) if of_user]
     return LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:]), LogitsProcessorList(late)
 
 
@@ -160,27 +160,31 @@ def set_attention(config: PreTrainedConfig, name: str) -> None:
     config._attn_implementation = name
 
 
+def _callers() -> Iterator[types.FrameType]:
+    """The frames of what is running, from the inside out."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def stage_of_generate() -> Literal["prompt", "chunk", "decode"] | None:
     """What the forward that is running reads for `generate`: a whole prompt, a chunk of one, or what comes after it.
 
     `None` if it was not called by `generate`. A forward is not told, so this looks at the frames of the callers.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in _callers():
         if frame.f_code is _PREFILL:
             return "prompt" if frame.f_locals["generation_config"].prefill_chunk_size is None else "chunk"
         if frame.f_code is _GENERATE:
             return "decode"
-        frame = frame.f_back
     return None
 
 
 def config_of_generate() -> GenerationConfig | None:
     """The prepared generation config of the `generate` that is running, if one is."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not _GENERATE:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("generation_config")
+    given = next((frame.f_locals for frame in _callers() if frame.f_code is _GENERATE), {})
+    return given.get("generation_config")
 
 
 def dropped_arguments(names: Iterable[str]) -> list[str]:
@@ -189,10 +193,7 @@ def dropped_arguments(names: Iterable[str]) -> list[str]:
     It does not hand them to a `custom_generate` callable, and there is no public way to learn of them: this looks at
     the frames of the callers.
     """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_name != "generate":
-        frame = frame.f_back
-    given = frame.f_locals if frame is not None else {}
+    given = next((frame.f_locals for frame in _callers() if frame.f_code.co_name == "generate"), {})
     return [name for name in names if given.get(name) not in (None, False)]
 
 

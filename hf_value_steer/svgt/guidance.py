@@ -13,7 +13,7 @@ from hf_value_steer.configuration import BridgeGuidanceConfig
 from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 from hf_value_steer.generation.lookahead import LookaheadCache
 from hf_value_steer.hosts.transformers import attention_of
-from hf_value_steer.kept import load_once
+from hf_value_steer.kept import given_or_loaded
 from hf_value_steer.points import layer_point
 from hf_value_steer.shadow import shadow
 from hf_value_steer.svgt.module import ValueGuidanceModule
@@ -36,8 +36,7 @@ def load_module(config: BridgeGuidanceConfig, model: PreTrainedModel) -> ValueGu
     """
     if config.module is None:
         raise ValueError('`module` is missing from the "guide" config: pass a ValueGuidanceModule or its Hub id.')
-    named = isinstance(config.module, str)
-    module = load_once(ValueGuidanceModule.from_pretrained, config.module) if named else config.module
+    module = given_or_loaded(ValueGuidanceModule.from_pretrained, config.module)
     if not isinstance(module, ValueGuidanceModule):
         raise TypeError(f"`module` has to be a ValueGuidanceModule, got a {type(module).__name__}.")
     text = model.config.get_text_config(decoder=True)

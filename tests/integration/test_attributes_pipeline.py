@@ -12,7 +12,7 @@ from hf_value_steer.recipe import run_recipe
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate, held_out_rows
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
-from tests.tiny_text import BAD, GOOD, save_tiny_model, write_lexicon, write_prompts
+from tests.tiny_text import BAD, GOOD, write_world
 
 
 NEW_TOKENS, TOKEN_RATE = 8, 0.3
@@ -22,10 +22,7 @@ NICE = GOOD[:20]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts and two word lists."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt", 40)
-    write_lexicon(folder / "bad.txt")
+    folder = write_world(tmp_path_factory.mktemp("world"))
     (folder / "nice.txt").write_text("\n".join(NICE) + "\n")
     return folder
 

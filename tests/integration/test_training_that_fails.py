@@ -20,7 +20,7 @@ from hf_value_steer.training.label import LabelArguments, labels_folder
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.train import TrainArguments, train
-from tests.tiny_text import save_tiny_model, write_lexicon, write_prompts
+from tests.tiny_text import write_world
 
 
 HERE = "python:tests.integration.test_training_that_fails"
@@ -52,10 +52,7 @@ def rare(prompts, responses):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts, a word list, and a collection with labels that mean nothing."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt", 40)
-    write_lexicon(folder / "bad.txt")
+    folder = write_world(tmp_path_factory.mktemp("world"))
     judges = [NOISE, OTHER_NOISE, NOTHING, RARE, f"lexicon:{folder / 'bad.txt'}"]
     collect(asked(folder, folder / "collection"), LabelArguments(judges=judges, prefixes=True, prefix_words=1))
     return folder
