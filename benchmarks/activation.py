@@ -26,13 +26,13 @@ from benchmarks.timing import Turns, in_turns
 from examples.smollm2 import BACKBONE_ID, load_backbone
 from examples.toxicity import SAMPLING, load_prompts
 from hf_value_steer import ActivationConfig, SteeringVectors, ValueHead, value_steer_generate
-from hf_value_steer.activation.extract import vectors_from_collection
 from hf_value_steer.activation.norms import mean_norms, relative_influence
-from hf_value_steer.activation.sweep import Sweeper, sweep_page
 from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates
 from hf_value_steer.evaluation.runs import Runner, Setting
+from hf_value_steer.evaluation.sweep import Sweeper, sweep_page
 from hf_value_steer.training.prompts import Formatter, Prompt, share
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.vectors import vectors_from_collection
 
 
 FOLD, FOLDS, LABELS = 1, 5, "python:examples.toxicity:profanity"

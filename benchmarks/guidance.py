@@ -3,7 +3,7 @@
     python -m benchmarks.guidance --module runs/svgt --inject runs/svgt-inject --held-out 0.25 \
         --output benchmarks/results/guidance-toxicity.json
 
-The prompts are those that `svgt train` with the same `held_out` set aside; the judges gave no label. `--also` adds
+The prompts are those that `guidance train` with the same `held_out` set aside; the judges gave no label. `--also` adds
 settings of the guidance as JSON, for instance '{"refresh_interval": 0}'.
 """
 
@@ -17,7 +17,7 @@ import torch
 from benchmarks.environment import command, describe, save
 from examples.smollm2 import load_backbone
 from examples.toxicity import SAMPLING, load_prompts
-from hf_value_steer import BridgeGuidanceConfig, ValueFilterConfig, ValueGuidanceModule, ValueHead
+from hf_value_steer import GuidanceConfig, GuidanceModule, ValueFilterConfig, ValueHead
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.runs import Runner, Setting
 from hf_value_steer.training.judges import load_judge
@@ -30,14 +30,14 @@ HEAD = "model_cards/smollm2-135m-toxicity"
 
 def settings(arguments: argparse.Namespace) -> list[Setting]:
     """Base first."""
-    module = ValueGuidanceModule.from_pretrained(arguments.module)
+    module = GuidanceModule.from_pretrained(arguments.module)
     options: dict[str, Any] = {"module": module, **json.loads(arguments.guide)}
-    guide = BridgeGuidanceConfig(**options)
+    guide = GuidanceConfig(**options)
     found = [Setting("base", "base"), Setting("SVGT", "guide", guide)]
     for also in arguments.also:
-        found.append(Setting(f"SVGT {also}", "guide", BridgeGuidanceConfig(**options | json.loads(also))))
+        found.append(Setting(f"SVGT {also}", "guide", GuidanceConfig(**options | json.loads(also))))
     for path in arguments.inject:
-        inject = BridgeGuidanceConfig(**options | {"module": ValueGuidanceModule.from_pretrained(path)})
+        inject = GuidanceConfig(**options | {"module": GuidanceModule.from_pretrained(path)})
         found.append(Setting(f"SVGT-Inject ({Path(path).name})", "guide", inject))
     if arguments.head:
         vfd = ValueFilterConfig(value_head=ValueHead.from_pretrained(arguments.head), num_candidates=8)
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--module", required=True)
     parser.add_argument("--inject", nargs="*", default=[])
     parser.add_argument("--head", default=HEAD, help="of the filter; empty for none")
-    parser.add_argument("--guide", default='{"momentum": 0.0}', help="fields of BridgeGuidanceConfig as JSON")
+    parser.add_argument("--guide", default='{"momentum": 0.0}', help="fields of GuidanceConfig as JSON")
     parser.add_argument("--also", nargs="*", default=[])
     parser.add_argument("--held-out", type=float, default=0.25)
     parser.add_argument("--samples", type=int, default=4)

@@ -18,20 +18,20 @@ from benchmarks.environment import command, describe, save
 from benchmarks.memory import compare_memory
 from benchmarks.timing import Turns, in_turns, summary
 from examples.smollm2 import load_backbone
-from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceConfig, ValueGuidanceModule, value_steer_generate
+from hf_value_steer import GuidanceConfig, GuidanceModule, GuidanceModuleConfig, value_steer_generate
 
 
 TOKENS = 128  # of the prompt, and new ones, as in benchmarks.overhead
 CASES = ((1, 1, 1.15), (1, 8, 1.25), (0, 1, None), (0, 8, None))  # refresh_interval, batch, limit
 
 
-def every_token(model: PreTrainedModel, layer: int = 21, bridges: int = 2, interval: int = 1) -> BridgeGuidanceConfig:
+def every_token(model: PreTrainedModel, layer: int = 21, bridges: int = 2, interval: int = 1) -> GuidanceConfig:
     sizes = {"hidden_size": model.config.hidden_size, "layer": layer, "num_bridges": bridges}
-    module = ValueGuidanceModule(ValueGuidanceConfig(**sizes)).eval()
-    return BridgeGuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
+    module = GuidanceModule(GuidanceModuleConfig(**sizes)).eval()
+    return GuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
 
 
-def pair(model: PreTrainedModel, config: BridgeGuidanceConfig, batch: int) -> float:
+def pair(model: PreTrainedModel, config: GuidanceConfig, batch: int) -> float:
     """Time of a guided generation relative to a plain one."""
     input_ids = torch.randint(1000, 20000, (batch, TOKENS), generator=torch.Generator().manual_seed(0))
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import describe, save
-from hf_value_steer.files import write_json
+from hf_value_steer.files.writing import write_json
 from hf_value_steer.training.label import labels_folder
 from hf_value_steer.training.prompts import Prompt, write_prompts
 from hf_value_steer.training.shards import FORMAT, Collection, shard_path, write_tensors

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from examples.smollm2 import load_backbone
 from hf_value_steer import enable_value_steer
-from hf_value_steer.configuration import MethodConfig
+from hf_value_steer.configuration.methods import MethodConfig
 
 
 PROMPT = 8000

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from hf_value_steer.evaluation.report import render_report
-from hf_value_steer.files import write_json
+from hf_value_steer.files.writing import write_json
 
 
 ROOT = Path(__file__).resolve().parents[1]

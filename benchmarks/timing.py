@@ -14,9 +14,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StoppingCriteria
 
 from benchmarks.baselines import repeated_cache
 from hf_value_steer import BlockCache, ValueFilterConfig, ValueHead, ValueHeadConfig, value_steer_generate
-from hf_value_steer.backbone import feature_width
+from hf_value_steer.backbone.parts import feature_width
+from hf_value_steer.heads.value_head import ValueHeadOutput
 from hf_value_steer.hosts.transformers import CACHE
-from hf_value_steer.modeling import ValueHeadOutput
 
 
 WARM_UP = 8  # tokens

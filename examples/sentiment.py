@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from examples.smollm2 import cache_folder
-from hf_value_steer.files import write_json
+from hf_value_steer.files.writing import write_json
 
 
 if TYPE_CHECKING:

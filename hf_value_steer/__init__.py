@@ -6,9 +6,13 @@ from hf_value_steer.hosts.versions import refuse_other_transformers
 
 refuse_other_transformers()
 
-from hf_value_steer.activation.configuration import ActivationConfig
 from hf_value_steer.activation.vectors import SteeringVectors
-from hf_value_steer.configuration import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHeadConfig
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.guidance_module import GuidanceModuleConfig
+from hf_value_steer.configuration.guide import GuidanceConfig
+from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.errors import (
     ArtefactError,
     MismatchError,
@@ -22,10 +26,9 @@ from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.generation.logits_process import AbstentionLogitsProcessor, ValueFilterLogitsProcessor
 from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
+from hf_value_steer.guidance.module import GuidanceModule
+from hf_value_steer.heads.value_head import ValueHead, ValueHeadOutput
 from hf_value_steer.hub import export_custom_generate
-from hf_value_steer.modeling import ValueHead, ValueHeadOutput
-from hf_value_steer.svgt.configuration import ValueGuidanceConfig
-from hf_value_steer.svgt.module import ValueGuidanceModule
 from hf_value_steer.wrapper import ValueSteerForCausalLM
 
 
@@ -35,7 +38,9 @@ __all__ = [
     "ActivationConfig",
     "ArtefactError",
     "BlockCache",
-    "BridgeGuidanceConfig",
+    "GuidanceConfig",
+    "GuidanceModule",
+    "GuidanceModuleConfig",
     "MismatchError",
     "ScoringError",
     "SteeringError",
@@ -44,8 +49,6 @@ __all__ = [
     "UploadError",
     "ValueFilterConfig",
     "ValueFilterLogitsProcessor",
-    "ValueGuidanceConfig",
-    "ValueGuidanceModule",
     "ValueHead",
     "ValueHeadConfig",
     "ValueHeadOutput",

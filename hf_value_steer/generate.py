@@ -11,8 +11,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import BaseStreamer, StopStringCriteria
 
-from hf_value_steer.backbone import underlying
-from hf_value_steer.configuration import ValueSteer
+from hf_value_steer.backbone.parts import underlying
+from hf_value_steer.configuration.parse import ValueSteer
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.decoding import configured, value_steer_generate
 from hf_value_steer.generation.streaming import streaming

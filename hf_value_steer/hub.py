@@ -4,29 +4,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from yaml import YAMLError
 
-from hf_value_steer.cards import (
-    LIBRARY_NAME,
-    NO_LIMITS,
-    head_card,
-    is_generated,
-    lacks_limits,
-    renew_card,
-    write_card,
-)
+from hf_value_steer.cards.head import NO_LIMITS, head_card, lacks_limits, renew_card, write_card
+from hf_value_steer.cards.parts import LIBRARY_NAME
 from hf_value_steer.errors import UploadError
+from hf_value_steer.files.upload import check_base_model, is_generated, push
 
 
 __all__ = ["PushedHead", "UploadError", "export_custom_generate", "head_card", "push", "push_head", "write_card"]
@@ -68,54 +58,6 @@ out = model.generate(
 **Output**: that of `generate`; with `return_dict_in_generate=True` also `token_values`, `prompt_values`,
 `interventions`, `candidates_evaluated`, `abstained`, `abstention_step` and `abstention_value`.
 """
-
-
-def push(
-    save: Callable[[Path], None],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    commit_message: str = "Upload with hf-value-steer",
-    create_pr: bool = False,
-    replace_generated: bool = False,
-) -> str:
-    """Upload what `save` writes into a folder as one commit; a README that is there already is kept.
-
-    `transformers` itself would put its blank model card in place of ours.
-
-    Args:
-        save: writes the files.
-        repo_id: repository, made if it is not there.
-        private, token, revision, commit_message, create_pr: as in [`~huggingface_hub.HfApi.create_commit`].
-        replace_generated (`bool`): put the README of `save` in the place of one that was generated.
-
-    Returns:
-        The URL of the commit.
-
-    Raises:
-        ValueError: if the README of `save` names a backbone that is not on the Hub, see [`check_base_model`].
-    """
-    api = HfApi(token=token)
-    with TemporaryDirectory() as folder, TemporaryDirectory() as there:
-        save(Path(folder))
-        if (card := Path(folder) / "README.md").exists():
-            check_base_model(card.read_text(encoding="utf-8"))
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        kept = ["README.md"] if api.file_exists(repo_id, "README.md", revision=revision) else None
-        if kept and replace_generated:
-            old = api.hf_hub_download(repo_id, "README.md", revision=revision, local_dir=there)
-            kept = None if is_generated(Path(old).read_text(encoding="utf-8")) else kept
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            ignore_patterns=kept,
-        )
-    return str(commit.commit_url)
 
 
 @dataclass(frozen=True)
@@ -172,7 +114,7 @@ def push_head(
             accepted the limits, or if the backbone that the card names is not on the Hub, see [`check_base_model`].
         UploadError: if the upload did not complete. Repeat it: a commit is there as a whole or not at all.
     """
-    from hf_value_steer.modeling import ValueHead  # which imports this module
+    from hf_value_steer.heads.value_head import ValueHead  # which imports this module
 
     root = Path(folder)
     files = _files(root, None if evaluation is None else Path(evaluation))
@@ -209,36 +151,6 @@ def push_head(
             "in with `hf auth login` or pass `token`. Then push again: a commit is there as a whole or not at all."
         ) from error
     return replace(planned, url=url)
-
-
-def check_base_model(card: str) -> None:
-    """Raise a `ValueError` if the `base_model` of a card is no Hub id, but a folder of this machine, say."""
-    if not card.lstrip().startswith("---"):
-        return
-    try:
-        named = ModelCard(card, ignore_metadata_errors=True).data.get("base_model")
-    except YAMLError as error:
-        raise ValueError(f"README.md has to begin with metadata in YAML: {error}") from error
-    for name in [named] if isinstance(named, str) else named or []:
-        check_hub_id(name, "`base_model` of the card")
-
-
-def check_hub_id(name: str, what: str) -> None:
-    """Raise a `ValueError` unless others find a backbone under this name: an id of the Hub, and no path here."""
-    if not _is_hub_id(name) or Path(name).exists():
-        raise ValueError(
-            f"{what} is {name!r}, which is not on the Hub, so nobody else could load the backbone. Name its Hub id: "
-            "in a new collection with `hf-value-steer collect --backbone org/name`, in what is trained already under "
-            "`backbone` of its config (config.json, steering_vectors.json), in a card of your own under `base_model`."
-        )
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _files(root: Path, evaluation: Path | None) -> dict[str, Path]:

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_value_steer.configuration import ValueSteer, parse_value_steer
+from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
+from hf_value_steer.files.reading import ACCESS, LOCATION, find, read_object, reading, refuse_misspelt
+from hf_value_steer.files.schema import SCHEMA, VersionedConfig, check_schema, register
+from hf_value_steer.files.upload import push
 from hf_value_steer.generate import generate
 from hf_value_steer.generation.decoding import configured
 from hf_value_steer.generation.scorer import check_fit
-from hf_value_steer.hub import push
-from hf_value_steer.modeling import ValueHead
-from hf_value_steer.points import feature_point
-from hf_value_steer.reading import ACCESS, LOCATION, find, read_object, reading, refuse_misspelt
-from hf_value_steer.schema import SCHEMA, VersionedConfig, check_schema, register
+from hf_value_steer.heads.value_head import ValueHead
 
 
 _HEAD_FOLDER, _BACKBONE_FOLDER = "value_head", "backbone"
@@ -38,7 +38,7 @@ class ValueSteerConfig(VersionedConfig):
         backbone (`str`, *optional*): Hub id or folder of the backbone; `None` if it lies in the same repository.
         backbone_revision (`str`, *optional*), backbone_subfolder (`str`, *optional*): where it is in its repository.
         value_steer (`list` of `dict`): the JSON form of the runtime configurations, without their head.
-        schema_version (`int`): what the fields of this config mean, see [`hf_value_steer.schema`].
+        schema_version (`int`): what the fields of this config mean, see [`hf_value_steer.files.schema`].
     """
 
     model_type: ClassVar[str] = "hvs_value_steer"
@@ -268,7 +268,7 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
         config.save_pretrained(folder)
 
     def push_to_hub(self, repo_id: str, save_backbone: bool = False, **kwargs: Any) -> str:
-        """Upload what `save_pretrained` writes; keyword arguments of [`~hf_value_steer.hub.push`].
+        """Upload what `save_pretrained` writes; keyword arguments of [`~hf_value_steer.files.upload.push`].
 
         Returns:
             The URL of the commit.

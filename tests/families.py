@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_value_steer import ValueHead, ValueHeadConfig
-from hf_value_steer.backbone import feature_width
+from hf_value_steer.backbone.parts import feature_width
 
 
 VOCABULARY = 101

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -10,19 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import residual
-from hf_value_steer.backbone import underlying
-from hf_value_steer.configuration import as_python
+from hf_value_steer.backbone.parts import underlying
+from hf_value_steer.backbone.points import Here, layer_points, on_call
+from hf_value_steer.checks import as_python
+from hf_value_steer.configuration.activate import Mode, Tokens, check_choices
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
-from hf_value_steer.points import Here, layer_points, on_call
 
 
 if TYPE_CHECKING:
     from hf_value_steer.activation.vectors import SteeringVectors
-
-
-Mode: TypeAlias = Literal["broadcast", "last_token"]
-Tokens: TypeAlias = Literal["all", "prompt", "generated"]
 
 
 class Steering:
@@ -246,16 +243,6 @@ def injected(
         if steering.positional:
             undo.callback(on_call(model, _reader(steering, model)))
         yield steering
-
-
-def check_choices(multiplier: float | Sequence[float], mode: str, tokens: str) -> None:
-    """Raise a `ValueError` for arguments of [`steered`] that make no sense."""
-    numbers = multiplier if isinstance(multiplier, list | tuple) else [multiplier]
-    if not numbers or not all(isinstance(number, int | float) and abs(number) < float("inf") for number in numbers):
-        raise ValueError(f"`multiplier` has to be a finite number, or one for each row; got {multiplier!r}.")
-    for name, choice, choices in (("mode", mode, get_args(Mode)), ("tokens", tokens, get_args(Tokens))):
-        if choice not in choices:
-            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {choice!r}.")
 
 
 def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[nn.Module, dict[str, Any]], None]:

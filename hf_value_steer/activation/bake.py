@@ -19,8 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_value_steer.activation.apply import is_steered, steered
 from hf_value_steer.activation.exports import Export, plan_export
 from hf_value_steer.activation.residual import pad_right, residual_width
-from hf_value_steer.backbone import layers_path
-from hf_value_steer.files import write_json
+from hf_value_steer.backbone.parts import layers_path
+from hf_value_steer.files.writing import write_json
 from hf_value_steer.hosts.transformers import attention_of
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_value_steer.backbone import layers_path
+from hf_value_steer.backbone.parts import layers_path
 
 
 # The module inside a layer whose bias reaches the residual stream as it is.

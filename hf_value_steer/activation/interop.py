@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.errors import ArtefactError
-from hf_value_steer.reading import reading
+from hf_value_steer.files.reading import reading
 
 
 _NAME = re.compile(r"(?:direction|layer)\.(\d+)")

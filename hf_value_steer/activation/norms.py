@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import read_residuals
-from hf_value_steer.backbone import num_layers
+from hf_value_steer.backbone.parts import num_layers
 
 
 if TYPE_CHECKING:

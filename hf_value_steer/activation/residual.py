@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import underlying
-from hf_value_steer.points import layer_points
+from hf_value_steer.backbone.parts import underlying
+from hf_value_steer.backbone.points import layer_points
 
 
 def residual_width(model: PreTrainedModel) -> int:

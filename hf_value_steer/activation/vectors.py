@@ -16,17 +16,19 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.activation.apply import Mode, Steering, Tokens, steered
+from hf_value_steer.activation.apply import Steering, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import residual_width
-from hf_value_steer.backbone import fingerprint_of, num_layers, refuse_other_backbone, underlying
-from hf_value_steer.cards import LIBRARY_NAME, NOT_RECORDED, UNNAMED
+from hf_value_steer.backbone.parts import fingerprint_of, num_layers, refuse_other_backbone, underlying
+from hf_value_steer.cards.parts import LIBRARY_NAME, NOT_RECORDED, UNNAMED
+from hf_value_steer.configuration.activate import Mode, Tokens
 from hf_value_steer.errors import ArtefactError
-from hf_value_steer.files import write_atomically, write_json
-from hf_value_steer.hub import push
-from hf_value_steer.markup import code, literal, plain
-from hf_value_steer.reading import find, read_object, reading, tensor_shapes
+from hf_value_steer.files.kept import given_or_loaded
+from hf_value_steer.files.markup import code, literal, plain
+from hf_value_steer.files.reading import find, read_object, reading, tensor_shapes
+from hf_value_steer.files.upload import push
+from hf_value_steer.files.writing import write_atomically, write_json
 
 
 FORMAT = "hf-value-steer/steering-vectors@1"
@@ -284,7 +286,7 @@ class SteeringVectors:
             return cls(layers, **tensors, **recorded, name_or_path=folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what `save_pretrained` writes as one commit; keyword arguments of [`~hf_value_steer.hub.push`].
+        """Upload what `save_pretrained` writes as one commit; arguments of [`~hf_value_steer.files.upload.push`].
 
         Returns:
             The URL of the commit.
@@ -316,6 +318,18 @@ class SteeringVectors:
             provenance=code(json.dumps(self.provenance, sort_keys=True)),
         )
         return card
+
+
+def vectors_of(given: object) -> SteeringVectors:
+    """What an [`ActivationConfig`] holds: the vectors themselves, or what their name stands for, loaded once.
+
+    Raises:
+        TypeError: if it is something else.
+    """
+    vectors = given_or_loaded(SteeringVectors.from_pretrained, given)
+    if not isinstance(vectors, SteeringVectors):
+        raise TypeError(f"`vectors` have to be SteeringVectors, a Hub id or a folder, got {vectors!r}.")
+    return vectors
 
 
 def _checked(document: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:

@@ -6,12 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_value_steer.calibration.filtering import (
-    as_values,
-    binomial_cdf,
-    check_probability,
-    turned,
-)
+from hf_value_steer.calibration.filtering import as_values, binomial_cdf, turned
+from hf_value_steer.checks import check_probability
 from hf_value_steer.policy import Polarity
 
 

@@ -22,9 +22,9 @@ from hf_value_steer.calibration.filtering import (
     value_threshold,
 )
 from hf_value_steer.calibration.promises import CONFIDENT, Method, Mode, promise
-from hf_value_steer.files import write_atomically
+from hf_value_steer.files.reading import read_object, reading
+from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.policy import Polarity
-from hf_value_steer.reading import read_object, reading
 
 
 FILE_NAME = "calibration.json"
@@ -54,8 +54,8 @@ class Calibration:
         delta (`float`, *optional*): probability that the promise fails, where the mode has one; at most 0.5.
         correct (`tuple` of `bool`, *optional*): for `"selective"`, whether each text's answer is correct.
         groups (`dict`, *optional*): the scores of each group, for thresholds of its own.
-        head_fingerprint (`str`, *optional*): [`~hf_value_steer.backbone.fingerprint`] of the head. When it is there,
-            another head is refused.
+        head_fingerprint (`str`, *optional*): [`~hf_value_steer.backbone.parts.fingerprint`] of the head. When it is
+            there, another head is refused.
         data (`str`, *optional*), sampling (`dict`, *optional*), kernel (`str`, *optional*), backend (`str`,
             *optional*): digest of the calibration texts and how they were made: what the promise holds for.
     """

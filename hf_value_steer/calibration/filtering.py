@@ -12,11 +12,12 @@ import math
 from collections.abc import Hashable, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_value_steer.checks import check_probability
 from hf_value_steer.policy import Polarity
 
 
@@ -24,12 +25,6 @@ RankMode = Literal["marginal", "pac", "uniform", "martingale"]
 
 # Where the sigmoid has saturated, its log odds are taken beyond those of the nearest float32 inside (0, 1).
 _LEAST, _MOST = 2.0**-150, 1.0 - 2.0**-25
-
-
-def check_probability(value: Any, name: str) -> None:
-    """Raise a `ValueError` unless `value` is a number in (0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
-        raise ValueError(f"`{name}` has to be a number in (0, 1), got {value!r}.")
 
 
 def as_scores(scores: ArrayLike, name: str = "scores") -> NDArray[np.float32]:

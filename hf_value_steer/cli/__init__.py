@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from hf_value_steer.cli.doctor import add_doctor
+from hf_value_steer.cli.guidance import add_guidance
 from hf_value_steer.cli.pipeline import add_pipeline
 from hf_value_steer.cli.serve import add_serve
-from hf_value_steer.cli.svgt import add_svgt
 from hf_value_steer.cli.vectors import add_vectors
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_doctor(commands)
     add_pipeline(commands)
-    add_svgt(commands)
+    add_guidance(commands)
     add_vectors(commands)
     add_serve(commands)
     arguments, others = parser.parse_known_args(argv)

@@ -4,10 +4,10 @@ import argparse
 import json
 from pathlib import Path
 
+from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.cli.command import add_command, guarded
 from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.evaluate import evaluate
-from hf_value_steer.evaluation.markdown import results_markdown
 from hf_value_steer.hub import push_head
 from hf_value_steer.recipe import run_recipe
 from hf_value_steer.training.arguments import CollectArguments

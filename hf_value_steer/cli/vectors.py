@@ -9,18 +9,18 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_value_steer.activation.extract import vectors_from_collection, vectors_from_pairs, vectors_from_value_head
 from hf_value_steer.activation.interop import vectors_from_file
 from hf_value_steer.activation.residual import layer_range
-from hf_value_steer.activation.sweep import SweepArguments, sweep
 from hf_value_steer.activation.vectors import SteeringVectors
-from hf_value_steer.backbone import num_layers
+from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.cli.command import add_command
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.evaluation.sweep import SweepArguments, sweep
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.arguments import SamplingArguments
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.vectors import vectors_from_collection, vectors_from_pairs, vectors_from_value_head
 
 
 @dataclass(kw_only=True)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import output_embedding
-from hf_value_steer.configuration import ValueFilterConfig
+from hf_value_steer.backbone.parts import output_embedding
+from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
 from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh
 from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hosts.transformers import CACHE, VERSION, differences_of_transformers, size_of_tables
-from hf_value_steer.modeling import ValueHead
 from hf_value_steer.policy import acceptable
 
 

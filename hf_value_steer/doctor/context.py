@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_value_steer.backbone import feature_width, underlying
-from hf_value_steer.configuration import ValueFilterConfig, ValueHeadConfig
+from hf_value_steer.backbone.parts import feature_width, underlying
+from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.generation.scorer import load_head
-from hf_value_steer.modeling import ValueHead
-from hf_value_steer.points import feature_point
+from hf_value_steer.heads.value_head import ValueHead
 
 
 PROMPT, NEW_TOKENS = 16, 12

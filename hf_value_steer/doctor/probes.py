@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_value_steer.backbone.shadow import shadow
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.validation import refuse_unsupported
 from hf_value_steer.hosts.transformers import cache_name
-from hf_value_steer.shadow import shadow
 
 
 def held_and_fresh(cache: Cache) -> Callable[..., tuple[Tensor, Tensor]]:

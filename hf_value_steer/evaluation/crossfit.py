@@ -8,7 +8,7 @@ import torch
 
 from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.evaluate import Evaluation
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.train import TrainArguments, split_rows, train

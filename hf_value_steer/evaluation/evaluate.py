@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
+from hf_value_steer.cards.document import FORMAT, main_run
+from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.arguments import EvaluateArguments
-from hf_value_steer.evaluation.document import FORMAT, main_run
 from hf_value_steer.evaluation.examples import examples, masking
-from hf_value_steer.evaluation.markdown import results_markdown
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.outcome import coverage, value_reliability
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
 from hf_value_steer.evaluation.settings import filter_runs, filter_thresholds, forbidden_words
-from hf_value_steer.files import write_atomically, write_json
+from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.generation.scorer import check_fit
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import check_judges, load_judge

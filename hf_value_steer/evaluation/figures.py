@@ -5,9 +5,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from hf_value_steer.evaluation.axes import Axis, linear, logarithmic, odds
-from hf_value_steer.evaluation.charts import STRIP, Chart, Point, Rule, Series
-from hf_value_steer.evaluation.document import (
+from hf_value_steer.cards.document import (
     TIMES,
     Evaluation,
     Run,
@@ -18,6 +16,8 @@ from hf_value_steer.evaluation.document import (
     percent,
     rate_name,
 )
+from hf_value_steer.evaluation.axes import Axis, linear, logarithmic, odds
+from hf_value_steer.evaluation.charts import STRIP, Chart, Point, Rule, Series
 from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace
 
 

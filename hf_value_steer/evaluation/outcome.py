@@ -8,7 +8,7 @@ import torch
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.metrics import interval
 from hf_value_steer.evaluation.runs import Texts, worst_value
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.trainer import reliability
 
 

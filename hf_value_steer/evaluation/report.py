@@ -5,17 +5,9 @@ from html import escape
 from string import Template
 from typing import Any
 
+from hf_value_steer.cards.document import Evaluation, check_evaluation, flat, judge_title, judges, main_run, options
 from hf_value_steer.evaluation import figures, summary
 from hf_value_steer.evaluation.charts import Chart, Series, figure, legend
-from hf_value_steer.evaluation.document import (
-    Evaluation,
-    check_evaluation,
-    flat,
-    judge_title,
-    judges,
-    main_run,
-    options,
-)
 from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace, TraceCards, facts, is_touched, packaged
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone import fingerprint
-from hf_value_steer.configuration import ValueFilterConfig
-from hf_value_steer.files import claim, write_json
+from hf_value_steer.backbone.parts import fingerprint
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import undesirability
 from hf_value_steer.progress import progress
 from hf_value_steer.training.engine import until_end

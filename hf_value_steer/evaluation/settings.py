@@ -11,7 +11,7 @@ from hf_value_steer.evaluation.runs import (
     shuffled,
     value_filter,
 )
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.prompts import load_prompts
 
 

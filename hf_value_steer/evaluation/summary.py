@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hf_value_steer.evaluation.document import (
+from hf_value_steer.cards.document import (
     COLUMNS,
     Evaluation,
     Run,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_value_steer.configuration import AbstentionConfig
+from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.policy import advance_streak, may_insert

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_value_steer.backbone.points import feature_point
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import compile_config
-from hf_value_steer.points import feature_point
 
 
 class _Kept:

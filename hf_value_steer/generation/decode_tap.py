@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from hf_value_steer.backbone.points import Watcher, feature_point, on_call
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.attention import padding_of, tidied
 from hf_value_steer.generation.kernels import BY_TOKEN
 from hf_value_steer.generation.lookahead import LookaheadCache
 from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text, length_of, stage_of_generate
-from hf_value_steer.points import Watcher, feature_point, on_call
 
 
 @dataclass

@@ -11,16 +11,14 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import BaseStreamer
 
 from hf_value_steer.activation.apply import Steering, injected
-from hf_value_steer.activation.configuration import ActivationConfig
-from hf_value_steer.configuration import (
-    AbstentionConfig,
-    BridgeGuidanceConfig,
-    MethodConfig,
-    SteeringConfig,
-    ValueFilterConfig,
-    ValueSteer,
-    parse_value_steer,
-)
+from hf_value_steer.activation.vectors import vectors_of
+from hf_value_steer.backbone.shadow import shadow
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.guide import GuidanceConfig
+from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
+from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.adapters import unmerge_what_is_off
 from hf_value_steer.generation.attention import tidied
@@ -28,6 +26,7 @@ from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.engine import Engine, State
 from hf_value_steer.generation.gate import Gate
+from hf_value_steer.generation.guidance import Guidance, load_module
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Record, Stops, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.scorer import Scorer, bind, load_head, require_finite
@@ -49,8 +48,6 @@ from hf_value_steer.hosts.transformers import (
     rows_can_end,
     sample,
 )
-from hf_value_steer.shadow import shadow
-from hf_value_steer.svgt.guidance import Guidance, load_module
 
 
 def value_steer_generate(
@@ -78,7 +75,7 @@ def value_steer_generate(
         stopping_criteria: criteria of the call.
         generation_config: prepared config of the call.
         value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], an [`ActivationConfig`], a
-            [`BridgeGuidanceConfig`], their dict form, or a list of several; that of `generation_config` if left out.
+            [`GuidanceConfig`], their dict form, or a list of several; that of `generation_config` if left out.
         token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
             (`streamer=` reaches us only through [`enable_value_steer`].)
         model_kwargs: what `generate` prepared for the model's forward.
@@ -96,7 +93,7 @@ def value_steer_generate(
     if value_steer is None:
         raise ValueError(
             "`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig, an ActivationConfig, a "
-            "BridgeGuidanceConfig or their dict form."
+            "GuidanceConfig or their dict form."
         )
     with streaming(token_streamer) as streamer:
         refuse_dropped_arguments()
@@ -137,7 +134,7 @@ def _activated(model: PreTrainedModel, methods: Mapping[str, MethodConfig], rows
         return
     if isinstance(config.multiplier, tuple) and len(config.multiplier) != rows:
         raise ValueError(f"`multiplier` has {len(config.multiplier)} entries, but the returned batch has {rows} rows.")
-    vectors, how = config.load_vectors(), (config.multiplier, config.mode, config.tokens)
+    vectors, how = vectors_of(config.vectors), (config.multiplier, config.mode, config.tokens)
     with injected(model, vectors, *how, config.allow_backbone_mismatch) as steering:
         yield steering
 
@@ -153,10 +150,10 @@ class _Loop:
         steering: Steering | None,
     ):
         self.config = config
-        filtering, guiding = methods.get(ValueFilterConfig.method), methods.get(BridgeGuidanceConfig.method)
+        filtering, guiding = methods.get(ValueFilterConfig.method), methods.get(GuidanceConfig.method)
         kernel = filtering.lookahead if isinstance(filtering, ValueFilterConfig) else "auto"
         self.guidance: Guidance | None = None
-        if isinstance(guiding, BridgeGuidanceConfig):
+        if isinstance(guiding, GuidanceConfig):
             if steering is not None:
                 raise ValueError("Steering vectors and guidance do not go together: pass one of them.")
             refuse_unguidable(input_ids, config, model_kwargs, kernel)

@@ -12,18 +12,18 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.activation.apply import Steering
-from hf_value_steer.backbone import output_embedding
+from hf_value_steer.backbone.parts import output_embedding
+from hf_value_steer.backbone.points import feature_point
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.adapters import AdaptersOfRows
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
+from hf_value_steer.generation.guidance import Guidance
 from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
 from hf_value_steer.generation.rope import LongestRow
 from hf_value_steer.generation.validation import refuse_cache
 from hf_value_steer.hosts.transformers import cache_name, cache_of, next_kwargs, prefill
-from hf_value_steer.points import feature_point
-from hf_value_steer.svgt.guidance import Guidance
 
 
 @dataclass

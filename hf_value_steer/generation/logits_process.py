@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessor, PreTrainedModel
 
-from hf_value_steer.backbone import underlying
-from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig
+from hf_value_steer.backbone.parts import underlying
+from hf_value_steer.backbone.shadow import shadow
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.candidates import random_key, sampled_alternatives, uniforms
@@ -27,7 +29,6 @@ from hf_value_steer.generation.validation import (
 )
 from hf_value_steer.hosts.transformers import config_of_generate
 from hf_value_steer.policy import acceptable, may_insert, select
-from hf_value_steer.shadow import shadow
 
 
 T = TypeVar("T")

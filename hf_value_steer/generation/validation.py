@@ -9,8 +9,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Static
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
 
-from hf_value_steer.backbone import vocabulary_size
-from hf_value_steer.configuration import AbstentionConfig, SteeringConfig
+from hf_value_steer.backbone.parts import vocabulary_size
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.cache import SUPPORTED_LAYERS

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_value_steer.configuration import ValueFilterConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.generation.candidates import (
     compact,
     first_occurrence,

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hf_value_steer.calibration import Calibration, one_per_prompt
-from hf_value_steer.configuration import check_attributes
-from hf_value_steer.files import write_atomically
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.configuration.value_head import check_attributes
+from hf_value_steer.files.writing import write_atomically
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.label import Labels

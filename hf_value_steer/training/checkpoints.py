@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from hf_value_steer.files import write_json
+from hf_value_steer.files.writing import write_json
 
 
 MARK = "complete.json"  # names and sizes of the files of a checkpoint, written after all of them

@@ -19,10 +19,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_value_steer.backbone import feature_width, fingerprint
-from hf_value_steer.files import claim, refuse_other
+from hf_value_steer.backbone.parts import feature_width, fingerprint
+from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
-from hf_value_steer.points import feature_point
 from hf_value_steer.progress import progress
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_value_steer.files import claim, write_json
+from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.progress import progress
 from hf_value_steer.training.arguments import check_kinds
 from hf_value_steer.training.judges import Judge, agreement, load_judge

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from hf_value_steer.files import read_utf8
+from hf_value_steer.files.writing import read_utf8
 from hf_value_steer.training.references import PREFIX, resolve
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hf_value_steer.files import write_atomically
+from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.training.prompts import Prompt, load_prompts
 
 

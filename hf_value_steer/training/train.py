@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
-from hf_value_steer.configuration import ValueHeadConfig, check_attributes
-from hf_value_steer.files import claim, write_json
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.configuration.value_head import ValueHeadConfig, check_attributes
+from hf_value_steer.files.writing import claim, write_json
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.arguments import check_kinds
 from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import advance_streak
 from hf_value_steer.vllm.request import Abstaining, SteeredRequest, stack_thresholds
 

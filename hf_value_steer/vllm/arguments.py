@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_value_steer.configuration import ValueSteer, parse_value_steer
+from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
 from hf_value_steer.vllm.memory import cpu_memory
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vllm.logger import init_logger
 
 from hf_value_steer.generation.candidates import first_occurrence, likely_alternatives, sampled_alternatives, uniforms
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import acceptable, select
 from hf_value_steer.vllm.judge import values_of
 from hf_value_steer.vllm.request import Filtering, stack_thresholds

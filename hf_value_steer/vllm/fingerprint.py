@@ -9,11 +9,11 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_value_steer.backbone import fingerprint_of
+from hf_value_steer.backbone.parts import fingerprint_of
 
 
 def checkpoint_fingerprint(model: str, revision: str | None = None) -> str:
-    """[`~hf_value_steer.backbone.fingerprint`] of the checkpoint in a folder or on the Hub.
+    """[`~hf_value_steer.backbone.parts.fingerprint`] of the checkpoint in a folder or on the Hub.
 
     Raises:
         ValueError: if the files do not hold the parameters under the names that `transformers` gives them.

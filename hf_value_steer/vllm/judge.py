@@ -5,7 +5,7 @@ from torch import Tensor
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import answered
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
-from hf_value_steer.configuration import SteeringConfig
+from hf_value_steer.configuration.methods import SteeringConfig
 
 
 FIELDS = {"filter": ("threshold", "alpha", "num_candidates"), "abstain": ("threshold", "alpha")}

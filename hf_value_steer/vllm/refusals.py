@@ -8,7 +8,9 @@ import vllm
 from vllm.config import ModelConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 
-from hf_value_steer.configuration import AbstentionConfig, SteeringConfig, ValueFilterConfig
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
 from hf_value_steer.vllm.steering import Steering
 

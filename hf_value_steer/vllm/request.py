@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from vllm.sampling_params import SamplingParams
 
-from hf_value_steer.configuration import AbstentionConfig, ValueFilterConfig
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.vllm.permissions import Permits
 from hf_value_steer.vllm.refusals import refuse_request

@@ -7,7 +7,7 @@ from vllm.entrypoints.launchers.api_server.entry import run_server
 from vllm.logger import configure_logging_from_args, init_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from hf_value_steer.configuration import ValueSteer
+from hf_value_steer.configuration.parse import ValueSteer
 from hf_value_steer.vllm.admission import admission
 from hf_value_steer.vllm.arguments import steered_engine_args
 from hf_value_steer.vllm.memory import cpu_memory

@@ -6,16 +6,12 @@ from typing import Any
 
 import torch
 
-from hf_value_steer.configuration import (
-    AbstentionConfig,
-    MethodConfig,
-    SteeringConfig,
-    ValueFilterConfig,
-    ValueSteer,
-    parse_value_steer,
-)
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
+from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
 from hf_value_steer.generation.scorer import Scorer, bind
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.vllm.overrides import MOST_CANDIDATES, apply_overrides
 
 

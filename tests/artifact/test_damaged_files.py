@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from hf_value_steer import SteeringVectors, ValueGuidanceConfig, ValueGuidanceModule, ValueHead, ValueHeadConfig
+from hf_value_steer import GuidanceModule, GuidanceModuleConfig, SteeringVectors, ValueHead, ValueHeadConfig
 from hf_value_steer.activation.interop import vectors_from_file
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.errors import ArtefactError
-from hf_value_steer.schema import SCHEMA
+from hf_value_steer.files.schema import SCHEMA
 from tests.golden_vectors import FOLDER, raw_vectors
 
 
@@ -34,7 +34,7 @@ def originals(tmp_path_factory):
     head = ValueHead(ValueHeadConfig(hidden_size=8, attribute="toxicity", threshold=0.3))
     head.calibration = Calibration.from_scores([0.1, 0.2, 0.4], groups=["a", "b", "a"])
     head.save_pretrained(root / "head")
-    ValueGuidanceModule(ValueGuidanceConfig(hidden_size=8, layer=0, value_width=4)).save_pretrained(root / "module")
+    GuidanceModule(GuidanceModuleConfig(hidden_size=8, layer=0, value_width=4)).save_pretrained(root / "module")
     SteeringVectors.from_tensors(raw_vectors(), provenance={"by": "hand"}).save_pretrained(root / "vectors")
     head.save_value_steer(root / "peer" / BIN)
     (root / "import").mkdir()
@@ -230,7 +230,7 @@ MODULES = {
 def test_damaged_guidance_modules(folders, damage):
     change, expected = MODULES[damage]
     change(folders / "module")
-    refused(lambda: ValueGuidanceModule.from_pretrained(folders / "module"), expected)
+    refused(lambda: GuidanceModule.from_pretrained(folders / "module"), expected)
 
 
 STEERING = {
@@ -356,7 +356,7 @@ def whole_head(folder):
 
 LOADERS = {
     "head": ([CONFIG, WEIGHTS, CALIBRATION], whole_head),
-    "module": ([CONFIG, WEIGHTS], ValueGuidanceModule.from_pretrained),
+    "module": ([CONFIG, WEIGHTS], GuidanceModule.from_pretrained),
     "vectors": ([VECTORS, TENSORS], SteeringVectors.from_pretrained),
     "peer": ([BIN, SIDECAR], lambda folder: ValueHead.from_value_steer(folder / BIN)),
     "import": (["v.safetensors"], lambda folder: vectors_from_file(folder / "v.safetensors")),

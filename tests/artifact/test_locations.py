@@ -10,16 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_value_steer import (
-    SteeringVectors,
-    ValueGuidanceConfig,
-    ValueGuidanceModule,
-    ValueHead,
-    ValueSteerForCausalLM,
-    reading,
-)
+from hf_value_steer import GuidanceModule, GuidanceModuleConfig, SteeringVectors, ValueHead, ValueSteerForCausalLM
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.errors import ArtefactError
+from hf_value_steer.files import reading
 from tests.families import build, random_head
 
 
@@ -157,7 +151,7 @@ def test_artefacts_come_from_their_place_with_all_that_belongs_to_them(remote, v
     where = place | {"cache_dir": remote.folder, "local_files_only": True}
     head = random_head(versions["main"])
     head.calibration = Calibration.from_scores([0.1, 0.2])
-    module = ValueGuidanceModule(ValueGuidanceConfig(hidden_size=8, layer=0, value_width=4))
+    module = GuidanceModule(GuidanceModuleConfig(hidden_size=8, layer=0, value_width=4))
     vectors = SteeringVectors.from_tensors({0: torch.ones(4)})
     for artefact in (head, module, vectors):
         name = f"org/{type(artefact).__name__}"
@@ -181,7 +175,7 @@ def test_a_head_in_several_files(versions, tmp_path):
 
 LOADERS = {
     "head": ValueHead.from_pretrained,
-    "module": ValueGuidanceModule.from_pretrained,
+    "module": GuidanceModule.from_pretrained,
     "vectors": SteeringVectors.from_pretrained,
     "backbone": ValueSteerForCausalLM.from_pretrained,
 }

@@ -13,9 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from hf_value_steer import SteeringVectors, ValueGuidanceConfig, ValueGuidanceModule, ValueHead, ValueHeadConfig
+from hf_value_steer import GuidanceModule, GuidanceModuleConfig, SteeringVectors, ValueHead, ValueHeadConfig
 from hf_value_steer.calibration import Calibration
-from hf_value_steer.cards import LIMITS_PLACEHOLDER, written_limits
+from hf_value_steer.cards.head import written_limits
+from hf_value_steer.cards.parts import LIMITS_PLACEHOLDER
 from hf_value_steer.hub import push_head
 from tests import documents, hostile
 
@@ -342,10 +343,10 @@ def test_a_backbone_that_is_not_on_the_hub_is_refused(run, backbone):
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("backbone", PATHS)
 def test_whatever_is_trained_is_not_uploaded_with_a_backbone_that_is_not_on_the_hub(hub, backbone):
-    module = ValueGuidanceConfig(hidden_size=8, layer=0, value_width=8, backbone=backbone)
+    module = GuidanceModuleConfig(hidden_size=8, layer=0, value_width=8, backbone=backbone)
     trained = [
         ValueHead(ValueHeadConfig(hidden_size=8, backbone=backbone)),
-        ValueGuidanceModule(module),
+        GuidanceModule(module),
         SteeringVectors.from_tensors({0: torch.ones(8)}, backbone=backbone),
     ]
     for artefact in trained:

@@ -9,14 +9,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import CONFIG_MAPPING_NAMES
 
 from hf_value_steer import (
+    GuidanceModule,
+    GuidanceModuleConfig,
     ValueFilterConfig,
-    ValueGuidanceConfig,
-    ValueGuidanceModule,
     ValueHead,
     ValueHeadConfig,
     ValueSteerForCausalLM,
 )
-from hf_value_steer.schema import SCHEMA
+from hf_value_steer.files.schema import SCHEMA
 from tests.families import build, random_head
 
 
@@ -36,14 +36,14 @@ def saved(tmp_path):
     model.save_pretrained(tmp_path / "backbone")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "backbone")
     ValueHead(ValueHeadConfig(hidden_size=32)).save_pretrained(tmp_path / "value_head")
-    ValueGuidanceModule(ValueGuidanceConfig(hidden_size=32, layer=0)).save_pretrained(tmp_path / "value_guidance")
+    GuidanceModule(GuidanceModuleConfig(hidden_size=32, layer=0)).save_pretrained(tmp_path / "value_guidance")
     ValueSteerForCausalLM(model, random_head(model)).save_pretrained(tmp_path / "value_steer")
     return {name: tmp_path / name for name in ("value_head", "value_guidance", "value_steer")}
 
 
 CLASSES = {
     "value_head": (ValueHead, AutoModel),
-    "value_guidance": (ValueGuidanceModule, AutoModel),
+    "value_guidance": (GuidanceModule, AutoModel),
     "value_steer": (ValueSteerForCausalLM, AutoModelForCausalLM),
 }
 
@@ -84,7 +84,7 @@ def test_a_schema_that_is_not_known_is_refused(saved, kind, version):
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda path: path.name)
 def test_what_was_shipped_loads(folder):
     artefact = AutoModel.from_pretrained(folder)
-    assert type(artefact) in (ValueHead, ValueGuidanceModule)
+    assert type(artefact) in (ValueHead, GuidanceModule)
     if isinstance(artefact, ValueHead):
         assert artefact(torch.zeros(1, artefact.config.hidden_size)).value.isfinite().all()
         ValueFilterConfig(value_head=artefact, threshold=0.5)

@@ -22,9 +22,9 @@ from hf_value_steer import (
     enable_value_steer,
     export_custom_generate,
 )
-from hf_value_steer.activation.extract import vectors_from_value_head
-from hf_value_steer.backbone import fingerprint, underlying
+from hf_value_steer.backbone.parts import fingerprint, underlying
 from hf_value_steer.doctor import diagnose
+from hf_value_steer.training.vectors import vectors_from_value_head
 from tests.families import FAMILIES, build, prompts, random_head
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.generation.kernels import KERNELS
 from tests.families import _DECODER, build, prompts, random_head
 from tests.oracle import Oracle

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 from hf_value_steer import ValueHead, ValueHeadConfig
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.cli import main
 from hf_value_steer.doctor import diagnose
 from hf_value_steer.generation.cache import LiveCache

@@ -6,16 +6,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, EvalPrediction
 
-from hf_value_steer import BridgeGuidanceConfig, ValueGuidanceModule, value_steer_generate
+from hf_value_steer import GuidanceConfig, GuidanceModule, value_steer_generate
 from hf_value_steer.cli import main
 from hf_value_steer.recipe import run_recipe
-from hf_value_steer.svgt import stages
-from hf_value_steer.svgt.data import disliked_tokens, judged_next
-from hf_value_steer.svgt.moments import GuidedMoments
-from hf_value_steer.svgt.stages import avoidance, divergence, manifold_loss
-from hf_value_steer.svgt.train import GuidanceTrainArguments, train_guidance
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
+from hf_value_steer.training.guidance import stages
+from hf_value_steer.training.guidance.data import disliked_tokens, judged_next
+from hf_value_steer.training.guidance.moments import GuidedMoments
+from hf_value_steer.training.guidance.stages import avoidance, divergence, manifold_loss
+from hf_value_steer.training.guidance.train import GuidanceTrainArguments, train_guidance
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Targets
@@ -156,7 +156,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_module(world, tmp_path,
     model = AutoModelForCausalLM.from_pretrained(world[0] / "model")
     out = model.generate(
         torch.tensor([[20, 30, 40]]), custom_generate=value_steer_generate, max_new_tokens=4,
-        value_steer=BridgeGuidanceConfig(module=str(tmp_path / "whole")), return_dict_in_generate=True,
+        value_steer=GuidanceConfig(module=str(tmp_path / "whole")), return_dict_in_generate=True,
     )  # fmt: skip
     assert out.guided.shape == out.token_values.shape
 
@@ -197,7 +197,7 @@ def test_the_command(world, tmp_path, capsys):
     epochs = ["--text_epochs", "1", "--pair_epochs", "1", "--bridge_epochs", "1", "--validation", "0.25"]
     assert main([*command, "--judge", judge, "--output", str(tmp_path / "module"), *sizes, *epochs]) == 0
     assert "auroc" in capsys.readouterr().out
-    assert ValueGuidanceModule.from_pretrained(tmp_path / "module").config.backbone.endswith("model")
+    assert GuidanceModule.from_pretrained(tmp_path / "module").config.backbone.endswith("model")
 
 
 def test_a_recipe_without_a_head(world, tmp_path):
@@ -229,6 +229,6 @@ def test_a_recipe_without_a_head(world, tmp_path):
             run_recipe(recipe | {"guide": small | change})
     assert not output.exists()
     assert run_recipe(recipe) == output / "module"
-    module = ValueGuidanceModule.from_pretrained(output / "module")
+    module = GuidanceModule.from_pretrained(output / "module")
     assert (module.config.num_bridges, module.config.training["judge"]) == (2, judge)
     assert not (output / "head").exists()

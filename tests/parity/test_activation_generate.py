@@ -13,7 +13,7 @@ from hf_value_steer import (
     value_steer_generate,
 )
 from hf_value_steer.activation.apply import is_steered
-from hf_value_steer.configuration import parse_value_steer
+from hf_value_steer.configuration.parse import parse_value_steer
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import build, random_head
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors

@@ -25,7 +25,7 @@ from hf_value_steer import (
     disable_value_steer,
     enable_value_steer,
 )
-from hf_value_steer.backbone import fingerprint, underlying
+from hf_value_steer.backbone.parts import fingerprint, underlying
 from tests.families import accepting_head, build, prompts, random_head
 from tests.unit.test_steering_vectors import random_vectors
 

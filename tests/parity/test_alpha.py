@@ -18,9 +18,9 @@ from hf_value_steer import (
     ValueSteerForCausalLM,
     value_steer_generate,
 )
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration import Calibration
-from hf_value_steer.configuration import parse_value_steer
+from hf_value_steer.configuration.parse import parse_value_steer
 from tests.families import build, prompts, random_head
 
 

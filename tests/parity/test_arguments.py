@@ -23,8 +23,8 @@ from hf_value_steer import (
     enable_value_steer,
     value_steer_generate,
 )
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hosts.transformers import CACHE
-from hf_value_steer.modeling import ValueHead
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
 

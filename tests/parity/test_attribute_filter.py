@@ -8,7 +8,7 @@ import torch
 from transformers import set_seed
 
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig, value_steer_generate
-from hf_value_steer.backbone import feature_width
+from hf_value_steer.backbone.parts import feature_width
 from tests.families import prompts
 from tests.oracle import Oracle
 

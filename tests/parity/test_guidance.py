@@ -9,14 +9,14 @@ from transformers import StaticCache, set_seed
 from hf_value_steer import (
     AbstentionConfig,
     BlockCache,
-    BridgeGuidanceConfig,
+    GuidanceConfig,
+    GuidanceModule,
+    GuidanceModuleConfig,
     ValueFilterConfig,
-    ValueGuidanceConfig,
-    ValueGuidanceModule,
     enable_value_steer,
     value_steer_generate,
 )
-from hf_value_steer.backbone import decoder_layers, fingerprint
+from hf_value_steer.backbone.parts import decoder_layers, fingerprint
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build, prompts, random_head
 from tests.guidance_oracle import call, embed, guided_logits, text_mask
@@ -30,7 +30,7 @@ def make_module(model, **options):
     """A random module whose values spread, and whose bridges matter."""
     torch.manual_seed(11)
     config = {"hidden_size": model.config.hidden_size, "layer": 0, "num_bridges": 3, "value_width": 16}
-    module = ValueGuidanceModule(ValueGuidanceConfig(**config | {"bridge_heads": 4} | options)).eval()
+    module = GuidanceModule(GuidanceModuleConfig(**config | {"bridge_heads": 4} | options)).eval()
     with torch.no_grad():
         module.generator.raw_gate.fill_(3.0)
         module.generator.norm.weight.mul_(3.0)
@@ -76,7 +76,7 @@ def generate(model, value_steer, inputs, **arguments):
 def test_logits_and_tokens_are_those_of_the_oracle(family, interval, rows):
     model, inputs = build(family), prompts(rows)
     module, neutral = make_module(model), rows == 4
-    config = BridgeGuidanceConfig(module=module, refresh_interval=interval, momentum=0.6, neutral_when_safe=neutral)
+    config = GuidanceConfig(module=module, refresh_interval=interval, momentum=0.6, neutral_when_safe=neutral)
     arguments = {"repetition_penalty": 1.0, "eos_token_id": None, "output_logits": True}
     out = generate(model, config, inputs, **arguments)
     check_against_oracle(model, out, inputs, module, interval, 0.6, neutral)
@@ -87,7 +87,7 @@ def test_logits_and_tokens_are_those_of_the_oracle(family, interval, rows):
 
 def test_sampled_texts_and_ends_of_rows_are_those_of_the_oracle(llama):
     inputs, module = prompts(4), make_module(llama)
-    config = BridgeGuidanceConfig(module=module)
+    config = GuidanceConfig(module=module)
     out = generate(llama, config, inputs, do_sample=True, top_p=0.9, output_logits=True, eos_token_id=None)
     check_against_oracle(llama, out, inputs, module, 1, 0.8, True)
     ended = generate(llama, config, inputs, do_sample=True, top_p=0.9)
@@ -101,7 +101,7 @@ def test_sampled_texts_and_ends_of_rows_are_those_of_the_oracle(llama):
 @pytest.mark.parametrize("kind", ["static", "block"])
 def test_every_cache_and_attention_gives_the_same(family, kind, attention):
     model, inputs = build(family, attention), prompts(4)
-    config = BridgeGuidanceConfig(module=make_module(model), refresh_interval=2)
+    config = GuidanceConfig(module=make_module(model), refresh_interval=2)
     expected = generate(build(family), config, inputs, output_logits=True)
     caches = {
         "static": lambda: StaticCache(config=model.config, max_cache_len=PROMPT + NEW_TOKENS + 1),
@@ -115,7 +115,7 @@ def test_every_cache_and_attention_gives_the_same(family, kind, attention):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lower_layers_and_the_cache_are_those_of_the_text_alone(family):
     model, inputs = build(family), prompts(1)
-    config = BridgeGuidanceConfig(module=make_module(model), neutral_when_safe=False)
+    config = GuidanceConfig(module=make_module(model), neutral_when_safe=False)
     seen = []
     handle = decoder_layers(model)[0].register_forward_hook(lambda _m, _a, output: seen.append(output))
     out = generate(model, config, inputs, eos_token_id=None)
@@ -140,7 +140,7 @@ def test_a_content_module_and_a_closed_gate_leave_the_backbone_alone(llama, inje
         content.discriminator.last.bias.fill_(-500.0)
         closed.generator.raw_gate.fill_(-200.0)
     for module, neutral in ((content, True), (closed, False)):
-        config = BridgeGuidanceConfig(module=module, neutral_when_safe=neutral)
+        config = GuidanceConfig(module=module, neutral_when_safe=neutral)
         out = generate(llama, config, inputs, output_logits=True, repetition_penalty=1.0)
         assert torch.equal(out.sequences, plain.sequences)
         torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), rtol=1e-5, atol=1e-5)
@@ -149,7 +149,7 @@ def test_a_content_module_and_a_closed_gate_leave_the_backbone_alone(llama, inje
 
 def test_injection_adds_to_the_state(llama):
     module = make_module(llama, injection="inject")
-    config = BridgeGuidanceConfig(module=module, neutral_when_safe=False, momentum=0.0, refresh_interval=1)
+    config = GuidanceConfig(module=module, neutral_when_safe=False, momentum=0.0, refresh_interval=1)
     out = generate(llama, config, prompts(1), output_logits=True)
     ids, memory = out.sequences[:, :-1], None
 
@@ -175,7 +175,7 @@ def test_filter_and_guidance_together(family, interval, evaluation):
     """Every candidate has the bridge of its own state, and the bridge of the committed one goes on."""
     model, inputs = build(family), prompts(3)
     module, head = make_module(model), random_head(model)
-    guide = BridgeGuidanceConfig(module=module, refresh_interval=interval, momentum=0.5)
+    guide = GuidanceConfig(module=module, refresh_interval=interval, momentum=0.5)
     steer = [ValueFilterConfig(value_head=head, threshold=0.4, num_candidates=4, evaluation=evaluation), guide]
     out = generate(model, steer, inputs, output_logits=True, eos_token_id=None)
     assert out.interventions.any()
@@ -187,24 +187,24 @@ def test_filter_commits_the_first_acceptable_candidate_under_guidance(llama):
         ValueFilterConfig(value_head=random_head(llama), threshold=0.4, num_candidates=4, evaluation=evaluation)
         for evaluation in ("lazy", "eager")
     ]
-    guide = BridgeGuidanceConfig(module=make_module(llama))
+    guide = GuidanceConfig(module=make_module(llama))
     lazy, eager = (generate(llama, [each, guide], prompts(4), do_sample=True) for each in steer)
     assert torch.equal(lazy.sequences, eager.sequences)
     torch.testing.assert_close(lazy.token_values, eager.token_values, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def test_abstention_and_guidance_together(llama):
-    guide = BridgeGuidanceConfig(module=make_module(llama))
+    guide = GuidanceConfig(module=make_module(llama))
     out = generate(llama, [guide, AbstentionConfig(value_head=random_head(llama), threshold=1e-6)], prompts(4))
     assert out.abstained.all() and out.sequences.shape[1] == PROMPT + 1
 
 
 def test_values_without_a_head_are_those_of_the_module(llama, tmp_path):
     module = make_module(llama)
-    out = generate(llama, BridgeGuidanceConfig(module=module), prompts(2), eos_token_id=None)
+    out = generate(llama, GuidanceConfig(module=module), prompts(2), eos_token_id=None)
     assert ((out.token_values > 0.5) == out.guided).all() and not out.interventions.any()
     module.save_pretrained(tmp_path)
-    written = json.dumps(BridgeGuidanceConfig(module=str(tmp_path)).to_dict())
+    written = json.dumps(GuidanceConfig(module=str(tmp_path)).to_dict())
     enable_value_steer(build("llama")).generate(**prompts(2), value_steer=json.loads(written), max_new_tokens=2)
 
 
@@ -218,7 +218,7 @@ def test_a_module_that_breaks_stops_the_generation(llama):
 
     module.bridge = breaking
     with pytest.raises(RuntimeError, match=r"not finite at new token 3 in row\(s\) \[0, 1\]"):
-        generate(llama, BridgeGuidanceConfig(module=module), prompts(2), eos_token_id=None)
+        generate(llama, GuidanceConfig(module=module), prompts(2), eos_token_id=None)
 
 
 def test_a_layer_that_does_not_take_the_bridge_in_stops_the_generation(llama):
@@ -226,7 +226,7 @@ def test_a_layer_that_does_not_take_the_bridge_in_stops_the_generation(llama):
     last = model.model.layers[1].self_attn
     plain = last.forward
     last.forward = lambda *args, **kwargs: plain(*args, **kwargs | {CACHE: None})
-    config = BridgeGuidanceConfig(module=make_module(model), neutral_when_safe=False)
+    config = GuidanceConfig(module=make_module(model), neutral_when_safe=False)
     with pytest.raises((RuntimeError, AttributeError)):
         generate(model, config, prompts(1))
 
@@ -242,12 +242,12 @@ def test_a_layer_that_does_not_take_the_bridge_in_stops_the_generation(llama):
 )
 def test_modules_that_do_not_fit_are_refused_before_any_token(llama, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(llama, BridgeGuidanceConfig(module=make_module(llama, **options)), prompts(1))
+        generate(llama, GuidanceConfig(module=make_module(llama, **options)), prompts(1))
 
 
 def test_calls_that_cannot_be_guided_are_refused_before_any_token(llama):
     module = make_module(llama, backbone_fingerprint=fingerprint(llama))
-    config = BridgeGuidanceConfig(module=module)
+    config = GuidanceConfig(module=module)
     one = {name: tensor[:, :1] for name, tensor in prompts(1).items()}
     with pytest.raises(ValueError, match="`input_ids` of at least two"):
         generate(llama, config, one)
@@ -268,4 +268,4 @@ def test_calls_that_cannot_be_guided_are_refused_before_any_token(llama):
 @pytest.mark.parametrize("options", [{"refresh_interval": -1}, {"momentum": 1.0}, {"momentum": float("nan")}])
 def test_wrong_values_are_refused_by_name(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` has to be"):
-        BridgeGuidanceConfig(**options)
+        GuidanceConfig(**options)

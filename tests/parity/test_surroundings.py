@@ -15,10 +15,10 @@ from hf_value_steer import (
     AbstentionConfig,
     AbstentionLogitsProcessor,
     ActivationConfig,
+    GuidanceModule,
+    GuidanceModuleConfig,
     ValueFilterConfig,
     ValueFilterLogitsProcessor,
-    ValueGuidanceConfig,
-    ValueGuidanceModule,
     ValueSteerForCausalLM,
     value_steer_generate,
 )
@@ -286,7 +286,7 @@ def test_a_copy_decodes_with_its_own_weights(change):
 def outputs():
     model = build("llama")
     head = random_head(model)
-    module = ValueGuidanceModule(ValueGuidanceConfig(hidden_size=32, layer=0, value_width=16))
+    module = GuidanceModule(GuidanceModuleConfig(hidden_size=32, layer=0, value_width=16))
     states, mask = torch.randn(2, 3, 32), torch.ones(2, 3, dtype=torch.bool)
     return {
         "generate": steer(model, ValueFilterConfig(value_head=head, threshold=0.4)),

@@ -12,7 +12,7 @@ from hf_value_steer import (
     AbstentionConfig,
     AbstentionLogitsProcessor,
     ActivationConfig,
-    BridgeGuidanceConfig,
+    GuidanceConfig,
     ValueFilterConfig,
     ValueFilterLogitsProcessor,
     enable_value_steer,
@@ -153,7 +153,7 @@ def methods(model):
         **{kernel: filtering(model, kernel) for kernel in ("shared_prefix", "masked", "expanded")},
         "abstain": AbstentionConfig(value_head=head, threshold=0.9999),
         "activate": ActivationConfig(vectors=vectors_of(model), multiplier=4.0, mode="last_token"),
-        "guide": BridgeGuidanceConfig(module=make_module(model)),
+        "guide": GuidanceConfig(module=make_module(model)),
     }
 
 

@@ -14,7 +14,7 @@ import transformers
 from hf_value_steer import (
     AbstentionConfig,
     ActivationConfig,
-    BridgeGuidanceConfig,
+    GuidanceConfig,
     ValueFilterConfig,
     ValueHead,
     value_steer_generate,
@@ -59,7 +59,7 @@ def rows() -> Iterator[tuple[str, Counter[tuple[str, str]]]]:
         yield "plain `generate`", count()
         yield "abstention", steer(AbstentionConfig(value_head=accepting, threshold=0.9))
         yield "vectors", steer(ActivationConfig(vectors=vectors, multiplier=2.0))
-        yield "guidance", steer(BridgeGuidanceConfig(module=module))
+        yield "guidance", steer(GuidanceConfig(module=module))
         yield "filter, lazy, nothing rejected", steer(filtering(accepting))
         for kernel in KERNELS:
             yield f"filter, lazy, all rejected, {kernel}", steer(filtering(rejecting, lookahead=kernel))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from hf_value_steer import (
     AbstentionConfig,
     ActivationConfig,
-    BridgeGuidanceConfig,
+    GuidanceConfig,
     ValueFilterConfig,
     ValueHead,
     value_steer_generate,
@@ -76,7 +76,7 @@ def make(family: str, dtype: torch.dtype) -> PreTrainedModel:
 def configs(case: Case, model: PreTrainedModel, head: ValueHead) -> list[Any]:
     """What is passed as `value_steer`; its artefacts are those of a model on the CPU."""
     if case.method == "guide":
-        return [BridgeGuidanceConfig(module=make_module(model.float()))]
+        return [GuidanceConfig(module=make_module(model.float()))]
     filtering = ValueFilterConfig(
         value_head=head, threshold=0.4, num_candidates=4, lookahead=case.kernel, evaluation=case.evaluation, seed=1
     )

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from hf_value_steer import AbstentionConfig, BridgeGuidanceConfig, ValueFilterConfig, ValueHead, ValueHeadConfig
-from hf_value_steer.configuration import parse_value_steer
+from hf_value_steer import AbstentionConfig, GuidanceConfig, ValueFilterConfig, ValueHead, ValueHeadConfig
+from hf_value_steer.configuration.parse import parse_value_steer
 
 
 @pytest.mark.parametrize(
     "config",
-    [ValueFilterConfig(), AbstentionConfig(message_ids=[3, 4], patience=2), BridgeGuidanceConfig(momentum=0.5)],
+    [ValueFilterConfig(), AbstentionConfig(message_ids=[3, 4], patience=2), GuidanceConfig(momentum=0.5)],
 )
 def test_json_copy_and_pickle(config):
     for again in (
@@ -46,7 +46,7 @@ def test_the_dict_form_holds_what_differs_from_the_defaults():
         (AbstentionConfig, {"message_ids": "stop"}, "`message_ids` .* got 'stop'"),
         (AbstentionConfig, {"message_ids": 5}, "`message_ids`"),
         (AbstentionConfig, {"message_ids": [True]}, "`message_ids`"),
-        (BridgeGuidanceConfig, {"momentum": "0.5"}, "`momentum` .* got '0.5'"),
+        (GuidanceConfig, {"momentum": "0.5"}, "`momentum` .* got '0.5'"),
         (ValueFilterConfig, {"threshold": []}, "`threshold`"),
         (ValueFilterConfig, {"threshold": [0.3, 1.3]}, "`threshold`"),
         (ValueFilterConfig, {"num_candidates": 0}, "`num_candidates` has to be an integer of at least 1, got 0"),
@@ -77,7 +77,7 @@ def test_wrong_values_are_refused_by_name(cls, options, message):
         (ValueFilterConfig, {"threshold": [np.float64(0.25), 0.5], "alpha": None}, ((0.25, 0.5), None)),
         (AbstentionConfig, {"message_ids": np.array([3, 4]), "patience": np.int32(2)}, ((3, 4), 2)),
         (AbstentionConfig, {"message_ids": torch.tensor([3]), "min_new_tokens": np.int64(1)}, ((3,), 1)),
-        (BridgeGuidanceConfig, {"momentum": np.float32(0.5), "refresh_interval": np.int64(2)}, (0.5, 2)),
+        (GuidanceConfig, {"momentum": np.float32(0.5), "refresh_interval": np.int64(2)}, (0.5, 2)),
     ],
 )
 def test_numbers_of_numpy_and_torch_are_numbers(cls, options, expected):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_value_steer.files import claim, write_json
+from hf_value_steer.files.writing import claim, write_json
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])

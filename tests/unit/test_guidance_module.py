@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
-from hf_value_steer.svgt import PRESETS, ValueGuidanceConfig, ValueGuidanceModule
-from hf_value_steer.svgt.parts import BridgeGenerator, Discriminator
+from hf_value_steer.configuration.guidance_module import PRESETS, GuidanceModuleConfig
+from hf_value_steer.guidance.module import GuidanceModule
+from hf_value_steer.guidance.parts import BridgeGenerator, Discriminator
 
 
 WIDTH, VALUE = 16, 8
@@ -17,7 +18,7 @@ WIDTH, VALUE = 16, 8
 def make(**options):
     torch.manual_seed(0)
     config = {"hidden_size": WIDTH, "layer": 0, "num_bridges": 3, "value_width": VALUE, "value_heads": 2}
-    module = ValueGuidanceModule(ValueGuidanceConfig(**config | {"bridge_heads": 2} | options)).eval()
+    module = GuidanceModule(GuidanceModuleConfig(**config | {"bridge_heads": 2} | options)).eval()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:
@@ -149,8 +150,8 @@ def test_save_and_load(tmp_path):
     module.set_statistics(torch.randn(WIDTH), torch.rand(WIDTH))
     module.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    for again in (ValueGuidanceModule.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
-        assert isinstance(again, ValueGuidanceModule) and again.fingerprint() == module.fingerprint()
+    for again in (GuidanceModule.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert isinstance(again, GuidanceModule) and again.fingerprint() == module.fingerprint()
         for name, tensor in module.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor)
     assert AutoConfig.from_pretrained(tmp_path).layer == 0
@@ -159,15 +160,15 @@ def test_save_and_load(tmp_path):
         module.generator.seeds[0, 0] = math.nan
     module.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="guidance module holds NaN or infinite weights in generator.seeds"):
-        ValueGuidanceModule.from_pretrained(tmp_path)
+        GuidanceModule.from_pretrained(tmp_path)
 
 
 def test_presets():
     for name in PRESETS:
-        config = ValueGuidanceConfig.preset(name, step=0.5)
+        config = GuidanceModuleConfig.preset(name, step=0.5)
         assert config.step == 0.5 and config.hidden_size % config.bridge_heads == 0
     with pytest.raises(ValueError, match="There is no preset 'gpt3'"):
-        ValueGuidanceConfig.preset("gpt3")
+        GuidanceModuleConfig.preset("gpt3")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,7 @@ def test_presets():
         ({"step": -1.0}, "`step`"),
         ({"num_bridges": 0}, "`num_bridges`"),
         ({"correction": "none"}, "correction"),
-        ({"bridges": 3}, "`bridges` is not a field of ValueGuidanceConfig"),
+        ({"bridges": 3}, "`bridges` is not a field of GuidanceModuleConfig"),
     ],
 )
 def test_wrong_values_are_refused_by_name(options, message):

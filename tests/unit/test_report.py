@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from hf_value_steer.activation.sweep import sweep_page
+from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.axes import linear, logarithmic, odds
-from hf_value_steer.evaluation.markdown import results_markdown
 from hf_value_steer.evaluation.report import render_report
+from hf_value_steer.evaluation.sweep import sweep_page
 from tests import documents, hostile
 from tests.integration.test_trace_page import Reader
 

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, parametrize
 from transformers import LlamaForCausalLM
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
-from hf_value_steer.points import Here, _changes, feature_point, layer_point
-from hf_value_steer.shadow import shadow
+from hf_value_steer.backbone.points import Here, _changes, feature_point, layer_point
+from hf_value_steer.backbone.shadow import shadow
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
 
 

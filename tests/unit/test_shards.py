@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_value_steer import files
-from hf_value_steer.files import claim, write_atomically
+from hf_value_steer.files import writing as files
+from hf_value_steer.files.writing import claim, write_atomically
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
 

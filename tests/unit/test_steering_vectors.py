@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_value_steer.activation.extract import vectors_from_pairs, vectors_from_value_head
 from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.activation.residual import layer_range, pad_right, read_residuals
-from hf_value_steer.activation.sweep import MULTIPLIERS, SweepArguments
 from hf_value_steer.activation.vectors import SteeringVectors
 from hf_value_steer.cli.vectors import ApplyArguments
+from hf_value_steer.evaluation.sweep import MULTIPLIERS, SweepArguments
+from hf_value_steer.training.vectors import vectors_from_pairs, vectors_from_value_head
 from tests.families import FAMILIES, build, random_head
 from tests.tiny_models import build_tiny
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from hf_value_steer import ArtefactError, ValueFilterConfig, ValueHead
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.backbone.parts import fingerprint
+from hf_value_steer.backbone.shadow import shadow
+from hf_value_steer.backbone.weights import until_weights_change
+from hf_value_steer.files.kept import MOST, load_once
 from hf_value_steer.generation import scorer
 from hf_value_steer.generation.scorer import load_head
-from hf_value_steer.kept import MOST, load_once
-from hf_value_steer.shadow import shadow
-from hf_value_steer.weights import until_weights_change
 from tests.families import build, random_head
 
 

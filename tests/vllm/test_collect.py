@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_value_steer.backbone import fingerprint
-from hf_value_steer.modeling import ValueHead
+from hf_value_steer.backbone.parts import fingerprint
+from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments

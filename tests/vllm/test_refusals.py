@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hf_value_steer import ValueHead
-from hf_value_steer.backbone import fingerprint
+from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration import Calibration
 from tests.vllm import tiny
 from tests.vllm.helpers import reports, run, tokens

@@ -1,0 +1,82 @@
+"""The model card of a guidance module, generated from its config."""
+
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_value_steer.cards.parts import LIBRARY_NAME, LIMITS_PLACEHOLDER, NOT_RECORDED, UNNAMED, training_markdown
+from hf_value_steer.files.markup import code, literal, plain
+
+
+if TYPE_CHECKING:
+    from hf_value_steer.guidance.module import GuidanceModule
+
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A guidance module (SVGT, arXiv 2605.11712) for {{ backbone }}: {{ parameters }} parameters beside the frozen
+backbone. It values the output of decoder layer {{ layer }} (counted from 0), and turns its correction into
+{{ guides }}.
+A high value is **undesirable**; at values below {{ threshold }} it is content.
+
+## How to use
+
+```python
+from transformers import AutoModelForCausalLM
+from hf_value_steer import GuidanceConfig, enable_value_steer
+
+model = enable_value_steer(AutoModelForCausalLM.from_pretrained({{ backbone_literal }}))
+cfg = GuidanceConfig(module={{ repo_id }}, momentum=0.0)  # as in training
+out = model.generate(**inputs, value_steer=cfg, do_sample=True)
+```
+
+Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}.
+{% if training %}
+## Training
+
+{{ training }}
+{% endif %}
+## Limits
+
+{{ limits }}
+"""
+
+
+def guidance_card(module: "GuidanceModule", limits: str | None = None, repo_id: str = "org/module") -> ModelCard:
+    """A model card.
+
+    Args:
+        module: its config is what the card tells of.
+        limits (`str`, *optional*): results and where it fails, in Markdown, by a person. A placeholder stands for it.
+        repo_id (`str`): where the module can be loaded from.
+    """
+    config = module.config
+    backbone = config.backbone or UNNAMED
+    data = ModelCardData(
+        library_name=LIBRARY_NAME,
+        base_model=config.backbone,
+        base_model_relation="adapter" if config.backbone else None,
+        tags=["value-guidance", "value-steering", *([config.attribute] if config.attribute else [])],
+    )
+    bridges = f"{config.num_bridges} bridge tokens, which later layers attend to"
+    card: ModelCard = ModelCard.from_template(
+        data,
+        template_str=_CARD,
+        title=plain(f"Value guidance: {config.attribute or 'unnamed attribute'}"),
+        backbone=code(backbone),
+        backbone_literal=literal(backbone),
+        parameters=f"{sum(parameter.numel() for parameter in module.parameters()):,}",
+        layer=config.layer,
+        guides=bridges if config.injection == "bridge" else "a vector that is added to the state",
+        threshold=f"{config.threshold:.4g}",
+        repo_id=literal(repo_id),
+        fingerprint=code(config.backbone_fingerprint or NOT_RECORDED),
+        chat_template=code(config.chat_template or NOT_RECORDED),
+        training=training_markdown(config.training),
+        limits=limits or LIMITS_PLACEHOLDER,
+    )
+    return card

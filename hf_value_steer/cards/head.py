@@ -1,0 +1,248 @@
+"""The model card of a head, generated from its config, its calibration and its evaluation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from hf_value_steer.cards.document import check_evaluation, main_run
+from hf_value_steer.cards.parts import LIBRARY_NAME, LIMITS_PLACEHOLDER, NOT_RECORDED, UNNAMED, training_markdown
+from hf_value_steer.cards.results import calibration_markdown, model_index, results_markdown
+from hf_value_steer.files.markup import code, literal, plain, table
+from hf_value_steer.files.upload import LIMITS, is_generated
+from hf_value_steer.files.writing import write_new
+
+
+if TYPE_CHECKING:
+    from hf_value_steer.heads.value_head import ValueHead
+
+
+NO_LIMITS = "Its author has added nothing to what follows."
+
+_MARKER = re.compile(r"^<!-- /?limits", re.MULTILINE)
+
+_HEAD_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+A value head for {{ backbone }}: a {{ architecture }} of {{ parameters }} parameters that reads the feature of each
+token (final layer, after the final norm, {{ hidden_size }} wide) and answers with a value in (0, 1).
+A high value is **{{ polarity }}**. {{ threshold }}
+{% if attributes %}
+{{ attributes }}
+{% endif %}
+## How to use
+
+```python
+from transformers import AutoModelForCausalLM
+from hf_value_steer import {{ runtime }}, enable_value_steer
+
+model = enable_value_steer(AutoModelForCausalLM.from_pretrained({{ backbone_literal }}))
+cfg = {{ runtime }}(value_head={{ repo_id }})
+out = model.generate(**inputs, value_steer=cfg, do_sample=True)
+```
+
+Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}. Features: {{ feature_dtype }}.
+{% if results %}
+## Results
+
+{{ results }}{% endif %}{% if guarantee %}
+## Threshold and guarantee
+
+{{ threshold }} {{ guarantee }}{% endif %}{% if training %}
+## Training
+
+{{ training }}
+{% endif %}
+## Limits
+
+<!-- limits: written by a person, and kept when the rest of this card is generated again -->
+{{ limits }}
+<!-- /limits -->
+
+- A value says nothing about text of another backbone, another prompt format or another sampler.
+{% for limit in known_limits %}- {{ limit }}
+{% endfor %}"""
+
+
+def head_card(
+    head: "ValueHead",
+    evaluation: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    limits: str | None = None,
+    datasets: Sequence[str] | None = None,
+    *,
+    license: str | None = None,
+    repo_id: str = "org/this-head",
+) -> ModelCard:
+    """A model card for a value head, generated from what is known of it.
+
+    Args:
+        head ([`ValueHead`]): its config is what the card tells of.
+        evaluation (`dict`, *optional*): what is in `evaluation.json`; gives "Results" and the `model-index`.
+        calibration (`dict`, *optional*): what is in `calibration.json`; gives "Threshold and guarantee". By default
+            the calibration that the head was loaded with.
+        limits (`str`, *optional*): where the head fails, in Markdown, by a person. A placeholder stands for it.
+        datasets (sequence of `str`, *optional*): Hub ids of what it was trained on.
+        license (`str`, *optional*): identifier of the license, as on the Hub.
+        repo_id (`str`): where the head can be loaded from.
+
+    Raises:
+        ValueError: if `evaluation` is no evaluation document, or is of another head, or `limits` has no text or holds
+            the lines that stand around it in a card.
+    """
+    config = head.config
+    if calibration is None and head.calibration is not None:
+        calibration = head.calibration.to_dict(scores=False)
+    if evaluation is not None:
+        check_same_head(config, evaluation)
+    if limits is not None and not limits.strip():
+        raise ValueError("`limits` has no text: say where the head fails, and where it must not be used.")
+    if limits is not None and _MARKER.search(limits):
+        raise ValueError(
+            '`limits` holds a line that begins with "<!-- limits" or "<!-- /limits", as the lines around '
+            "it in a card do: leave that line out."
+        )
+    title = f"Value head: {config.attribute or 'unnamed attribute'}"
+    data = ModelCardData(
+        library_name=LIBRARY_NAME,
+        base_model=config.backbone,
+        base_model_relation="adapter" if config.backbone else None,
+        datasets=list(datasets) if datasets else None,
+        license=license,
+        tags=["value-head", "value-steering", *_attribute_names(config)],
+        model_name=title if evaluation else None,
+        eval_results=(model_index(evaluation) or None) if evaluation else None,
+    )
+    backbone = config.backbone or UNNAMED
+    threshold = f"Default threshold: {config.threshold:.4g}." if config.threshold else "It has no default threshold."
+    card: ModelCard = ModelCard.from_template(
+        data,
+        template_str=_HEAD_CARD,
+        title=plain(title),
+        backbone=code(backbone),
+        backbone_literal=literal(backbone),
+        architecture={"mlp": "three-layer MLP", "linear": "linear map"}[config.architecture],
+        parameters=f"{sum(parameter.numel() for parameter in head.parameters()):,}",
+        hidden_size=config.hidden_size,
+        polarity=config.polarity,
+        threshold=threshold,
+        attributes=_attributes_markdown(config) if config.attributes else "",
+        runtime=_runtime(config.polarity, evaluation),
+        repo_id=literal(repo_id),
+        fingerprint=code(config.backbone_fingerprint or NOT_RECORDED),
+        chat_template=code(config.chat_template or NOT_RECORDED),
+        feature_dtype=code(config.feature_dtype or NOT_RECORDED),
+        results=results_markdown(evaluation) if evaluation else "",
+        guarantee=calibration_markdown(calibration) if calibration else "",
+        training=training_markdown(config.training),
+        limits=(limits or LIMITS_PLACEHOLDER).strip(),
+        known_limits=_known_limits(evaluation, calibration),
+    )
+    return card
+
+
+def write_card(head: "ValueHead", folder: Path) -> None:
+    """Write the generated card as `README.md`, unless the folder has one, which its author may have edited."""
+    write_new(folder / "README.md", lambda: str(head_card(head)))
+
+
+def renew_card(
+    head: "ValueHead",
+    card: str | None,
+    evaluation: Mapping[str, Any] | None = None,
+    limits: str | None = None,
+    datasets: Sequence[str] | None = None,
+    *,
+    license: str | None = None,
+    repo_id: str = "org/this-head",
+) -> str:
+    """The text of a card generated anew, with what a person wrote into the old one.
+
+    Args:
+        card (`str`, *optional*): the old one. Its limits, license and data sets are kept where none are given. One
+            that was not generated is returned as it is.
+        head, evaluation, limits, datasets, license, repo_id: as in [`head_card`].
+
+    Raises:
+        ValueError: as in [`head_card`], and if `limits` are given for a card that was not generated.
+    """
+    if evaluation is not None:
+        check_same_head(head.config, evaluation)
+    if card is not None and not is_generated(card):
+        if limits is not None:
+            raise ValueError("`limits` have no place in a README.md that was not generated: write them there.")
+        return card
+    if card is not None:
+        limits, data = limits or written_limits(card), ModelCard(card).data
+        license, named = license or data.get("license"), data.get("datasets")
+        datasets = datasets or ([named] if isinstance(named, str) else named)
+    return str(head_card(head, evaluation, None, limits, datasets, license=license, repo_id=repo_id))
+
+
+def lacks_limits(card: str) -> bool:
+    """Whether nobody has written into the limits section of a card, generated or not."""
+    unwritten = "## Limits" not in card or "is for its author to add here" in " ".join(card.split())
+    return written_limits(card) is None if is_generated(card) else unwritten
+
+
+def written_limits(card: str) -> str | None:
+    """What a person wrote into the limits section of a generated card; `None` if that is the placeholder."""
+    found = LIMITS.search(card)
+    text = found.group(1).strip() if found else ""
+    return None if text in ("", LIMITS_PLACEHOLDER, NO_LIMITS) else text
+
+
+def check_same_head(config: Any, evaluation: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless `evaluation` is an evaluation document of the head with this config."""
+    check_evaluation(evaluation)
+    for key in ("attribute", "polarity", "backbone_fingerprint"):
+        mine, evaluated = getattr(config, key), evaluation["head"][key]
+        if mine != evaluated:
+            raise ValueError(
+                f"`evaluation` is of a head with {key} {evaluated!r}, but this head has {mine!r}: evaluate this one."
+            )
+
+
+def _runtime(polarity: str, evaluation: Mapping[str, Any] | None) -> str:
+    """Which configuration a user of the head starts with."""
+    main = main_run(evaluation) if evaluation else None
+    abstains = polarity == "desirable" if main is None else main["method"] == "abstain"
+    return "AbstentionConfig" if abstains else "ValueFilterConfig"
+
+
+def _attribute_names(config: Any) -> list[str]:
+    if config.attributes:
+        return [attribute["name"] for attribute in config.attributes]
+    return [config.attribute] if config.attribute else []
+
+
+def _attributes_markdown(config: Any) -> str:
+    """What a head of several attributes values, and how that is one value."""
+    rows = [[plain(each["name"]), each["polarity"], f"{each['threshold']:.4g}"] for each in config.attributes]
+    meaning = "The worst of several attributes gives the value: below one half, each passes its own threshold."
+    head = ["attribute", "a high value of it is", "threshold"]
+    if config.combine == "sum":
+        meaning = (
+            "The value is the weighted mean of how far several attributes are beyond their thresholds, in log odds."
+        )
+        head.append("weight")
+        rows = [[*row, f"{each['weight']:g}"] for row, each in zip(rows, config.attributes, strict=True)]
+    return f"{meaning}\n\n{table(head, rows)}"
+
+
+def _known_limits(evaluation: Mapping[str, Any] | None, calibration: Mapping[str, Any] | None) -> list[str]:
+    limits = []
+    if evaluation is None:
+        limits.append("Nothing was measured: this card holds no evaluation.")
+    else:
+        limits.append("Rates are what these judges see, on these prompts and with this sampling, and no more.")
+        if all(judge["gave_labels"] for judge in evaluation["judges"]):
+            limits.append("No judge but the one that gave the labels was asked: the head may have learned its errors.")
+    if calibration is None:
+        limits.append("The threshold is a choice, not a guarantee: no bound on needless interventions is claimed.")
+    return limits

@@ -1,0 +1,43 @@
+"""Checks of what callers give: each says in one sentence what it expected."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def check_probability(value: Any, name: str) -> None:
+    """Raise a `ValueError` unless `value` is a number in (0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
+        raise ValueError(f"`{name}` has to be a number in (0, 1), got {value!r}.")
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raise a `ValueError` if one of the `given` keys is not among those that `owner` knows."""
+    known = sorted(known)
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
+            raise ValueError(f"`{key}` is not a field of {owner}: {hint}")
+
+
+def as_python(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's, also within a list or tuple; a list as a tuple."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        value = value.tolist()
+    return tuple(map(as_python, value)) if isinstance(value, list | tuple) else value
+
+
+def check_threshold(threshold: Any, name: str = "threshold") -> None:
+    """Raise unless `threshold` is `None`, a number in (0, 1), or a non-empty sequence of such numbers."""
+    if threshold is None:
+        return
+    values = threshold if isinstance(threshold, list | tuple) else [threshold]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    if not values or not numbers or not all(0.0 < value < 1.0 for value in values):
+        raise ValueError(
+            f"`{name}` has to be a number in (0, 1), or a sequence of them, one a row; got {threshold!r}."
+        )

@@ -1,0 +1,1 @@
+"""The configurations, one a file, and how the `value_steer` argument is read."""

@@ -1,0 +1,65 @@
+"""`ValueFilterConfig`: value-filtered decoding as a method of `generate(..., value_steer=...)`."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hf_value_steer.configuration.methods import SteeringConfig
+from hf_value_steer.policy import Fallback
+
+
+MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueFilterConfig(SteeringConfig):
+    r"""Value-filtered decoding (arXiv 2605.14746): commit the first of K candidates whose value is acceptable.
+
+    Takes the arguments of [`SteeringConfig`] and:
+
+    Args:
+        num_candidates (`int`): K, the natural sample included; at most 1,024.
+        proposal (`str`): `"sample"` draws alternatives independently from the processed distribution, `"topk"` takes
+            the most likely tokens. Greedy decoding always takes the most likely ones.
+        evaluation (`str`): `"lazy"` forwards alternatives for rows that reject the natural sample; `"eager"` forwards
+            all candidates in one pass. Both commit the same tokens.
+        fallback (`str`): if no candidate is acceptable: `"argmin"` commits the most acceptable one, `"args"` the one
+            with the lowest `u - prob_weight * probability` (ARGS, arXiv 2402.01694; `u` = undesirability), and
+            `"abstain"` ends the row.
+        prob_weight (`float`): `w` of `"args"`, not negative.
+        max_interventions (`int`, *optional*): rows are left alone after so many interventions.
+        output_candidates (`bool`): return the candidates and their values.
+        lookahead (`str`): how candidates are forwarded: `"shared_prefix"` (the prefix is read once for all of them,
+            without a mask), `"masked"` (along the query dimension, under a 4-D mask), `"expanded"` (along the batch
+            dimension, any model and cache), or with `"auto"` the best that was verified for the model. Where the step
+            is compiled, so is the look-ahead with `"auto"` and `"masked"`.
+        seed (`int`, *optional*): seed of the alternatives; by default it follows the global generator's state.
+    """
+
+    method: ClassVar[str] = "filter"
+
+    num_candidates: int = 8
+    proposal: Literal["sample", "topk"] = "sample"
+    evaluation: Literal["lazy", "eager"] = "lazy"
+    fallback: Fallback = "argmin"
+    prob_weight: float = 1.0
+    max_interventions: int | None = None
+    output_candidates: bool = False
+    lookahead: Literal["auto", "shared_prefix", "masked", "expanded"] = "auto"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_integer("num_candidates", 1)
+        if self.num_candidates > MOST_CANDIDATES:
+            raise ValueError(f"`num_candidates` has to be at most {MOST_CANDIDATES}, got {self.num_candidates}.")
+        self._check_choice("proposal", ("sample", "topk"))
+        self._check_choice("evaluation", ("lazy", "eager"))
+        self._check_choice("fallback", ("argmin", "args", "abstain"))
+        self._check_choice("lookahead", ("auto", "shared_prefix", "masked", "expanded"))
+        if type(self.prob_weight) not in (int, float) or not 0 <= self.prob_weight < math.inf:
+            raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
+        if self.max_interventions is not None:
+            self._check_integer("max_interventions", 0)
+        if self.seed is not None:
+            self._check_integer("seed", 0)

@@ -1,0 +1,207 @@
+"""The working window of a multiplier: how far it moves a judge's rate before the text falls apart."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.configuration.activate import Mode
+from hf_value_steer.evaluation.axes import linear, logarithmic
+from hf_value_steer.evaluation.charts import Chart, Point, Rule, Series, figure
+from hf_value_steer.evaluation.measures import Measures
+from hf_value_steer.evaluation.runs import Runner, Setting
+from hf_value_steer.evaluation.trace import packaged
+from hf_value_steer.files.writing import write_atomically, write_json
+from hf_value_steer.training.arguments import SamplingArguments
+from hf_value_steer.training.collect import load_backbone
+from hf_value_steer.training.judges import load_judge
+from hf_value_steer.training.prompts import Formatter, load_prompts
+
+
+MULTIPLIERS = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)  # of calibrated vectors most work below 1
+REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this part of the base's repeats itself
+
+
+@dataclass(kw_only=True)
+class SweepArguments(SamplingArguments):
+    """Which multipliers, on what, by whom, at which price."""
+
+    output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
+    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
+    vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
+    prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
+    judges: list[str] = field(metadata={"help": "judges, by whose first the window is described"})
+    multipliers: list[float] = field(default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"})
+    budget: float = field(default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"})
+    mode: str = field(default="broadcast", metadata={"help": "broadcast or last_token"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
+    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
+    max_new_tokens: int = field(default=64, metadata={"help": "length of a generation"})
+    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
+    seed: int = field(default=0, metadata={"help": "of all generation"})
+
+
+def sweep(arguments: SweepArguments) -> dict[str, Any]:
+    """Generate under every multiplier, measure, and write `sweep.json` and `sweep.html`.
+
+    Perplexity is the unsteered model's, of the texts that the steered one wrote.
+
+    Returns:
+        The document: `runs`, the unsteered one first, and the `window`.
+    """
+    folder = Path(arguments.output)
+    model, tokenizer = load_backbone(arguments.model, arguments.dtype, PartialState().device)
+    vectors = SteeringVectors.from_pretrained(arguments.vectors)
+    vectors.check_fit(model)
+    prompts = load_prompts(arguments.prompts, limit=arguments.limit)
+    runner = Runner(
+        model,
+        Formatter(tokenizer, arguments.chat),
+        prompts,
+        arguments.sampling(),
+        samples=arguments.samples,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        folder=folder / "runs",
+        conditions={"vectors": vectors.fingerprint()},
+    )
+    sweeper = Sweeper(runner, vectors, arguments.judges)
+    for multiplier in sorted(set(arguments.multipliers) - {0.0}):
+        sweeper.run(multiplier, arguments.mode)  # type: ignore[arg-type]
+    document = {**sweeper.document(arguments.budget), "vectors": arguments.vectors}
+    write_json(folder / "sweep.json", document)
+    write_atomically(folder / "sweep.html", sweep_page(document).encode())
+    return document
+
+
+class Sweeper:
+    """Runs of one backbone under its vectors, each measured against the unsteered run.
+
+    Args:
+        runner: of the backbone, on the prompts.
+        vectors: of the backbone.
+        judges: their names.
+    """
+
+    def __init__(self, runner: Runner, vectors: SteeringVectors, judges: Sequence[str]):
+        self.runner, self.vectors = runner, vectors
+        loaded = {name: load_judge(name) for name in judges}
+        for judge in loaded.values():
+            judge.check(runner.prompts)
+        base = Setting("base", "base")
+        texts = runner.run(base)
+        rows = [prompt for prompt in runner.prompts for _ in range(runner.samples)]
+        self.measures = Measures(
+            runner.model, runner.formatter, rows, loaded, judges[0], texts, polarity="undesirable"
+        )
+        self.runs = [{"multiplier": 0.0, **self.measures.run(base, texts)}]
+
+    def run(self, multiplier: float, mode: Mode = "broadcast", setting: Setting | None = None) -> dict[str, Any]:
+        """Generate and measure under vectors; with `setting`, under what it gives to `generate` instead."""
+        if setting is None:
+            setting = Setting(f"{mode} m={multiplier:g}", mode)
+            with self.vectors.apply(self.runner.model, multiplier, mode):
+                texts = self.runner.run(setting)
+        else:
+            texts = self.runner.run(setting)
+        self.runs.append({"multiplier": multiplier, **self.measures.run(setting, texts)})
+        return self.runs[-1]
+
+    def document(self, budget: float) -> dict[str, Any]:
+        """All runs, and the window of the multipliers under which the text stays within the budget."""
+        for run in self.runs:
+            run["collapsed"] = collapsed(run, self.runs[0], budget)
+        norms = self.vectors.norms
+        return {
+            "budget": budget,
+            "runs": self.runs,
+            "window": window(swept(self.runs)),
+            "layers": list(self.vectors.layers),
+            "norms": None if norms is None else [round(norm, 2) for norm in norms.tolist()],
+        }
+
+
+def swept(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs of the mode that was swept first, and the base, by multiplier."""
+    mode = runs[1]["method"]
+    return sorted((run for run in runs if run["method"] in ("base", mode)), key=lambda run: float(run["multiplier"]))
+
+
+def collapsed(run: Mapping[str, Any], base: Mapping[str, Any], budget: float) -> bool:
+    """Whether a run's texts became too improbable, or repeat themselves, which makes them probable."""
+    repeats = (run["distinct_2"] or 0.0) < REPEATS * (base["distinct_2"] or 0.0)
+    return bool(run["perplexity_ratio"] > budget or repeats)
+
+
+def window(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Lowest and highest multiplier up to which, counted from 0, no run collapsed."""
+    edges = []
+    for sign in (-1, 1):
+        side = sorted((run for run in runs if run["multiplier"] * sign > 0), key=lambda run: abs(run["multiplier"]))
+        fine = itertools.takewhile(lambda run: not run["collapsed"], side)
+        edges.append(max((run["multiplier"] for run in fine), key=abs, default=0.0))
+    return edges
+
+
+def sweep_page(document: Mapping[str, Any]) -> str:
+    """Rates and perplexity over the multiplier, and norms by layer: one page of HTML and SVG without script."""
+    runs = swept(document["runs"])
+    low, high = document["window"]
+    charts = [
+        _chart(f"rate-{index}", "rate", f"Judge: {name}", runs, [run["judges"][name]["rate"] for run in runs])
+        for index, name in enumerate(runs[0]["judges"])
+    ]
+    note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
+    ratios = [run["perplexity_ratio"] for run in runs]
+    rule = Rule("budget", document["budget"])
+    charts.append(_chart("perplexity", "perplexity", note, runs, ratios, rule))
+    if document["norms"]:
+        charts.append(norm_chart(document["layers"], document["norms"]))
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Sweep</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
+        f"<style>{packaged('page.css')}{packaged('chart.css')}</style><main>"
+        f"<h1>Working window: {low:g} to {high:g}</h1>"
+        f"<div class='grid'>{''.join(map(figure, charts))}</div></main>\n"
+    )
+
+
+def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
+    """Why the strength follows the norm: how the residual grows with depth, and what is left of a flat strength.
+
+    Args:
+        layers, norms: the steered layers, and the mean norm of the residual behind each.
+    """
+    left = norms[0] / norms[-1]
+    note = (
+        f"The strength follows it. A flat one would have {100 * left:.0f} % of its relative influence at layer "
+        f"{layers[0]} left at layer {layers[-1]}."
+    )
+    points = [Point(layer, norm, f"layer {layer}: {norm:.3g}") for layer, norm in zip(layers, norms, strict=True)]
+    x = linear("layer", layers, lambda value: f"{value:g}", tight=True)
+    y = linear("mean norm", [0.0, *norms], lambda value: f"{value:g}")
+    return Chart("norms", "Norm of the residual stream", note, x, y, [Series("", points, "m-filter")])
+
+
+def _chart(
+    name: str, kind: str, note: str, runs: Sequence[Mapping[str, Any]], heights: Sequence[float], *rules: Rule
+) -> Chart:
+    multipliers = [float(run["multiplier"]) for run in runs]
+    points = [
+        Point(x, y, f"m = {x:g}: {y:.3g}", ring=run["collapsed"])
+        for x, y, run in zip(multipliers, heights, runs, strict=True)
+    ]
+    x = linear("multiplier m", multipliers, lambda value: f"{value:g}", tight=True)
+    if kind == "rate":
+        y = linear(kind, [0.0, *heights], lambda value: f"{100 * value:.3g} %")
+    else:
+        y = logarithmic(kind, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
+    title = {"rate": "Rate", "perplexity": "Perplexity, relative to base"}[kind]
+    return Chart(name, title, note, x, y, [Series("", points, "m-filter")], rules=rules)

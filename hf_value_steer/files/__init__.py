@@ -1,0 +1,1 @@
+"""What is written, read, kept and uploaded; nothing here knows a head."""

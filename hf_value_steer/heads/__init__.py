@@ -1,0 +1,1 @@
+"""What is trained to value hidden states, and how it is saved and loaded."""

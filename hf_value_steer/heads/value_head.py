@@ -1,0 +1,291 @@
+"""`ValueHead`: a small network from the feature of a token to a value in (0, 1)."""
+
+import hashlib
+import json
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.utils import ModelOutput
+
+from hf_value_steer import hub
+from hf_value_steer.backbone.parts import fingerprint
+from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
+from hf_value_steer.checks import check_threshold
+from hf_value_steer.configuration.value_head import ValueHeadConfig
+from hf_value_steer.errors import ArtefactError
+from hf_value_steer.files.reading import LOCATION, find, read_object, reading
+from hf_value_steer.files.schema import register
+from hf_value_steer.heads.artefact import Artefact
+from hf_value_steer.policy import Polarity, acceptable
+
+
+# The feature contract of value-steer 0.2.0, as its sidecar spells it.
+_PEER_FEATURE = {"layer": "final", "norm": "post", "pooling": "none", "dtype": "fp32"}
+
+# How far beyond a threshold, in log odds, an attribute is at least: enough for a float32 sigmoid to tell the side.
+_LEAST_MARGIN = 1e-6
+
+
+@dataclass
+class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
+    """Output of a value head.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): binary cross-entropy, when `labels` were given.
+        logits (`torch.FloatTensor` of shape `(...)`): one logit for each feature.
+        value (`torch.FloatTensor` of shape `(...)`): `sigmoid(logits)` in (0, 1), NaN where a logit is not finite.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    value: Tensor | None = None
+
+
+class ValueHead(Artefact):
+    """The learned value of a hidden state (arXiv 2605.14746, 2604.18419). Always float32, whatever is asked for.
+
+    ```python
+    head = ValueHead.from_pretrained("org/head")
+    values = head(hidden_states).value  # (batch, tokens, hidden_size) -> (batch, tokens)
+    ```
+
+    A head of several attributes (`attributes` in its config) answers with one value for all of them, so whatever takes
+    a head takes it, too; [`attribute_values`] tells them apart.
+
+    Attributes:
+        calibration ([`~hf_value_steer.calibration.Calibration`], *optional*): what its thresholds promise; saved as
+            `calibration.json` and loaded with the head. `alpha` in a runtime configuration needs it.
+    """
+
+    config_class = ValueHeadConfig
+    kind = "value head"
+    main_input_name = "hidden_states"
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["net"]
+
+    def __init__(self, config: ValueHeadConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        outputs = 1 if config.attributes is None else len(config.attributes)
+        layers: list[nn.Module] = [nn.Linear(width, outputs)]
+        if config.architecture == "mlp":
+            layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), *layers]
+        self.net = nn.Sequential(*layers).to(torch.float32)
+        self.calibration: Calibration | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
+        """Value each feature.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+            labels (`torch.FloatTensor` of shape `(...)`, *optional*): targets in [0, 1]. For a head of A attributes of
+                shape `(..., A)`: whether each is there, whatever its polarity. The loss is the mean over them.
+        """
+        logits = self.attribute_logits(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float())
+        logits = logits.squeeze(-1) if self.config.attributes is None else self._combined(logits)
+        return ValueHeadOutput(loss=loss, logits=logits, value=_values(logits))
+
+    def attribute_logits(self, hidden_states: Tensor) -> Tensor:
+        """Logits of each attribute, `(..., A)`; A is 1 where the config names no `attributes`.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+        """
+        if hidden_states.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"`hidden_states` has width {hidden_states.shape[-1]}, but this value head has hidden_size="
+                f"{self.config.hidden_size} (backbone {self.config.backbone!r}); load the head of your backbone."
+            )
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self.net(hidden_states.float())  # type: ignore[no-any-return]
+
+    def attribute_values(self, hidden_states: Tensor) -> Tensor:
+        """How much each attribute is there, `(..., A)` in (0, 1), NaN where a logit is not finite.
+
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+        """
+        return _values(self.attribute_logits(hidden_states))
+
+    def _combined(self, logits: Tensor) -> Tensor:
+        """The logits `(...)` that stand for those of all attributes, `(..., A)`; NaN where one is not finite."""
+        attributes, values = self.config.attributes, logits.sigmoid()
+        margins = [_margins(logits[..., i], values[..., i], of) for i, of in enumerate(attributes)]
+        if self.config.combine == "worst":
+            combined = torch.stack(margins).amax(dim=0)
+        else:
+            total = sum(of["weight"] for of in attributes)
+            weighted = [of["weight"] / total * margin for of, margin in zip(attributes, margins, strict=True)]
+            combined = torch.stack(weighted).sum(dim=0)
+        return combined.masked_fill(~logits.isfinite().all(dim=-1), torch.nan)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Load a head from a folder or the Hub: `config.json` and `model.safetensors`, never a pickle.
+
+        `calibration.json` is read where there is one.
+
+        Raises:
+            OSError: if there is nothing there, or the Hub cannot be reached.
+            ArtefactError: if this is no value head, or a damaged one: it names the file.
+        """
+        location = {name: kwargs[name] for name in LOCATION if name in kwargs}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        head = loaded[0] if isinstance(loaded, tuple) else loaded
+        calibrated = find(str(pretrained_model_name_or_path), FILE_NAME, cls.kind, optional=True, **location)
+        head.calibration = Calibration.load(calibrated.parent) if calibrated else None
+        return loaded
+
+    def write_card(self, folder: Path) -> None:
+        hub.write_card(self, folder)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write `config.json`, `model.safetensors`, and `calibration.json` if the head is calibrated.
+
+        Where there is no `README.md` yet, one is generated.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.calibration is not None:
+            self.calibration.save(save_directory)
+
+    def fingerprint(self) -> str:
+        """Identity of what the head answers: of its weights and, if there are several, of its attributes."""
+        weights = fingerprint(self)
+        if self.config.attributes is None:
+            return weights
+        parts = [weights, self.config.combine, self.config.attributes]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @classmethod
+    def from_value_steer(
+        cls,
+        path: str | os.PathLike[str],
+        hidden_size: int | None = None,
+        polarity: Polarity = "undesirable",
+        **config: Any,
+    ) -> "ValueHead":
+        """Read a checkpoint of the value-steer package: `path` and, if it is there, `path + ".meta.json"`.
+
+        Args:
+            path: the `.bin` file, a state dict of the MLP; read with `weights_only=True`.
+            hidden_size (`int`, *optional*): width of the feature; read off the weights by default.
+            polarity (`str`): the file does not say: `"undesirable"` for its filter, `"desirable"` for its abstention.
+            config: further fields of [`ValueHeadConfig`].
+
+        Raises:
+            OSError: if there is no such file.
+            ArtefactError: if it holds something else, or is damaged.
+        """
+        with reading(path, "value-steer head"):
+            state = _peer_state(path)
+            width = _peer_width(state, Path(path).stat().st_size)
+        if hidden_size not in (None, width):
+            raise ValueError(f"`hidden_size` is {hidden_size}, but the weights in {path} have width {width}.")
+        sidecar = Path(f"{path}.meta.json")
+        if sidecar.exists():
+            with reading(sidecar, "sidecar of a value-steer head"):
+                config = {**_peer_fields(read_object(sidecar)), **config}
+        head = cls(ValueHeadConfig(hidden_size=width, polarity=polarity, **config))
+        head.net.load_state_dict(state)
+        with reading(path, "value-steer head"):
+            head.require_finite()
+        head.eval()
+        return head
+
+    def save_value_steer(self, path: str | os.PathLike[str]) -> tuple[str, str]:
+        """Write the files that value-steer's `save_probe_checkpoint` writes; returns their paths."""
+        if self.config.attributes is not None:
+            raise ValueError("value-steer knows only heads of one attribute, this one has several.")
+        if self.config.architecture != "mlp":
+            raise ValueError(f"value-steer knows only mlp heads, this one is {self.config.architecture!r}.")
+        weights, sidecar = str(path), f"{path}.meta.json"
+        Path(weights).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(self.net.state_dict(), weights)
+        meta = {"feature_spec": _PEER_FEATURE, "threshold": self.config.threshold, "meta": self.config.training or {}}
+        Path(sidecar).write_text(json.dumps(meta, indent=2), encoding="utf-8")
+        return weights, sidecar
+
+
+def _peer_state(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # whose text advises to execute it
+        raise ArtefactError(
+            "this pickle is damaged, or asks for more than tensors, and is not executed: pass the file that "
+            "value-steer wrote."
+        ) from error
+
+
+def _peer_width(state: Any, size: int) -> int:
+    """Width of the head whose state dict this is, as it was read from a file of `size` bytes.
+
+    Raises:
+        ArtefactError: if it is none of value-steer's.
+    """
+    expected = {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    if not isinstance(state, Mapping) or set(state) != expected:
+        found = sorted(map(str, state))[:6] if isinstance(state, Mapping) else f"a {type(state).__name__}"
+        raise ArtefactError(f"this is no value-steer head: expected keys {sorted(expected)}, got {found}.")
+    if wrong := [name for name, entry in state.items() if not _is_plain(entry)]:
+        raise ArtefactError(f"{', '.join(wrong)} should be dense tensors of floating-point numbers: save it again.")
+    width = state["4.weight"].shape[-1] if state["4.weight"].dim() else 0
+    shapes = {"0": (width, width), "2": (width, width), "4": (1, width)}
+    for name, entry in state.items():
+        shape = shapes[name[0]] if name.endswith("weight") else shapes[name[0]][:1]
+        if entry.shape != shape:
+            raise ArtefactError(f"{name} has shape {tuple(entry.shape)} in a head of width {width}, expected {shape}.")
+    if size < sum(entry.numel() * entry.element_size() for entry in state.values()):
+        raise ArtefactError(f"a head of width {width} does not fit into a file of {size} bytes: save it again.")
+    return int(width)
+
+
+def _is_plain(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.is_floating_point() and entry.layout is torch.strided
+
+
+def _peer_fields(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a [`ValueHeadConfig`] that value-steer's sidecar holds."""
+    if missing := {"feature_spec", "threshold", "meta"} - meta.keys():
+        raise ArtefactError(f"{', '.join(sorted(missing))} is missing: delete this file to read the weights alone.")
+    if meta["feature_spec"] != _PEER_FEATURE:
+        raise ArtefactError(f"feature_spec {meta['feature_spec']} is not {_PEER_FEATURE}: no head here reads that.")
+    if not isinstance(meta["meta"], dict | None):
+        raise ArtefactError(f"meta should be a JSON object, got {meta['meta']!r}.")
+    check_threshold(meta["threshold"])
+    return {"threshold": meta["threshold"], "training": meta["meta"]}
+
+
+def _values(logits: Tensor) -> Tensor:
+    return logits.sigmoid().masked_fill(~logits.isfinite(), torch.nan)
+
+
+def _margins(logits: Tensor, values: Tensor, attribute: Mapping[str, Any]) -> Tensor:
+    """How far an attribute is beyond its threshold, on its undesirable side, in log odds; the shape of `logits`.
+
+    Negative exactly where its value passes: the sign is that of the comparison which a head of this attribute alone
+    would be steered by, not of a difference that rounds.
+    """
+    threshold, polarity = attribute["threshold"], attribute["polarity"]
+    beyond = logits - (math.log(threshold) - math.log1p(-threshold))
+    beyond = beyond if polarity == "undesirable" else -beyond
+    passed = acceptable(values, values.new_full((), threshold), polarity)
+    return torch.where(passed, beyond.clamp(max=-_LEAST_MARGIN), beyond.clamp(min=_LEAST_MARGIN))
+
+
+register(ValueHeadConfig)
+AutoModel.register(ValueHeadConfig, ValueHead)

@@ -1,0 +1,1 @@
+"""How a guidance module is trained, from a labelled collection."""

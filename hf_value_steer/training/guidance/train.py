@@ -1,0 +1,277 @@
+"""`svgt train`: from a labelled collection to a saved guidance module, in three stages."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments, set_seed
+
+from hf_value_steer.backbone.parts import num_layers
+from hf_value_steer.configuration.guidance_module import GuidanceModuleConfig
+from hf_value_steer.files.writing import write_json
+from hf_value_steer.guidance.module import GuidanceModule
+from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
+from hf_value_steer.training.checkpoints import train_on
+from hf_value_steer.training.collect import load_backbone
+from hf_value_steer.training.guidance.data import (
+    LabelledStates,
+    ResponseBatch,
+    Responses,
+    disliked_tokens,
+    join_states,
+)
+from hf_value_steer.training.guidance.layers import suggest_guidance_layer
+from hf_value_steer.training.guidance.moments import GuidedMoments
+from hf_value_steer.training.guidance.stages import (
+    PARTS,
+    BridgeStage,
+    BridgeStageTrainer,
+    LossWeights,
+    ValueStage,
+    ValueStageTrainer,
+)
+from hf_value_steer.training.guidance.states import States
+from hf_value_steer.training.prompts import Formatter
+from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.targets import Target, Targets
+from hf_value_steer.training.train import SplitArguments, further_arguments, split_rows
+
+
+STAGES = ("text", "pair", "bridge")
+
+
+@dataclass(kw_only=True)
+class GuidanceTrainArguments(SplitArguments):
+    """What to train. Learning rates, epochs and loss weights are those of the paper's code unless said otherwise."""
+
+    collection: str = field(metadata={"help": "folder of a labelled collection"})
+    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
+    output: str = field(metadata={"help": "folder of the module"})
+    judge: str = field(metadata={"help": "the judge whose labels are learned"})
+    attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
+    target: Target = field(default="response", metadata={"help": "what a token is labelled with"})
+    layer: int | None = field(default=None, metadata={"help": "l*; by default that of a probe sweep"})
+    num_bridges: int | None = field(default=None, metadata={"help": "K; by default that of a probe sweep"})
+    value_width: int | None = field(default=None, metadata={"help": "by default that of a probe sweep"})
+    bridge_heads: int = field(default=8, metadata={"help": "heads of the generator"})
+    correction: Literal["gradient", "newton"] = field(default="newton", metadata={"help": "how a value is corrected"})
+    step: float = field(default=1.0, metadata={"help": "factor of the correction"})
+    conditional: bool = field(default=True, metadata={"help": "whether the prompt takes part"})
+    injection: Literal["bridge", "inject"] = field(default="bridge", metadata={"help": "inject: without bridges"})
+    guided_share: float | None = field(
+        default=None, metadata={"help": "set the threshold so that this share of tokens is guided; 0.5 otherwise"}
+    )
+    neutral_when_safe: bool = field(default=True, metadata={"help": "in stage three"})
+    gate: float = field(default=-2.0, metadata={"help": "of the generator at the start, before softplus"})
+    text_epochs: int = field(default=5, metadata={"help": "of stage one"})
+    pair_epochs: int = field(default=5, metadata={"help": "of stage two"})
+    bridge_epochs: int = field(default=5, metadata={"help": "of stage three"})
+    text_rate: float = field(default=1e-4, metadata={"help": "learning rate of stage one"})
+    pair_rate: float = field(default=5e-4, metadata={"help": "learning rate of the conditional path in stage two"})
+    pair_slow_rate: float = field(default=1e-5, metadata={"help": "learning rate of the rest in stage two"})
+    bridge_rate: float = field(default=5e-4, metadata={"help": "learning rate of stage three"})
+    batch_rows: int = field(default=8, metadata={"help": "generations in one step"})
+    moments: int = field(default=64, metadata={"help": "tokens that are guided in one step of stage three"})
+    bridge_rows: int | None = field(default=None, metadata={"help": "generations of stage three, at most"})
+    ce: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of safe responses"})
+    safe: float = field(default=2.0, metadata={"help": "weight of the dense safety loss"})
+    manifold: float = field(default=0.1, metadata={"help": "weight of the manifold loss"})
+    avoid: float = field(
+        default=0.0, metadata={"help": "weight of -log(1 - p) of next tokens that the judge dislikes"}
+    )
+    keep: float = field(
+        default=0.0, metadata={"help": "weight of the divergence from the backbone among other tokens"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone"})
+    seed: int = field(default=0, metadata={"help": "of weights and order"})
+    trainer: list[str] = field(
+        default_factory=list, metadata={"help": "further TrainingArguments as name=value, for all stages"}
+    )
+
+    def record(self) -> dict[str, Any]:
+        """What `training.json` keeps: not where things lie."""
+        return {name: choice for name, choice in asdict(self).items() if name not in ("collection", "output")}
+
+
+def train_guidance(arguments: GuidanceTrainArguments) -> GuidanceModule:
+    """Train a module and save it with a record of its training. A module that is there already is loaded.
+
+    A training that was stopped goes on from the last epoch of its stage, and ends with the same module.
+
+    Raises:
+        ValueError: if labels are missing, all of one class, or the folder holds another module.
+    """
+    output, collection = Path(arguments.output), Collection(arguments.collection)
+    recorded = {**arguments.record(), "collection_sha256": collection.digest()}
+    record = output / "training.json"
+    if record.exists():
+        if json.loads(record.read_text(encoding="utf-8"))["arguments"] != recorded:
+            raise ValueError(f"{output} holds a module that was trained otherwise: choose another folder.")
+        return GuidanceModule.from_pretrained(output)  # type: ignore[no-any-return]
+    training = _Training(arguments, collection)
+    metrics = training.run()
+    module = training.module
+    module.config.training = {"stages": metrics, **{name: recorded[name] for name in ("target", "judge", "seed")}}
+    module.save_pretrained(output)
+    write_json(record, {"arguments": recorded, "metrics": metrics})
+    shutil.rmtree(training.work)
+    return module
+
+
+class _Training:
+    def __init__(self, arguments: GuidanceTrainArguments, collection: Collection):
+        self.arguments, self.collection = arguments, collection
+        self.targets = Targets(collection, [arguments.judge], arguments.target)
+        if "prefixes" not in self.targets.labels[0].kinds:
+            raise ValueError("Stage `bridge` learns from scores of prefixes: label again with `prefixes`.")
+        self.rows = split_rows(collection, arguments)
+        training, validation = self.rows["train"], self.rows["validation"]
+        refuse_one_class(self.targets, training, [arguments.judge])
+        refuse_what_cannot_be_told(self.targets, validation, [arguments.judge], accepted=True)
+        report_balance(self.targets, [arguments.judge], {"training": training, "validation": validation})
+        self.work = Path(arguments.output) / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
+        self.model.requires_grad_(False)
+        self.formatter = Formatter(tokenizer, collection.manifest["arguments"]["chat"])
+        set_seed(arguments.seed)
+        self.module = GuidanceModule(self._config())
+        self.states = States(collection, self.work / "states", self.model, self.formatter, self.module.config.layer)
+
+    def _config(self) -> GuidanceModuleConfig:
+        arguments, manifest = self.arguments, self.collection.manifest
+        count = num_layers(self.model)
+        if arguments.layer is not None and arguments.layer + 1 >= count:
+            raise ValueError(
+                f"`layer` has to be below {count - 1}, the last layer of the backbone; got {arguments.layer}."
+            )
+        sizes = {name: getattr(arguments, name) for name in ("layer", "num_bridges", "value_width")}
+        if None in sizes.values():
+            path = self.work / "suggestion.json"
+            if not path.exists():
+                found = suggest_guidance_layer(self.model, self.formatter, self.targets, self.rows["train"])
+                write_json(path, asdict(found))
+            suggestion = json.loads(path.read_text(encoding="utf-8"))
+            sizes = {name: suggestion[name] if size is None else size for name, size in sizes.items()}
+        same = ("bridge_heads", "correction", "step", "conditional", "injection", "attribute")
+        return GuidanceModuleConfig(
+            hidden_size=self.model.config.get_text_config(decoder=True).hidden_size,
+            backbone=manifest["backbone"],
+            backbone_fingerprint=manifest["backbone_fingerprint"],
+            chat_template=manifest["chat_template"],
+            **sizes,
+            **{name: getattr(arguments, name) for name in same},
+        )
+
+    def run(self) -> dict[str, dict[str, float]]:
+        """All stages; metrics of each on the validation prompts."""
+        arguments, metrics = self.arguments, {}
+        self.module.set_statistics(*statistics(LabelledStates(self.states, self.targets, self.rows["train"])))
+        for stage in STAGES:
+            if stage == "pair" and not arguments.conditional:
+                continue
+            if stage == "bridge":
+                self._set_threshold()
+            done = self.work / f"{stage}.json"
+            if done.exists():
+                self.module.load_state_dict(torch.load(self.work / f"{stage}.pt", weights_only=True))
+            else:
+                result = self._stage(stage)
+                torch.save(self.module.state_dict(), self.work / f"{stage}.pt")
+                write_json(done, result)
+            metrics[stage] = json.loads(done.read_text(encoding="utf-8"))
+        self.module.requires_grad_(True)
+        self.module.eval()
+        return metrics
+
+    def _stage(self, stage: str) -> dict[str, float]:
+        set_seed(self.arguments.seed)
+        trainer = self._bridge_trainer() if stage == "bridge" else self._value_trainer(stage)
+        (self.work / stage).mkdir(exist_ok=True)
+        train_on(trainer)
+        evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+        if not math.isfinite(evaluated["eval_loss"]):
+            raise ValueError(f"Stage {stage!r}: the validation loss is not finite: lower `{stage}_rate`.")
+        kept = ("loss", "auroc", "accuracy", "f1", "captured", *PARTS)
+        return {name: round(evaluated[f"eval_{name}"], 4) for name in kept if f"eval_{name}" in evaluated}
+
+    def _value_trainer(self, stage: str) -> Trainer:
+        arguments, paired = self.arguments, stage == "pair"
+        rate = arguments.pair_rate if paired else arguments.text_rate
+        epochs = arguments.pair_epochs if paired else arguments.text_epochs
+        datasets = (LabelledStates(self.states, self.targets, self.rows[name]) for name in ("train", "validation"))
+        training, validation = datasets
+        return ValueStageTrainer(
+            model=ValueStage(self.module, paired),
+            slow=arguments.pair_slow_rate if paired else None,
+            args=self._training_arguments(stage, rate, epochs),
+            train_dataset=training,
+            eval_dataset=validation,
+        )
+
+    def _bridge_trainer(self) -> Trainer:
+        arguments = self.arguments
+        weights = LossWeights(**{name: getattr(arguments, name) for name in PARTS})
+        moments = GuidedMoments(self.model, self.module, arguments.moments, arguments.neutral_when_safe)
+        with torch.no_grad():
+            self.module.generator.raw_gate.fill_(arguments.gate)
+        judged = Targets(self.collection, [arguments.judge], "hazard")
+        disliked = disliked_tokens(judged, self.rows["train"], self.model.get_output_embeddings().weight.shape[0])
+        order = torch.randperm(len(self.rows["train"]), generator=torch.Generator().manual_seed(arguments.seed))
+        rows = [self.rows["train"][index] for index in order[: arguments.bridge_rows].tolist()]
+        return BridgeStageTrainer(
+            model=BridgeStage(moments, weights, disliked),
+            collate=ResponseBatch(self.targets, self.formatter),
+            args=self._training_arguments("bridge", arguments.bridge_rate, arguments.bridge_epochs),
+            train_dataset=Responses(judged, rows),
+            eval_dataset=Responses(judged, self.rows["validation"]),
+        )
+
+    def _set_threshold(self) -> None:
+        """Let the module be content with all but the asked share of tokens of the validation prompts."""
+        if self.arguments.guided_share is None:
+            return
+        values = []
+        dataset = LabelledStates(self.states, self.targets, self.rows["validation"])
+        self.module.eval()
+        with torch.no_grad():
+            for index in range(len(dataset)):
+                batch = join_states([dataset[index]])
+                values.append(self.module(**batch).value.flatten())
+        threshold = torch.cat(values).quantile(1 - self.arguments.guided_share).item()
+        self.module.config.threshold = min(max(threshold, 1e-4), 1 - 1e-4)
+
+    def _training_arguments(self, stage: str, rate: float, epochs: int) -> TrainingArguments:
+        defaults = {
+            "output_dir": str(self.work / stage),
+            "num_train_epochs": epochs,
+            "learning_rate": rate,
+            "weight_decay": 1e-5,
+            "warmup_steps": 0.05,
+            "lr_scheduler_type": "linear",
+            "max_grad_norm": 1.0,
+            "per_device_train_batch_size": self.arguments.batch_rows,
+            "per_device_eval_batch_size": self.arguments.batch_rows,
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "save_total_limit": 1,
+            "logging_steps": 10,
+            "remove_unused_columns": False,
+            "label_names": ["labels"] if stage != "bridge" else ["input_ids"],
+            "report_to": "none",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "seed": self.arguments.seed,
+        }
+        return TrainingArguments(**defaults | further_arguments(self.arguments.trainer))
+
+
+def statistics(dataset: LabelledStates, most: int = 1000) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the states, `(width,)` each, of at most so many rows."""
+    states = torch.cat([dataset[index]["states"].float() for index in range(min(most, len(dataset)))])
+    return states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
