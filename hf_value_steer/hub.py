@@ -11,15 +11,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 
-from hf_value_steer.cards.head import NO_LIMITS, head_card, lacks_limits, renew_card, write_card
+from hf_value_steer.cards import head as cards
+from hf_value_steer.cards.head import NO_LIMITS, lacks_limits
 from hf_value_steer.cards.parts import LIBRARY_NAME
 from hf_value_steer.errors import UploadError
 from hf_value_steer.files.upload import check_base_model, is_generated, push
+from hf_value_steer.heads.value_head import ValueHead
 
 
-__all__ = ["PushedHead", "UploadError", "export_custom_generate", "head_card", "push", "push_head", "write_card"]
+__all__ = [
+    "PushedHead",
+    "UploadError",
+    "export_custom_generate",
+    "head_card",
+    "push",
+    "push_head",
+    "renew_card",
+    "write_card",
+]
 
 _GENERATE = '''"""Value steering as a `custom_generate` recipe; see the README beside it."""
 
@@ -58,6 +70,21 @@ out = model.generate(
 **Output**: that of `generate`; with `return_dict_in_generate=True` also `token_values`, `prompt_values`,
 `interventions`, `candidates_evaluated`, `abstained`, `abstention_step` and `abstention_value`.
 """
+
+
+def head_card(head: ValueHead, *known: Any, **said: Any) -> ModelCard:
+    """The card of a head, with what else is known of it; see [`~hf_value_steer.cards.head.head_card`]."""
+    return cards.head_card(head.facts(), *known, **said)
+
+
+def write_card(head: ValueHead, folder: Path) -> None:
+    """Write the generated card as `README.md`, unless the folder has one, which its author may have edited."""
+    cards.write_card(head.facts(), folder)
+
+
+def renew_card(head: ValueHead, card: str | None, *known: Any, **said: Any) -> str:
+    """The text of a card generated anew; see [`~hf_value_steer.cards.head.renew_card`]."""
+    return cards.renew_card(head.facts(), card, *known, **said)
 
 
 @dataclass(frozen=True)
@@ -114,8 +141,6 @@ def push_head(
             accepted the limits, or if the backbone that the card names is not on the Hub, see [`check_base_model`].
         UploadError: if the upload did not complete. Repeat it: a commit is there as a whole or not at all.
     """
-    from hf_value_steer.heads.value_head import ValueHead  # which imports this module
-
     root = Path(folder)
     files = _files(root, None if evaluation is None else Path(evaluation))
     document = _read_evaluation(files["evaluation.json"]) if evaluation is not None else None

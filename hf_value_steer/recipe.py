@@ -8,14 +8,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_value_steer.cards.head import renew_card
 from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
 from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
 from hf_value_steer.files.upload import check_hub_id
 from hf_value_steer.files.writing import read_utf8, write_atomically
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.hub import push_head
+from hf_value_steer.hub import push_head, renew_card
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate, check_column
 from hf_value_steer.training.collect import collect

@@ -1,15 +1,16 @@
 """The model card of a guidance module, generated from its config."""
 
-from typing import TYPE_CHECKING
-
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_value_steer.cards.parts import LIBRARY_NAME, LIMITS_PLACEHOLDER, NOT_RECORDED, UNNAMED, training_markdown
+from hf_value_steer.cards.parts import (
+    LIBRARY_NAME,
+    LIMITS_PLACEHOLDER,
+    NOT_RECORDED,
+    UNNAMED,
+    Facts,
+    training_markdown,
+)
 from hf_value_steer.files.markup import code, literal, plain
-
-
-if TYPE_CHECKING:
-    from hf_value_steer.guidance.module import GuidanceModule
 
 
 _CARD = """---
@@ -46,37 +47,37 @@ Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}.
 """
 
 
-def guidance_card(module: "GuidanceModule", limits: str | None = None, repo_id: str = "org/module") -> ModelCard:
+def guidance_card(facts: Facts, limits: str | None = None, repo_id: str = "org/module") -> ModelCard:
     """A model card.
 
     Args:
-        module: its config is what the card tells of.
+        facts: of the module.
         limits (`str`, *optional*): results and where it fails, in Markdown, by a person. A placeholder stands for it.
         repo_id (`str`): where the module can be loaded from.
     """
-    config = module.config
-    backbone = config.backbone or UNNAMED
+    config = facts.config
+    backbone, attribute = config["backbone"], config["attribute"]
     data = ModelCardData(
         library_name=LIBRARY_NAME,
-        base_model=config.backbone,
-        base_model_relation="adapter" if config.backbone else None,
-        tags=["value-guidance", "value-steering", *([config.attribute] if config.attribute else [])],
+        base_model=backbone,
+        base_model_relation="adapter" if backbone else None,
+        tags=["value-guidance", "value-steering", *([attribute] if attribute else [])],
     )
-    bridges = f"{config.num_bridges} bridge tokens, which later layers attend to"
+    bridges = f"{config['num_bridges']} bridge tokens, which later layers attend to"
     card: ModelCard = ModelCard.from_template(
         data,
         template_str=_CARD,
-        title=plain(f"Value guidance: {config.attribute or 'unnamed attribute'}"),
-        backbone=code(backbone),
-        backbone_literal=literal(backbone),
-        parameters=f"{sum(parameter.numel() for parameter in module.parameters()):,}",
-        layer=config.layer,
-        guides=bridges if config.injection == "bridge" else "a vector that is added to the state",
-        threshold=f"{config.threshold:.4g}",
+        title=plain(f"Value guidance: {attribute or 'unnamed attribute'}"),
+        backbone=code(backbone or UNNAMED),
+        backbone_literal=literal(backbone or UNNAMED),
+        parameters=f"{facts.parameters:,}",
+        layer=config["layer"],
+        guides=bridges if config["injection"] == "bridge" else "a vector that is added to the state",
+        threshold=f"{config['threshold']:.4g}",
         repo_id=literal(repo_id),
-        fingerprint=code(config.backbone_fingerprint or NOT_RECORDED),
-        chat_template=code(config.chat_template or NOT_RECORDED),
-        training=training_markdown(config.training),
+        fingerprint=code(config["backbone_fingerprint"] or NOT_RECORDED),
+        chat_template=code(config["chat_template"] or NOT_RECORDED),
+        training=training_markdown(config["training"]),
         limits=limits or LIMITS_PLACEHOLDER,
     )
     return card

@@ -3,20 +3,23 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_value_steer.cards.document import check_evaluation, main_run
-from hf_value_steer.cards.parts import LIBRARY_NAME, LIMITS_PLACEHOLDER, NOT_RECORDED, UNNAMED, training_markdown
+from hf_value_steer.cards.parts import (
+    LIBRARY_NAME,
+    LIMITS_PLACEHOLDER,
+    NOT_RECORDED,
+    UNNAMED,
+    Facts,
+    training_markdown,
+)
 from hf_value_steer.cards.results import calibration_markdown, model_index, results_markdown
 from hf_value_steer.files.markup import code, literal, plain, table
 from hf_value_steer.files.upload import LIMITS, is_generated
 from hf_value_steer.files.writing import write_new
-
-
-if TYPE_CHECKING:
-    from hf_value_steer.heads.value_head import ValueHead
 
 
 NO_LIMITS = "Its author has added nothing to what follows."
@@ -70,7 +73,7 @@ Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}. Fea
 
 
 def head_card(
-    head: "ValueHead",
+    facts: Facts,
     evaluation: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     limits: str | None = None,
@@ -82,7 +85,7 @@ def head_card(
     """A model card for a value head, generated from what is known of it.
 
     Args:
-        head ([`ValueHead`]): its config is what the card tells of.
+        facts: of the head.
         evaluation (`dict`, *optional*): what is in `evaluation.json`; gives "Results" and the `model-index`.
         calibration (`dict`, *optional*): what is in `calibration.json`; gives "Threshold and guarantee". By default
             the calibration that the head was loaded with.
@@ -95,64 +98,31 @@ def head_card(
         ValueError: if `evaluation` is no evaluation document, or is of another head, or `limits` has no text or holds
             the lines that stand around it in a card.
     """
-    config = head.config
-    if calibration is None and head.calibration is not None:
-        calibration = head.calibration.to_dict(scores=False)
+    calibration = facts.calibration if calibration is None else calibration
     if evaluation is not None:
-        check_same_head(config, evaluation)
-    if limits is not None and not limits.strip():
-        raise ValueError("`limits` has no text: say where the head fails, and where it must not be used.")
-    if limits is not None and _MARKER.search(limits):
-        raise ValueError(
-            '`limits` holds a line that begins with "<!-- limits" or "<!-- /limits", as the lines around '
-            "it in a card do: leave that line out."
-        )
-    title = f"Value head: {config.attribute or 'unnamed attribute'}"
-    data = ModelCardData(
-        library_name=LIBRARY_NAME,
-        base_model=config.backbone,
-        base_model_relation="adapter" if config.backbone else None,
-        datasets=list(datasets) if datasets else None,
-        license=license,
-        tags=["value-head", "value-steering", *_attribute_names(config)],
-        model_name=title if evaluation else None,
-        eval_results=(model_index(evaluation) or None) if evaluation else None,
-    )
-    backbone = config.backbone or UNNAMED
-    threshold = f"Default threshold: {config.threshold:.4g}." if config.threshold else "It has no default threshold."
+        check_same_head(facts.config, evaluation)
+    _check_limits(limits)
     card: ModelCard = ModelCard.from_template(
-        data,
+        _metadata(facts.config, evaluation, datasets, license),
         template_str=_HEAD_CARD,
-        title=plain(title),
-        backbone=code(backbone),
-        backbone_literal=literal(backbone),
-        architecture={"mlp": "three-layer MLP", "linear": "linear map"}[config.architecture],
-        parameters=f"{sum(parameter.numel() for parameter in head.parameters()):,}",
-        hidden_size=config.hidden_size,
-        polarity=config.polarity,
-        threshold=threshold,
-        attributes=_attributes_markdown(config) if config.attributes else "",
-        runtime=_runtime(config.polarity, evaluation),
+        **_described(facts),
+        runtime=_runtime(facts.config["polarity"], evaluation),
         repo_id=literal(repo_id),
-        fingerprint=code(config.backbone_fingerprint or NOT_RECORDED),
-        chat_template=code(config.chat_template or NOT_RECORDED),
-        feature_dtype=code(config.feature_dtype or NOT_RECORDED),
         results=results_markdown(evaluation) if evaluation else "",
         guarantee=calibration_markdown(calibration) if calibration else "",
-        training=training_markdown(config.training),
         limits=(limits or LIMITS_PLACEHOLDER).strip(),
         known_limits=_known_limits(evaluation, calibration),
     )
     return card
 
 
-def write_card(head: "ValueHead", folder: Path) -> None:
+def write_card(facts: Facts, folder: Path) -> None:
     """Write the generated card as `README.md`, unless the folder has one, which its author may have edited."""
-    write_new(folder / "README.md", lambda: str(head_card(head)))
+    write_new(folder / "README.md", lambda: str(head_card(facts)))
 
 
 def renew_card(
-    head: "ValueHead",
+    facts: Facts,
     card: str | None,
     evaluation: Mapping[str, Any] | None = None,
     limits: str | None = None,
@@ -166,13 +136,13 @@ def renew_card(
     Args:
         card (`str`, *optional*): the old one. Its limits, license and data sets are kept where none are given. One
             that was not generated is returned as it is.
-        head, evaluation, limits, datasets, license, repo_id: as in [`head_card`].
+        facts, evaluation, limits, datasets, license, repo_id: as in [`head_card`].
 
     Raises:
         ValueError: as in [`head_card`], and if `limits` are given for a card that was not generated.
     """
     if evaluation is not None:
-        check_same_head(head.config, evaluation)
+        check_same_head(facts.config, evaluation)
     if card is not None and not is_generated(card):
         if limits is not None:
             raise ValueError("`limits` have no place in a README.md that was not generated: write them there.")
@@ -181,7 +151,7 @@ def renew_card(
         limits, data = limits or written_limits(card), ModelCard(card).data
         license, named = license or data.get("license"), data.get("datasets")
         datasets = datasets or ([named] if isinstance(named, str) else named)
-    return str(head_card(head, evaluation, None, limits, datasets, license=license, repo_id=repo_id))
+    return str(head_card(facts, evaluation, None, limits, datasets, license=license, repo_id=repo_id))
 
 
 def lacks_limits(card: str) -> bool:
@@ -197,11 +167,11 @@ def written_limits(card: str) -> str | None:
     return None if text in ("", LIMITS_PLACEHOLDER, NO_LIMITS) else text
 
 
-def check_same_head(config: Any, evaluation: Mapping[str, Any]) -> None:
+def check_same_head(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
     """Raise a `ValueError` unless `evaluation` is an evaluation document of the head with this config."""
     check_evaluation(evaluation)
     for key in ("attribute", "polarity", "backbone_fingerprint"):
-        mine, evaluated = getattr(config, key), evaluation["head"][key]
+        mine, evaluated = config[key], evaluation["head"][key]
         if mine != evaluated:
             raise ValueError(
                 f"`evaluation` is of a head with {key} {evaluated!r}, but this head has {mine!r}: evaluate this one."
@@ -215,23 +185,77 @@ def _runtime(polarity: str, evaluation: Mapping[str, Any] | None) -> str:
     return "AbstentionConfig" if abstains else "ValueFilterConfig"
 
 
-def _attribute_names(config: Any) -> list[str]:
-    if config.attributes:
-        return [attribute["name"] for attribute in config.attributes]
-    return [config.attribute] if config.attribute else []
+def _check_limits(limits: str | None) -> None:
+    if limits is not None and not limits.strip():
+        raise ValueError("`limits` has no text: say where the head fails, and where it must not be used.")
+    if limits is not None and _MARKER.search(limits):
+        raise ValueError(
+            '`limits` holds a line that begins with "<!-- limits" or "<!-- /limits", as the lines around '
+            "it in a card do: leave that line out."
+        )
 
 
-def _attributes_markdown(config: Any) -> str:
+def _title(config: Mapping[str, Any]) -> str:
+    return f"Value head: {config['attribute'] or 'unnamed attribute'}"
+
+
+def _metadata(
+    config: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    datasets: Sequence[str] | None,
+    license: str | None,
+) -> ModelCardData:
+    """What the Hub reads of a card."""
+    return ModelCardData(
+        library_name=LIBRARY_NAME,
+        base_model=config["backbone"],
+        base_model_relation="adapter" if config["backbone"] else None,
+        datasets=list(datasets) if datasets else None,
+        license=license,
+        tags=["value-head", "value-steering", *_attribute_names(config)],
+        model_name=_title(config) if evaluation else None,
+        eval_results=(model_index(evaluation) or None) if evaluation else None,
+    )
+
+
+def _described(facts: Facts) -> dict[str, Any]:
+    """What the head itself says, for the template."""
+    config = facts.config
+    backbone, threshold = config["backbone"] or UNNAMED, config["threshold"]
+    return {
+        "title": plain(_title(config)),
+        "backbone": code(backbone),
+        "backbone_literal": literal(backbone),
+        "architecture": {"mlp": "three-layer MLP", "linear": "linear map"}[config["architecture"]],
+        "parameters": f"{facts.parameters:,}",
+        "hidden_size": config["hidden_size"],
+        "polarity": config["polarity"],
+        "threshold": f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.",
+        "attributes": _attributes_markdown(config) if config.get("attributes") else "",
+        "fingerprint": code(config["backbone_fingerprint"] or NOT_RECORDED),
+        "chat_template": code(config["chat_template"] or NOT_RECORDED),
+        "feature_dtype": code(config["feature_dtype"] or NOT_RECORDED),
+        "training": training_markdown(config["training"]),
+    }
+
+
+def _attribute_names(config: Mapping[str, Any]) -> list[str]:
+    if config.get("attributes"):
+        return [attribute["name"] for attribute in config["attributes"]]
+    return [config["attribute"]] if config["attribute"] else []
+
+
+def _attributes_markdown(config: Mapping[str, Any]) -> str:
     """What a head of several attributes values, and how that is one value."""
-    rows = [[plain(each["name"]), each["polarity"], f"{each['threshold']:.4g}"] for each in config.attributes]
+    rows = [[plain(each["name"]), each["polarity"], f"{each['threshold']:.4g}"] for each in config["attributes"]]
     meaning = "The worst of several attributes gives the value: below one half, each passes its own threshold."
     head = ["attribute", "a high value of it is", "threshold"]
-    if config.combine == "sum":
+    if config["combine"] == "sum":
         meaning = (
             "The value is the weighted mean of how far several attributes are beyond their thresholds, in log odds."
         )
         head.append("weight")
-        rows = [[*row, f"{each['weight']:g}"] for row, each in zip(rows, config.attributes, strict=True)]
+        rows = [[*row, f"{each['weight']:g}"] for row, each in zip(rows, config["attributes"], strict=True)]
     return f"{meaning}\n\n{table(head, rows)}"
 
 

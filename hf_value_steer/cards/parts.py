@@ -1,6 +1,7 @@
 """What the cards of all that is trained here have in common."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hf_value_steer.cards.document import flat
@@ -15,6 +16,21 @@ LIMITS_PLACEHOLDER = (
 )
 # What stands for what a config does not say.
 UNNAMED, NOT_RECORDED = "an unnamed backbone", "not recorded"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells of something trained.
+
+    Args:
+        config (`dict`): its `config.json`.
+        parameters (`int`): how many it has.
+        calibration (`dict`, *optional*): what is in `calibration.json`.
+    """
+
+    config: Mapping[str, Any]
+    parameters: int
+    calibration: Mapping[str, Any] | None = None
 
 
 def training_markdown(training: Mapping[str, Any] | None) -> str:

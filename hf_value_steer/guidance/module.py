@@ -141,7 +141,7 @@ class GuidanceModule(Artefact):
         return GuidanceModuleOutput(loss=loss, logits=logits, value=logits.sigmoid(), corrections=corrections)
 
     def write_card(self, folder: Path) -> None:
-        write_new(folder / "README.md", lambda: str(guidance_card(self)))
+        write_new(folder / "README.md", lambda: str(guidance_card(self.facts())))
 
     def fingerprint(self) -> str:
         """Identity of what the module does: a digest of its weights."""

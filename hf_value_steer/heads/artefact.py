@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_value_steer import hub
 from hf_value_steer.backbone.weights import until_weights_change
+from hf_value_steer.cards.parts import Facts
 from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import LOCATION, find, read_object, reading, tensor_shapes
+from hf_value_steer.files.upload import push
 
 
 class Artefact(PreTrainedModel):  # type: ignore[misc]
@@ -115,6 +116,10 @@ class Artefact(PreTrainedModel):  # type: ignore[misc]
                 "the two files that were saved together."
             )
 
+    def facts(self) -> Facts:
+        """What its card tells of it."""
+        return Facts(self.config.to_dict(), sum(parameter.numel() for parameter in self.parameters()))
+
     def write_card(self, folder: Path) -> None:
         """Write the generated card as `README.md`, unless the folder has one."""
         raise NotImplementedError
@@ -131,7 +136,7 @@ class Artefact(PreTrainedModel):  # type: ignore[misc]
         Returns:
             The URL of the commit.
         """
-        return hub.push(self.save_pretrained, repo_id, **kwargs)
+        return push(self.save_pretrained, repo_id, **kwargs)
 
     def require_finite(self) -> None:
         """Raise an `ArtefactError` if a weight is NaN or infinite."""

@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import ModelOutput
 
-from hf_value_steer import hub
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
+from hf_value_steer.cards.head import write_card
+from hf_value_steer.cards.parts import Facts
 from hf_value_steer.checks import check_threshold
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.errors import ArtefactError
@@ -151,8 +152,13 @@ class ValueHead(Artefact):
         head.calibration = Calibration.load(calibrated.parent) if calibrated else None
         return loaded
 
+    def facts(self) -> Facts:
+        """What its card tells of it: its calibration, too."""
+        calibration = None if self.calibration is None else self.calibration.to_dict(scores=False)
+        return replace(super().facts(), calibration=calibration)
+
     def write_card(self, folder: Path) -> None:
-        hub.write_card(self, folder)
+        write_card(self.facts(), folder)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Write `config.json`, `model.safetensors`, and `calibration.json` if the head is calibrated.

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration import Calibration
-from hf_value_steer.cards.head import head_card
 from hf_value_steer.generation.scorer import bind
+from hf_value_steer.hub import head_card
 from hf_value_steer.policy import acceptable
 from hf_value_steer.training.calibrate import CalibrateArguments
 from hf_value_steer.training.losses import coherence, token_loss

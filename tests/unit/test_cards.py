@@ -15,10 +15,11 @@ from markdown_it import MarkdownIt
 from hf_value_steer import GuidanceModule, GuidanceModuleConfig, SteeringVectors, ValueHead, ValueHeadConfig
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.cards.guidance import guidance_card
-from hf_value_steer.cards.head import NO_LIMITS, head_card, lacks_limits, renew_card, write_card, written_limits
+from hf_value_steer.cards.head import NO_LIMITS, lacks_limits, written_limits
 from hf_value_steer.cards.parts import LIMITS_PLACEHOLDER
 from hf_value_steer.cards.results import calibration_markdown, model_index, results_markdown
 from hf_value_steer.files.upload import is_generated
+from hf_value_steer.hub import head_card, renew_card, write_card
 from tests import documents, hostile
 
 
@@ -253,7 +254,7 @@ def hostile_module(text: str) -> ModelCard:
     fields = dict.fromkeys(("attribute", "backbone", "backbone_fingerprint", "chat_template"), text)
     sizes = {"hidden_size": 8, "layer": 0, "value_width": 8}
     config = GuidanceModuleConfig(**sizes, **fields, training={text: text})
-    return guidance_card(GuidanceModule(config), repo_id=text)
+    return guidance_card(GuidanceModule(config).facts(), repo_id=text)
 
 
 def hostile_vectors(text: str) -> ModelCard:
