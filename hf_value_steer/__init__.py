@@ -6,7 +6,7 @@ from hf_value_steer.hosts.versions import refuse_other_transformers
 
 refuse_other_transformers()
 
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.activate import ActivationConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_value_steer.activation.residual import residual
+from hf_value_steer.activation.vectors import Directions
 from hf_value_steer.backbone.parts import underlying
 from hf_value_steer.backbone.points import Here, layer_points, on_call
 from hf_value_steer.checks import as_python
 from hf_value_steer.configuration.activate import Mode, Tokens, check_choices
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
-
-
-if TYPE_CHECKING:
-    from hf_value_steer.activation.vectors import SteeringVectors
 
 
 class Steering:
@@ -187,7 +184,7 @@ def is_steered(model: PreTrainedModel) -> bool:
 @contextmanager
 def steered(
     model: PreTrainedModel,
-    vectors: "SteeringVectors",
+    vectors: Directions,
     multiplier: float | Sequence[float] = 1.0,
     mode: Mode = "broadcast",
     tokens: Tokens = "all",
@@ -223,7 +220,7 @@ def steered(
 @contextmanager
 def injected(
     model: PreTrainedModel,
-    vectors: "SteeringVectors",
+    vectors: Directions,
     multiplier: float | Sequence[float],
     mode: Mode,
     tokens: Tokens,

@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -19,13 +19,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_value_steer.activation.apply import is_steered, steered
 from hf_value_steer.activation.exports import Export, plan_export
 from hf_value_steer.activation.residual import pad_right, residual_width
+from hf_value_steer.activation.vectors import Directions
 from hf_value_steer.backbone.parts import layers_path
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.hosts.transformers import attention_of
-
-
-if TYPE_CHECKING:
-    from hf_value_steer.activation.vectors import SteeringVectors
 
 
 # Beside the checkpoint, in a folder of its own: vLLM loads every safetensors file that it finds at the top.
@@ -67,7 +64,7 @@ class SteeredForCausalLM({model}):
 
 def bake(
     model: PreTrainedModel,
-    vectors: "SteeringVectors",
+    vectors: Directions,
     multiplier: float,
     output_dir: str | os.PathLike[str],
     *,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import reading
 

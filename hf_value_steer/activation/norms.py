@@ -1,18 +1,15 @@
 """How large the residual stream is at every layer: what the strength of a direction is measured against."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_value_steer.activation.apply import steered
 from hf_value_steer.activation.residual import read_residuals
+from hf_value_steer.activation.vectors import Directions
 from hf_value_steer.backbone.parts import num_layers
-
-
-if TYPE_CHECKING:
-    from hf_value_steer.activation.vectors import SteeringVectors
 
 
 @torch.no_grad()
@@ -52,7 +49,7 @@ def mean_norms(
 @torch.no_grad()
 def relative_influence(
     model: PreTrainedModel,
-    vectors: "SteeringVectors",
+    vectors: Directions,
     sequences: Sequence[Sequence[int]],
     multiplier: float = 1.0,
     batch_size: int = 16,
@@ -78,7 +75,7 @@ def relative_influence(
 
     plain, ratios = streams(vectors.layers), []
     for layer in vectors.layers:
-        with vectors.only([layer]).apply(model, multiplier):
+        with steered(model, vectors.only([layer]), multiplier):
             changed = streams([layer])[layer]
         ratios.append((changed - plain[layer]).norm(dim=-1).mean() / plain[layer].norm(dim=-1).mean())
     return torch.stack(ratios).cpu()

@@ -1,31 +1,23 @@
-"""`SteeringVectors`: a direction for every steered layer, how strongly it is added, and where it comes from."""
+"""`Directions`: one for every steered layer, how strongly it is added, and where it comes from; saved and loaded."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.activation.apply import Steering, steered
-from hf_value_steer.activation.bake import bake
-from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.residual import residual_width
 from hf_value_steer.backbone.parts import fingerprint_of, num_layers, refuse_other_backbone, underlying
-from hf_value_steer.cards.parts import LIBRARY_NAME, NOT_RECORDED, UNNAMED
-from hf_value_steer.configuration.activate import Mode, Tokens
+from hf_value_steer.cards.vectors import vectors_card
 from hf_value_steer.errors import ArtefactError
-from hf_value_steer.files.kept import given_or_loaded
-from hf_value_steer.files.markup import code, literal, plain
 from hf_value_steer.files.reading import find, read_object, reading, tensor_shapes
 from hf_value_steer.files.upload import push
 from hf_value_steer.files.writing import write_atomically, write_json
@@ -42,36 +34,10 @@ _RECORDED: dict[str, Any] = {
     "provenance": dict,
 }
 
-_CARD = """---
-{{ card_data }}
----
-
-# Steering vectors: {{ attribute }}
-
-A direction of the residual stream of {{ backbone }} behind layers {{ first }} to {{ last }}, {{ width }} wide.
-A positive multiplier brings more of it, a negative one less. {{ calibration }}
-
-```python
-from transformers import AutoModelForCausalLM
-from hf_value_steer import SteeringVectors
-
-model = AutoModelForCausalLM.from_pretrained({{ backbone_literal }})
-vectors = SteeringVectors.from_pretrained("org/these-vectors")
-with vectors.apply(model, multiplier=-0.25):  # how far it can go: `hf-value-steer vectors sweep`
-    out = model.generate(**inputs)
-```
-
-Backbone fingerprint: {{ fingerprint }}. Where it comes from: {{ provenance }}.
-
-## Limits
-
-These vectors mean nothing in another backbone. What they change beside the attribute is for their author to add here.
-"""
-
 
 @dataclass(frozen=True, eq=False)
-class SteeringVectors:
-    r"""Unit directions of the residual stream, one a layer, and their strengths.
+class Directions:
+    r"""Unit directions of the residual stream, one a layer, and their strengths: what [`SteeringVectors`] are made of.
 
     What is added behind layer `l` is `multiplier * strengths[l] * directions[l]`.
 
@@ -116,7 +82,7 @@ class SteeringVectors:
             raise ValueError("`directions` have to be of norm 1: make them with `SteeringVectors.from_tensors`.")
 
     @classmethod
-    def from_tensors(cls, vectors: Mapping[int, Tensor], **recorded: Any) -> "SteeringVectors":
+    def from_tensors(cls, vectors: Mapping[int, Tensor], **recorded: Any) -> Self:
         """From a vector for each layer, of any length: its length becomes the strength, until it is calibrated.
 
         Args:
@@ -147,7 +113,7 @@ class SteeringVectors:
         """Relative influence of a multiplier of 1: norm of what is added to norm of the residual, `(len(layers),)`."""
         return None if self.norms is None else self.strengths / self.norms
 
-    def only(self, layers: Sequence[int]) -> "SteeringVectors":
+    def only(self, layers: Sequence[int]) -> Self:
         """The same at some of the layers.
 
         Raises:
@@ -162,7 +128,7 @@ class SteeringVectors:
             self, layers=chosen, directions=self.directions[rows], strengths=self.strengths[rows], norms=norms
         )
 
-    def calibrated(self, norms: Tensor, rho: float | None = None, **recorded: Any) -> "SteeringVectors":
+    def calibrated(self, norms: Tensor, rho: float | None = None, **recorded: Any) -> Self:
         r"""The same directions with strengths that follow the norm of the residual stream.
 
         Args:
@@ -181,13 +147,6 @@ class SteeringVectors:
         provenance = {**self.provenance, "calibration": {"rho": rho, **recorded}}
         return replace(self, strengths=rho * own, norms=own, provenance=provenance)
 
-    def calibrate(
-        self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], rho: float | None = None
-    ) -> "SteeringVectors":
-        """[`mean_norms`] of the model on some texts (token ids), then [`calibrated`]."""
-        self.check_fit(model)
-        return self.calibrated(mean_norms(model, sequences), rho, texts=len(sequences))
-
     def check_fit(self, model: PreTrainedModel, allow_backbone_mismatch: bool = False) -> None:
         """Raise a `ValueError` unless these are vectors of this model, or of the one inside it."""
         model = underlying(model)
@@ -202,29 +161,6 @@ class SteeringVectors:
             raise ValueError(f"These vectors are of a model with {self.num_layers} layers, this one has {depth}.")
         if not allow_backbone_mismatch:
             refuse_other_backbone("vectors", self, model)
-
-    def apply(
-        self,
-        model: PreTrainedModel,
-        multiplier: float | Sequence[float] = 1.0,
-        mode: Mode = "broadcast",
-        tokens: Tokens = "all",
-        allow_backbone_mismatch: bool = False,
-    ) -> AbstractContextManager[Steering]:
-        """Steer everything that `model` does inside a `with` block; see [`~hf_value_steer.activation.apply.steered`].
-
-        ```python
-        with vectors.apply(model, multiplier=-0.25):
-            out = model.generate(**inputs)
-        ```
-        """
-        return steered(model, self, multiplier, mode, tokens, allow_backbone_mismatch)
-
-    def bake(
-        self, model: PreTrainedModel, multiplier: float, output_dir: str | os.PathLike[str], **options: Any
-    ) -> dict[str, Any]:
-        """Write a checkpoint that is steered by itself; see [`~hf_value_steer.activation.bake.bake`]."""
-        return bake(model, self, multiplier, output_dir, **options)
 
     def fingerprint(self) -> str:
         """Identity of what a multiplier of 1 adds at which layer."""
@@ -261,7 +197,7 @@ class SteeringVectors:
         return text
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> "SteeringVectors":
+    def from_pretrained(cls, source: str | os.PathLike[str], **hub: Any) -> Self:
         """Load from a folder or the Hub: JSON and safetensors, never a pickle.
 
         Args:
@@ -295,41 +231,8 @@ class SteeringVectors:
 
     def card(self) -> ModelCard:
         """A model card, generated from what is recorded."""
-        rho = self.rho
-        strength = "They are not calibrated: their strengths are the lengths of the vectors they were made of."
-        if rho is not None:
-            strength = (
-                f"At multiplier 1, what is added is {100 * rho.mean():.3g} % of the residual's norm at every layer."
-            )
-        data = ModelCardData(
-            library_name=LIBRARY_NAME, base_model=self.backbone, tags=["steering-vector", "activation-steering"]
-        )
-        card: ModelCard = ModelCard.from_template(
-            data,
-            template_str=_CARD,
-            attribute=plain(self.attribute or "unnamed attribute"),
-            backbone=code(self.backbone or UNNAMED),
-            backbone_literal=literal(self.backbone or UNNAMED),
-            first=self.layers[0],
-            last=self.layers[-1],
-            width=self.width,
-            calibration=strength,
-            fingerprint=code(self.backbone_fingerprint or NOT_RECORDED),
-            provenance=code(json.dumps(self.provenance, sort_keys=True)),
-        )
-        return card
-
-
-def vectors_of(given: object) -> SteeringVectors:
-    """What an [`ActivationConfig`] holds: the vectors themselves, or what their name stands for, loaded once.
-
-    Raises:
-        TypeError: if it is something else.
-    """
-    vectors = given_or_loaded(SteeringVectors.from_pretrained, given)
-    if not isinstance(vectors, SteeringVectors):
-        raise TypeError(f"`vectors` have to be SteeringVectors, a Hub id or a folder, got {vectors!r}.")
-    return vectors
+        rho, recorded = self.rho, {name: getattr(self, name) for name in _RECORDED}
+        return vectors_card(recorded, self.layers, self.width, None if rho is None else (100 * rho.mean()).item())
 
 
 def _checked(document: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -362,6 +265,6 @@ def _generated_card(folder: Path) -> str:
     if not (folder / _JSON).is_file():
         return ""
     try:
-        return str(SteeringVectors.from_pretrained(folder).card())
+        return str(Directions.from_pretrained(folder).card())
     except (OSError, ValueError):
         return ""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.activation.interop import vectors_from_file
 from hf_value_steer.activation.residual import layer_range
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.cli.command import add_command
 from hf_value_steer.evaluation.sweep import SweepArguments, sweep

@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.configuration.activate import Mode
 from hf_value_steer.evaluation.axes import linear, logarithmic
 from hf_value_steer.evaluation.charts import Chart, Point, Rule, Series, figure

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import BaseStreamer
 
 from hf_value_steer.activation.apply import Steering, injected
-from hf_value_steer.activation.vectors import vectors_of
+from hf_value_steer.activation.steering_vectors import vectors_of
 from hf_value_steer.backbone.shadow import shadow
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.activate import ActivationConfig

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.heads.value_head import ValueHead

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from hf_value_steer.activation.bake import unbake
 from hf_value_steer.activation.exports import BIASED, plan_export
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from tests import hostile
 from tests.families import build
 from tests.tiny_models import build_tiny, tiny_config

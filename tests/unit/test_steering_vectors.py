@@ -10,7 +10,7 @@ import torch
 
 from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.activation.residual import layer_range, pad_right, read_residuals
-from hf_value_steer.activation.vectors import SteeringVectors
+from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.cli.vectors import ApplyArguments
 from hf_value_steer.evaluation.sweep import MULTIPLIERS, SweepArguments
 from hf_value_steer.training.vectors import vectors_from_pairs, vectors_from_value_head
@@ -221,7 +221,9 @@ def shown(text):
 
 def test_every_example_steers_as_much_as_the_table_shows_to_be_good():
     found = {str(path): shown(path.read_text()) for path in DOCUMENTS}
-    assert len(found["docs/activation.md"]) == 5 and len(found["hf_value_steer/activation/vectors.py"]) == 2
+    assert len(found["docs/activation.md"]) == 5 and all(
+        len(found[f"hf_value_steer/{file}.py"]) == 1 for file in ("cards/vectors", "activation/steering_vectors")
+    )
     ratios = measured()
     assert max(ratios.values()) > 70 and all(ratios[m] <= 1.1 for numbers in found.values() for m in numbers)
 
