@@ -23,6 +23,7 @@ from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.prompts import Prompt, load_prompts
 from hf_value_steer.training.targets import check_target, parse_attributes
 from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.vllm.start import vllm_engine
 
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
@@ -72,7 +73,7 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     content = recipe if isinstance(recipe, Mapping) else yaml.safe_load(read_utf8(Path(recipe)))
     steps = _Steps(content)
     steps.look_for_sources()
-    collect(steps.collect, steps.label)
+    collect(steps.collect, steps.label, vllm_engine)
     trained = []
     if steps.train is not None:
         trained.append(_make_head(steps, steps.train))

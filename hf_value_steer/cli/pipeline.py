@@ -15,6 +15,7 @@ from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.vllm.start import vllm_engine
 
 
 def add_pipeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -63,7 +64,7 @@ def _push(arguments: argparse.Namespace) -> None:
 
 
 def _collect(arguments: CollectArguments, labels: LabelArguments) -> None:
-    collection = collect(arguments, labels)
+    collection = collect(arguments, labels, vllm_engine)
     tokens = int((collection.rows.stop - collection.rows.start).sum())
     counts = f"{len(collection.rows)} generations of {len(collection.prompts)} prompts, {tokens} tokens"
     print(f"{collection.folder}: {counts}")

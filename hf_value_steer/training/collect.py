@@ -25,7 +25,7 @@ from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
 from hf_value_steer.progress import progress
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.engine import Batch, Engine, seed_of, shard_tensors, until_end
+from hf_value_steer.training.engine import Batch, Engine, Start, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import LabelArguments, label
@@ -45,7 +45,9 @@ def load_backbone(model: str, dtype: str, device: torch.device) -> tuple[PreTrai
     return backbone, AutoTokenizer.from_pretrained(name)
 
 
-def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -> Collection:
+def collect(
+    arguments: CollectArguments, labels: LabelArguments | None = None, serve: Start | None = None
+) -> Collection:
     """Generate, keep every token's feature at decode time, and label.
 
     Goes on where it was stopped: a shard is there completely or not at all, and its random numbers depend on the seed
@@ -57,6 +59,8 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     Args:
         arguments: what to generate.
         labels (*optional*): which judges read the generations, see [`~hf_value_steer.training.label`].
+        serve (*optional*): starts the engine of `engine="vllm"`: [`~hf_value_steer.vllm.start.vllm_engine`]. The
+            command line and recipes pass it.
 
     Returns:
         The collection, complete.
@@ -72,7 +76,7 @@ def collect(arguments: CollectArguments, labels: LabelArguments | None = None) -
     words = _words(arguments.force_words) if arguments.force_words else []
     if labels is not None:
         check_judges(labels.judges, prompts)
-    engine = _start(arguments, state, prompts, words)
+    engine = _start(arguments, state, prompts, words, serve)
     batches = list(_batches(arguments, prompts))
     with state.main_process_first():
         claim(folder / "collection.json", {**asked, **_manifest(arguments, engine, len(batches))})
@@ -98,17 +102,19 @@ def _batches(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Iterator
 
 
 def _start(
-    arguments: CollectArguments, state: PartialState, prompts: Sequence[Prompt], words: Sequence[str]
+    arguments: CollectArguments,
+    state: PartialState,
+    prompts: Sequence[Prompt],
+    words: Sequence[str],
+    serve: Start | None,
 ) -> Engine:
     if arguments.engine == "generate":
         return _Generate(arguments, state.device, words)
     if state.num_processes > 1:
         raise ValueError("vLLM shares the work itself: run `collect` as one process, with `tensor_parallel_size`.")
-    try:
-        from hf_value_steer.vllm.collecting import VllmEngine
-    except ImportError as error:
-        raise ImportError(f'`engine="vllm"` needs vLLM: pip install "hf-value-steer[vllm]" ({error}).') from error
-    return VllmEngine(arguments, prompts)
+    if serve is None:
+        raise ValueError('`engine="vllm"` needs what starts it: pass `serve=hf_value_steer.vllm.start.vllm_engine`.')
+    return serve(arguments, prompts)
 
 
 def _recorded(arguments: CollectArguments) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What continues prompts for `collect`: `generate`, or a serving engine. And what a shard is made of."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.prompts import Formatter, Prompt
 
 
@@ -35,6 +36,10 @@ class Engine(Protocol):
 
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
         """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
+
+
+# Makes the engine of a collection from what is asked for and all that will be continued.
+Start: TypeAlias = Callable[[CollectArguments, Sequence[Prompt]], Engine]
 
 
 def shard_tensors(

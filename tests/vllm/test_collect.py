@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,18 @@ from transformers import AutoModelForCausalLM
 
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.training import collect as collecting
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.vllm.start import vllm_engine
 from tests.vllm.runners import INTERPRETED, avoid_what_cannot_be_interpreted
 from tests.vllm.test_identity import counted
 from tests.vllm.tiny import EOS, VOCABULARY
 
 
+collect = partial(collecting.collect, serve=vllm_engine)
 SAMPLES, NEW_TOKENS, BATCH = (3, 12, 2) if INTERPRETED else (3, 24, 4)
 SMALL = {"max_model_len": 128, "enforce_eager": True, "max_num_seqs": 8, "block_size": 32}
 

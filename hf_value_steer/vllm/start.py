@@ -1,0 +1,21 @@
+"""What starts vLLM for `collect`, and says so where it is not installed."""
+
+from collections.abc import Sequence
+
+from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.training.engine import Engine
+from hf_value_steer.training.prompts import Prompt
+
+
+def vllm_engine(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Engine:
+    """The engine that continues `prompts`, for `collect(..., serve=vllm_engine)`.
+
+    Raises:
+        ImportError: if vLLM is not installed.
+        ValueError: for a model or an argument with which features cannot be kept, or a prompt that is too long.
+    """
+    try:
+        from hf_value_steer.vllm.collecting import VllmEngine
+    except ImportError as error:
+        raise ImportError(f'`engine="vllm"` needs vLLM: pip install "hf-value-steer[vllm]" ({error}).') from error
+    return VllmEngine(arguments, prompts)
