@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.training import Prompt
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}

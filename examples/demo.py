@@ -18,7 +18,7 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from examples.smollm2 import BACKBONE_ID, load_backbone
 from examples.toxicity import SAMPLING, cuss_score, lexicon_score, load_prompts, mask_offensive, profanity_score
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueSteerDecoderOnlyOutput, enable_value_steer
-from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace, render_page, trace_tokens
+from hf_value_steer.evaluation import PromptTrace, TokenTrace, render_page, trace_tokens
 
 
 JUDGES = {"word list": lexicon_score, "cuss-inspect": cuss_score, "label judge": profanity_score}

@@ -1,6 +1,9 @@
 """Inference-time value steering for language models, native to Hugging Face `transformers`."""
 
 # ruff: noqa: E402
+import warnings
+from typing import Any
+
 from hf_value_steer.hosts.versions import refuse_other_transformers
 
 
@@ -59,3 +62,18 @@ __all__ = [
     "export_custom_generate",
     "value_steer_generate",
 ]
+
+# What older cards on the Hub import.
+_RENAMED: dict[str, type[Any]] = {
+    "BridgeGuidanceConfig": GuidanceConfig,
+    "ValueGuidanceConfig": GuidanceModuleConfig,
+    "ValueGuidanceModule": GuidanceModule,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    renamed = _RENAMED[name]
+    warnings.warn(f"`{name}` is `{renamed.__name__}` now: import that.", DeprecationWarning, stacklevel=2)
+    return renamed

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from hf_value_steer.activation import SteeringVectors
 from hf_value_steer.activation.bake import unbake
 from hf_value_steer.activation.exports import BIASED, plan_export
-from hf_value_steer.activation.steering_vectors import SteeringVectors
 from tests import hostile
 from tests.families import build
 from tests.tiny_models import build_tiny, tiny_config

@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
+from hf_value_steer.activation import SteeringVectors
 from hf_value_steer.activation.apply import is_steered
-from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, BartConfig, MarianConfig, MBartConfig, WhisperConfig
 
 from hf_value_steer import enable_value_steer
-from hf_value_steer.activation.steering_vectors import SteeringVectors
+from hf_value_steer.activation import SteeringVectors
 from hf_value_steer.backbone.parts import decoder_layers, num_layers
 from hf_value_steer.configuration.activate import ActivationConfig
 from tests.families import VOCABULARY, prompts

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_value_steer.activation import SteeringVectors
 from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.activation.residual import layer_range, pad_right, read_residuals
-from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.cli.vectors import ApplyArguments
 from hf_value_steer.evaluation.sweep import MULTIPLIERS, SweepArguments
 from hf_value_steer.training.vectors import vectors_from_pairs, vectors_from_value_head
