@@ -190,9 +190,10 @@ def test_ablations(world, tmp_path, options):
     assert ("pair" in module.config.training["stages"]) == module.config.conditional
 
 
-def test_the_command(world, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["guidance", "svgt"])  # the second is what it was called
+def test_the_command(world, tmp_path, capsys, name):
     folder, judge = world
-    command = ["svgt", "train", "--collection", str(folder / "collection"), "--model", str(folder / "model")]
+    command = [name, "train", "--collection", str(folder / "collection"), "--model", str(folder / "model")]
     sizes = ["--layer", "0", "--num_bridges", "2", "--value_width", "16", "--bridge_heads", "4", "--target", "hazard"]
     epochs = ["--text_epochs", "1", "--pair_epochs", "1", "--bridge_epochs", "1", "--validation", "0.25"]
     assert main([*command, "--judge", judge, "--output", str(tmp_path / "module"), *sizes, *epochs]) == 0
