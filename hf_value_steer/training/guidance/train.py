@@ -1,4 +1,4 @@
-"""`svgt train`: from a labelled collection to a saved guidance module, in three stages."""
+"""`guidance train`: from a labelled collection to a saved guidance module, in three stages."""
 
 import json
 import math
