@@ -91,7 +91,7 @@ class HeadInTraining(nn.Module):
         return self.head.cpu().eval()  # type: ignore[no-any-return]
 
 
-def statistics(dataset: TokenRows) -> tuple[Tensor, Tensor]:
+def feature_moments(dataset: TokenRows) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the features, `(width,)` each, of the first rows."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for index in range(len(dataset)):
