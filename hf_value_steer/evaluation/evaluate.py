@@ -55,8 +55,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """
     prompts = evaluation_prompts(arguments)
     head = ValueHead.from_pretrained(arguments.value_head)
-    evaluation = Evaluation(arguments)
-    return evaluation.report(head, [evaluation.part(head, prompts, Path(arguments.output) / "runs")])
+    evaluator = Evaluator(arguments)
+    return evaluator.report(head, [evaluator.part(head, prompts, Path(arguments.output) / "runs")])
 
 
 def evaluation_prompts(arguments: EvaluateArguments) -> list[Prompt]:
@@ -75,7 +75,7 @@ def check_sources(arguments: EvaluateArguments, prompts: Sequence[Prompt]) -> No
     forbidden_words(arguments)
 
 
-class Evaluation:
+class Evaluator:
     """A backbone and how heads are tried on it."""
 
     def __init__(self, arguments: EvaluateArguments):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import LLM, SamplingParams
 
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.engine import Batch, seed_of, shard_tensors, until_end
+from hf_value_steer.training.continuation import Batch, seed_of, shard_tensors, until_end
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.references import model_name
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint

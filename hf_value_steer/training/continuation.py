@@ -22,7 +22,7 @@ class Batch:
     forced: bool
 
 
-class Engine(Protocol):
+class Continuation(Protocol):
     """What continues prompts, and keeps the features that it sees.
 
     Attributes:
