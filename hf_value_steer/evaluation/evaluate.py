@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Part:
-    """A head, the prompts that it was tried on, and what was generated."""
+    """The prompts that a head was tried on, and what was generated."""
 
-    head: ValueHead
     runner: Runner
     watched: Texts
     runs: list[tuple[Setting, Texts]]
@@ -116,7 +115,7 @@ class Evaluator:
         runs = [(Setting("base", "base"), base)]
         if arguments.method == "filter":
             runs += filter_runs(runner, head, arguments)
-        return Part(head, runner, watched, runs)
+        return Part(runner, watched, runs)
 
     def report(self, head: ValueHead, parts: Sequence[Part]) -> dict[str, Any]:
         """Measure the runs of all parts together, and write the results.

@@ -96,10 +96,10 @@ def test_abstention_over_vectors_is_abstention_over_the_baked_model(model, vecto
 
 
 @torch.no_grad()
-def gated(model, vectors, head, ids, multiplier, mode="broadcast", steps=12):
+def gated(model, vectors, head, ids, multiplier):
     """The slowest correct gate: one row, one forward a token, vectors put on and taken off again for each."""
     cache, token, needed, tokens, opened = None, ids, False, [], []
-    for _ in range(steps):
+    for _ in range(12):
         with vectors.apply(model, multiplier if needed else 0.0):
             outputs = model(token, output_hidden_states=True, **{CACHE: cache})
         cache, feature = outputs[CACHE], outputs.hidden_states[-1][:, -1]
