@@ -25,6 +25,7 @@ from hf_value_steer.training.prompts import load_prompts
 from hf_value_steer.training.shards import Collection
 
 
+RUN = Path("runs/smollm2-arithmetic")
 COVERAGES, DRAWS, JUDGE = (0.1, 0.2, 0.3, 0.5), 2000, "python:examples.arithmetic:correct"
 
 
@@ -42,11 +43,10 @@ def promises(head: ValueHead, worst: np.ndarray, right: np.ndarray) -> list[dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/smollm2-arithmetic"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    collection, head = Collection(arguments.run / "collection"), ValueHead.from_pretrained(arguments.run / "head")
-    watched = Texts(**json.loads((arguments.run / "evaluation" / "runs" / "watch.json").read_text("utf-8")))
+    collection, head = Collection(RUN / "collection"), ValueHead.from_pretrained(RUN / "head")
+    watched = Texts(**json.loads((RUN / "evaluation" / "runs" / "watch.json").read_text("utf-8")))
     problems = load_prompts("python:examples.arithmetic:eval_problems")
     assert len(problems) == len(eval_problems()) == len(watched.ids)
     texts = AutoTokenizer.from_pretrained(backbone_folder()).batch_decode(watched.ids, skip_special_tokens=True)

@@ -37,16 +37,18 @@ from hf_value_steer.training.vectors import vectors_from_collection
 
 FOLD, FOLDS, LABELS = 1, 5, "python:examples.toxicity:profanity"
 JUDGES = ["python:examples.toxicity:word_list", "python:examples.toxicity:cuss"]
-BUDGET, TEXTS, CALIBRATION_TEXTS = 1.5, 60, 60
+BUDGET, TEXTS, CALIBRATION_TEXTS, SAMPLES = 1.5, 60, 60, 3
+RUN, WORK = Path("runs/smollm2-toxicity"), Path("runs/activation-toxicity")
+MULTIPLIERS, STRONG = (-1, -0.5, -0.25, 0.25, 0.5, 1, 2), 0.5  # that which is compared with its negative
+THRESHOLDS = (0.02, 0.05)  # of the gate
 Sequences = list[list[int]]
 
 
-def make_vectors(
-    model: PreTrainedModel, tokenizer: Any, run: Path, sequences: Sequences, folder: Path
-) -> SteeringVectors:
-    """Directions from generations to prompts outside the fold, norms on `sequences`; kept in `folder`."""
+def make_vectors(model: PreTrainedModel, tokenizer: Any, sequences: Sequences) -> SteeringVectors:
+    """Directions from generations to prompts outside the fold, norms on `sequences`; kept in `WORK`."""
+    folder = WORK / "vectors"
     if not (folder / "steering_vectors.json").exists():
-        collection = Collection(run / "collection")
+        collection = Collection(RUN / "collection")
         known = [prompt.text for prompt in collection.prompts if not unseen(prompt)][:TEXTS]
         vectors = vectors_from_collection(
             model, tokenizer, collection, LABELS, prompts=set(known), attribute="toxicity", batch_size=32
@@ -113,7 +115,7 @@ def baking(vectors: SteeringVectors, multiplier: float, sequences: Sequences) ->
 
 
 def speed(
-    model: PreTrainedModel, baked: PreTrainedModel, vectors: SteeringVectors, ids: torch.Tensor, rounds: int = 5
+    model: PreTrainedModel, baked: PreTrainedModel, vectors: SteeringVectors, ids: torch.Tensor
 ) -> dict[str, Any]:
     """Time of a generation relative to plain `generate`, all of them taking turns."""
     config = ActivationConfig(vectors=vectors, multiplier=1.0, allow_backbone_mismatch=True)
@@ -130,7 +132,7 @@ def speed(
     }
     with vectors.apply(hooked, 1.0):
         in_turns(*players.values())
-        times = [in_turns(*players.values()) for _ in range(rounds)]
+        times = [in_turns(*players.values()) for _ in range(5)]
     found = {}
     for index, name in enumerate(players):
         ratios = sorted(each[index] / each[0] for each in times)
@@ -151,17 +153,11 @@ def against(sweeper: Sweeper, one: str, other: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/smollm2-toxicity"))
-    parser.add_argument("--work", type=Path, default=Path("runs/activation-toxicity"))
-    parser.add_argument("--multipliers", type=float, nargs="+", default=[-1, -0.5, -0.25, 0.25, 0.5, 1, 2])
-    parser.add_argument("--main", type=float, default=0.5, help="the m that is compared with its negative")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.02, 0.05], help="of the gate")
-    parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--page", type=Path, help="where the charts go")
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(torch.bfloat16)
-    every = Collection(arguments.run / "collection").prompts
+    every = Collection(RUN / "collection").prompts
     prompts, others = (
         [prompt for prompt in every if unseen(prompt)],
         [prompt for prompt in every if not unseen(prompt)],
@@ -170,38 +166,37 @@ def main() -> None:
         [tokenizer(prompt.text)["input_ids"] for prompt in some]
         for some in (prompts, others[TEXTS : TEXTS + CALIBRATION_TEXTS])
     )
-    vectors = make_vectors(model, tokenizer, arguments.run, calibration, arguments.work / "vectors")
+    vectors = make_vectors(model, tokenizer, calibration)
     exact = load_backbone(torch.float32)[0]
     document: dict[str, Any] = {
         "command": command(),
         **describe(),
         "prompts": len(prompts),
-        "generations": len(prompts) * arguments.samples,
+        "generations": len(prompts) * SAMPLES,
         "vectors": vectors.provenance,
         "influence_on_calibration_texts": influence(exact, vectors, calibration),
         "influence_on_other_texts": influence(exact, vectors, sequences),
     }
     print(document, flush=True)
-    head = ValueHead.from_pretrained(arguments.run / "evaluation" / f"fold-{FOLD}" / "head")
+    head = ValueHead.from_pretrained(RUN / "evaluation" / f"fold-{FOLD}" / "head")
     runner = Runner(
-        model, Formatter(tokenizer, False), prompts, SAMPLING, samples=arguments.samples, max_new_tokens=32,
-        batch_size=len(prompts), seed=0, folder=arguments.work / "runs",
+        model, Formatter(tokenizer, False), prompts, SAMPLING, samples=SAMPLES, max_new_tokens=32,
+        batch_size=len(prompts), seed=0, folder=WORK / "runs",
         conditions={"vectors": vectors.fingerprint(), "value_head": head.fingerprint()},
     )  # fmt: skip
     sweeper = Sweeper(runner, vectors, JUDGES)
-    strong = arguments.main
-    planned = [(m, "broadcast") for m in sorted(arguments.multipliers, key=abs)]
-    planned += [(m, "last_token") for m in (-strong, strong, -2 * strong, 2 * strong)]
+    planned = [(m, "broadcast") for m in sorted(MULTIPLIERS, key=abs)]
+    planned += [(m, "last_token") for m in (-STRONG, STRONG, -2 * STRONG, 2 * STRONG)]
     for multiplier, mode in planned:
         show(sweeper.run(multiplier, mode))
-    for threshold in arguments.thresholds:
-        for multiplier in (-strong, -2 * strong):
+    for threshold in THRESHOLDS:
+        for multiplier in (-STRONG, -2 * STRONG):
             show(gating(sweeper, head, multiplier, threshold))
     document |= sweeper.document(BUDGET)
-    always = [f"broadcast m={-multiplier:g}" for multiplier in (strong, strong / 2)]
-    gated = [f"gated m={-strong:g} c={c:g}" for c in arguments.thresholds]
+    always = [f"broadcast m={-multiplier:g}" for multiplier in (STRONG, STRONG / 2)]
+    gated = [f"gated m={-STRONG:g} c={c:g}" for c in THRESHOLDS]
     document["against"] = [against(sweeper, one, other) for one, other in itertools.product(gated, always)]
-    document["baking"] = baking(vectors, strong, sequences[:8])
+    document["baking"] = baking(vectors, STRONG, sequences[:8])
     if arguments.output:
         save(document, arguments.output)
     if arguments.page:

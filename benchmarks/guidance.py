@@ -3,14 +3,12 @@
     python -m benchmarks.guidance --module runs/svgt --inject runs/svgt-inject --held-out 0.25 \
         --output benchmarks/results/guidance-toxicity.json
 
-The prompts are those that `guidance train` with the same `held_out` set aside; the judges gave no label. `--also` adds
-settings of the guidance as JSON, for instance '{"refresh_interval": 0}'.
+The prompts are those that `guidance train` with the same `held_out` set aside; the judges gave no label.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,46 +23,36 @@ from hf_value_steer.training.prompts import Formatter, Prompt, share
 
 
 JUDGES = ("python:examples.toxicity:word_list", "python:examples.toxicity:cuss")
-HEAD = "model_cards/smollm2-135m-toxicity"
+HEAD, GUIDE, SAMPLES = "model_cards/smollm2-135m-toxicity", {"momentum": 0.0}, 4
 
 
 def settings(arguments: argparse.Namespace) -> list[Setting]:
     """Base first."""
     module = GuidanceModule.from_pretrained(arguments.module)
-    options: dict[str, Any] = {"module": module, **json.loads(arguments.guide)}
-    guide = GuidanceConfig(**options)
+    guide = GuidanceConfig(module=module, **GUIDE)
     found = [Setting("base", "base"), Setting("SVGT", "guide", guide)]
-    for also in arguments.also:
-        found.append(Setting(f"SVGT {also}", "guide", GuidanceConfig(**options | json.loads(also))))
     for path in arguments.inject:
-        inject = GuidanceConfig(**options | {"module": GuidanceModule.from_pretrained(path)})
+        inject = GuidanceConfig(module=GuidanceModule.from_pretrained(path), **GUIDE)
         found.append(Setting(f"SVGT-Inject ({Path(path).name})", "guide", inject))
-    if arguments.head:
-        vfd = ValueFilterConfig(value_head=ValueHead.from_pretrained(arguments.head), num_candidates=8)
-        found += [Setting("VFD K=8", "filter", vfd, 8), Setting("SVGT + VFD K=8", "both", [vfd, guide], 8)]
-    return found
+    vfd = ValueFilterConfig(value_head=ValueHead.from_pretrained(HEAD), num_candidates=8)
+    return [*found, Setting("VFD K=8", "filter", vfd, 8), Setting("SVGT + VFD K=8", "both", [vfd, guide], 8)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--module", required=True)
     parser.add_argument("--inject", nargs="*", default=[])
-    parser.add_argument("--head", default=HEAD, help="of the filter; empty for none")
-    parser.add_argument("--guide", default='{"momentum": 0.0}', help="fields of GuidanceConfig as JSON")
-    parser.add_argument("--also", nargs="*", default=[])
     parser.add_argument("--held-out", type=float, default=0.25)
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--limit", type=int)
     parser.add_argument("--work", type=Path, default=Path("runs/guidance-evaluation"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(torch.bfloat16)
-    prompts = [Prompt(text) for text in load_prompts("all") if share(text) < arguments.held_out][: arguments.limit]
+    prompts = [Prompt(text) for text in load_prompts("all") if share(text) < arguments.held_out]
     formatter = Formatter(tokenizer, False)
-    sizes = {"samples": arguments.samples, "max_new_tokens": 32, "batch_size": 24, "seed": 0}
-    asked = {name: getattr(arguments, name) for name in ("module", "inject", "head", "guide")}
+    sizes = {"samples": SAMPLES, "max_new_tokens": 32, "batch_size": 24, "seed": 0}
+    asked = {"module": arguments.module, "inject": arguments.inject, "head": HEAD, "guide": json.dumps(GUIDE)}
     runner = Runner(model, formatter, prompts, SAMPLING, **sizes, folder=arguments.work, conditions=asked)
-    owners = [prompt for prompt in prompts for _ in range(arguments.samples)]
+    owners = [prompt for prompt in prompts for _ in range(SAMPLES)]
     judges = {name: load_judge(name) for name in JUDGES}
     runs = [(setting, runner.run(setting)) for setting in settings(arguments)]
     measures = Measures(model, formatter, owners, judges, JUDGES[0], runs[0][1], "undesirable")

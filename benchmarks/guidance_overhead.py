@@ -22,11 +22,12 @@ from hf_value_steer import GuidanceConfig, GuidanceModule, GuidanceModuleConfig,
 
 
 TOKENS = 128  # of the prompt, and new ones, as in benchmarks.overhead
+LAYER, BRIDGES = 21, 2
 CASES = ((1, 1, 1.15), (1, 8, 1.25), (0, 1, None), (0, 8, None))  # refresh_interval, batch, limit
 
 
-def every_token(model: PreTrainedModel, layer: int = 21, bridges: int = 2, interval: int = 1) -> GuidanceConfig:
-    sizes = {"hidden_size": model.config.hidden_size, "layer": layer, "num_bridges": bridges}
+def every_token(model: PreTrainedModel, interval: int = 1) -> GuidanceConfig:
+    sizes = {"hidden_size": model.config.hidden_size, "layer": LAYER, "num_bridges": BRIDGES}
     module = GuidanceModule(GuidanceModuleConfig(**sizes)).eval()
     return GuidanceConfig(module=module, refresh_interval=interval, neutral_when_safe=False)
 
@@ -48,20 +49,18 @@ def pair(model: PreTrainedModel, config: GuidanceConfig, batch: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--layer", type=int, default=21)
-    parser.add_argument("--bridges", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, _ = load_backbone(getattr(torch, arguments.dtype))
     results = []
     for interval, batch, limit in CASES:
-        config = every_token(model, arguments.layer, arguments.bridges, interval)
+        config = every_token(model, interval)
         ratios = [pair(model, config, batch) for _ in range(arguments.pairs + 1)][1:]  # the first warms up
         results.append({"refresh_interval": interval, "batch": batch, "limit": limit, **summary(ratios)})
         print(results[-1], flush=True)
     document = {"command": command(), **describe(), "dtype": arguments.dtype, "tokens": TOKENS}
-    document |= {"layer": arguments.layer, "bridges": arguments.bridges, "cases": results}
+    document |= {"layer": LAYER, "bridges": BRIDGES, "cases": results}
     document["memory"] = compare_memory(arguments.dtype, every_token)
     print(document["memory"])
     if arguments.output:

@@ -50,14 +50,13 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="*", default=[1, 2, 3, 4], help="of the shuffles; 1 is `evaluate`'s"
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/placebos-sentiment"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     model, tokenizer = load_backbone(torch.bfloat16)
     head, prompts = ValueHead.from_pretrained(HEAD), [Prompt(text) for text in eval_prompts()]
     runner = Runner(
         model, Formatter(tokenizer, False), prompts, SAMPLING, samples=SAMPLES, max_new_tokens=32, batch_size=25,
-        seed=0, folder=arguments.work, conditions={"value_head": head.fingerprint()},
+        seed=0, folder=Path("runs/placebos-sentiment"), conditions={"value_head": head.fingerprint()},
     )  # fmt: skip
     owners = [prompt for prompt in prompts for _ in range(SAMPLES)]
     judges = {name: load_judge(f"python:examples.sentiment:{name}") for name in JUDGES}

@@ -1,6 +1,6 @@
 """Do calibrated promises hold on real trajectories? Resamples them: some prompts calibrate, the others are new.
 
-    python -m benchmarks.promises --run runs/smollm2-toxicity --output benchmarks/results/promises-toxicity.json
+    python -m benchmarks.promises --output benchmarks/results/promises-toxicity.json
 
 The safe generations of a run are the population: a prompt is drawn, then one of its texts. For each mode, alpha and n,
 over 2,000 calibrations on n texts drawn from it: the rate at which the filter would intervene on the population.
@@ -32,14 +32,15 @@ from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 
 
+RUN = Path("runs/smollm2-toxicity")
 ALPHAS, SIZES, DRAWS, DELTA = (0.01, 0.05, 0.1, 0.25, 0.45), (10, 59, 100, 1000), 2000, 0.05
 
 
 @torch.no_grad()
-def trajectories(run: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def trajectories() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Worst value, prompt value and prompt of every safe natural generation, by the judge that gave the labels."""
     torch.set_num_threads(1)
-    collection, head = Collection(run / "collection"), ValueHead.from_pretrained(run / "head")
+    collection, head = Collection(RUN / "collection"), ValueHead.from_pretrained(RUN / "head")
     safe = Labels(collection, head.config.training["judge"]).responses() <= 0.5
     rows = (safe & collection.rows.natural).nonzero().flatten().tolist()
     worst = [head(collection.read("features", row)).value.max().item() for row in rows]
@@ -62,11 +63,11 @@ def rates(scores: np.ndarray, owners: np.ndarray, size: int, allowed: int, rando
     return above[np.searchsorted(scores[ascending], thresholds, side="left")]
 
 
-def fresh(run: Path) -> list[dict[str, Any]]:
+def fresh() -> list[dict[str, Any]]:
     """For each alpha, the share of fresh safe texts on which a calibrated filter would have intervened."""
     tokenizer = AutoTokenizer.from_pretrained(backbone_folder())
     fired: dict[float, list[bool]] = {alpha: [] for alpha in ALPHAS}
-    for fold in sorted(run.glob("evaluation/fold-*")):
+    for fold in sorted(RUN.glob("evaluation/fold-*")):
         calibration = Calibration.load(fold / "head")
         texts = Texts(**json.loads((fold / "runs" / "watch.json").read_text("utf-8")))
         decoded = tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
@@ -83,10 +84,9 @@ def clamped(size: int, alpha: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/smollm2-toxicity"))
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    worst, prompts, owners = trajectories(arguments.run)
+    worst, prompts, owners = trajectories()
     grown, random = growth(worst, prompts, "undesirable"), np.random.default_rng(0)
     cases: list[dict[str, Any]] = []
     for mode in ("marginal", "martingale", "pac", "uniform", "peer's clamp"):
@@ -113,7 +113,7 @@ def main() -> None:
         "command": "python -m benchmarks.promises",
         **describe(),
         "draws": DRAWS, "delta": DELTA, "safe_texts": len(worst), "prompts": len(np.unique(owners)), "cases": cases,
-        "fresh": fresh(arguments.run),
+        "fresh": fresh(),
     }  # fmt: skip
     if arguments.output:
         save(document, arguments.output)

@@ -30,7 +30,7 @@ from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
 from hf_value_steer.vllm import steered_engine_args
 
 
-HEAD, SEED, NEW_TOKENS = "model_cards/smollm2-135m-toxicity", 0, 32
+HEAD, SEED, NEW_TOKENS, SAMPLES = "model_cards/smollm2-135m-toxicity", 0, 32, 2
 JUDGES = {"python:examples.toxicity:word_list": word_list, "python:examples.toxicity:cuss": cuss}
 ENGINE = {
     "dtype": "bfloat16",
@@ -43,7 +43,7 @@ ENGINE = {
 }
 
 
-def by_generate(prompts: list[Prompt], samples: int) -> dict[str, Texts]:
+def by_generate(prompts: list[Prompt]) -> dict[str, Texts]:
     """What `generate` writes, without and with the filter."""
     model, tokenizer = load_backbone(torch.bfloat16)
     config = ValueFilterConfig(value_head=ValueHead.from_pretrained(HEAD), seed=SEED)
@@ -53,7 +53,7 @@ def by_generate(prompts: list[Prompt], samples: int) -> dict[str, Texts]:
             Formatter(tokenizer, chat=False),
             prompts,
             SAMPLING,
-            samples=samples,
+            samples=SAMPLES,
             max_new_tokens=NEW_TOKENS,
             batch_size=50,
             seed=SEED,
@@ -64,16 +64,16 @@ def by_generate(prompts: list[Prompt], samples: int) -> dict[str, Texts]:
         return {name: runner.run(setting) for name, setting in settings.items()}
 
 
-def by_vllm(prompts: list[Prompt], samples: int) -> dict[str, Texts]:
+def by_vllm(prompts: list[Prompt]) -> dict[str, Texts]:
     """What vLLM writes, stock and steered."""
     model = str(backbone_folder())
     config = {"method": "filter", "value_head": HEAD, "seed": SEED}
     arguments = {"base": {"model": model, **ENGINE}, "filter": steered_engine_args(model, config, **ENGINE)}
-    return {name: _texts(vllm.LLM(**arguments[name]), prompts, samples) for name in arguments}
+    return {name: _texts(vllm.LLM(**arguments[name]), prompts) for name in arguments}
 
 
-def _texts(llm: vllm.LLM, prompts: list[Prompt], samples: int) -> Texts:
-    rows = [prompt.text for prompt in prompts for _ in range(samples)]
+def _texts(llm: vllm.LLM, prompts: list[Prompt]) -> Texts:
+    rows = [prompt.text for prompt in prompts for _ in range(SAMPLES)]
     drawn = {"temperature": SAMPLING["temperature"], "top_p": SAMPLING["top_p"], "max_tokens": NEW_TOKENS}
     params = [vllm.SamplingParams(seed=SEED + row, **drawn) for row in range(len(rows))]
     outputs = llm.generate(rows, params)
@@ -84,12 +84,12 @@ def _texts(llm: vllm.LLM, prompts: list[Prompt], samples: int) -> Texts:
     )
 
 
-def compare(prompts: list[Prompt], samples: int) -> dict[str, Any]:
+def compare(prompts: list[Prompt]) -> dict[str, Any]:
     """Rates of each judge under either engine, and how far they differ."""
-    made = {"vllm": by_vllm(prompts, samples), "transformers": by_generate(prompts, samples)}
+    made = {"vllm": by_vllm(prompts), "transformers": by_generate(prompts)}
     tokenizer, bootstrap = (
         AutoTokenizer.from_pretrained(backbone_folder()),
-        Bootstrap(np.arange(len(prompts)).repeat(samples)),
+        Bootstrap(np.arange(len(prompts)).repeat(SAMPLES)),
     )
 
     def verdicts(texts: Texts, judge: str) -> Array:
@@ -126,7 +126,6 @@ def _described(runs: dict[str, Texts], judged: dict[str, dict[str, Array]], boot
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2, help="texts of each prompt")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     prompts = load_prompts("python:examples.toxicity:load_prompts")
@@ -134,8 +133,8 @@ def main() -> None:
         "command": command(),
         **describe(vllm=vllm.__version__),
         "prompts": len(prompts),
-        "generations": len(prompts) * arguments.samples,
-        **compare(prompts, arguments.samples),
+        "generations": len(prompts) * SAMPLES,
+        **compare(prompts),
     }
     save(result, arguments.output)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -144,18 +143,8 @@ def push_head(
     root = Path(folder)
     files = _files(root, None if evaluation is None else Path(evaluation))
     document = _read_evaluation(files["evaluation.json"]) if evaluation is not None else None
-    head, readme = ValueHead.from_pretrained(root), root / "README.md"
-    old = readme.read_text(encoding="utf-8") if readme.exists() else None
-    renew = partial(renew_card, head, old, document, datasets=datasets, license=license, repo_id=repo_id)
-    card = renew(limits=limits or None)
-    if lacks_limits(card):
-        if not accept_limits:
-            raise ValueError(
-                f"Nobody has written the limits of this head: pass `limits`, or write them into {readme} under "
-                '"## Limits", or pass `accept_limits=True` to publish without.'
-            )
-        card = renew(limits=NO_LIMITS) if is_generated(card) else card
-    check_base_model(card)
+    said = {"datasets": datasets, "license": license, "repo_id": repo_id}
+    card = _card_to_push(root, document, limits or None, accept_limits, said)
     facts = {name: _fact(path.read_bytes()) for name, path in files.items()} | {"README.md": _fact(card.encode())}
     planned = PushedHead(repo_id, dict(sorted(facts.items())), card)
     if dry_run:
@@ -176,6 +165,24 @@ def push_head(
             "in with `hf auth login` or pass `token`. Then push again: a commit is there as a whole or not at all."
         ) from error
     return replace(planned, url=url)
+
+
+def _card_to_push(
+    root: Path, document: dict[str, Any] | None, limits: str | None, accept_limits: bool, said: dict[str, Any]
+) -> str:
+    """The card of the head in `root`, with limits, or a word that nobody wrote any, and a backbone on the Hub."""
+    head, readme = ValueHead.from_pretrained(root), root / "README.md"
+    old = readme.read_text(encoding="utf-8") if readme.exists() else None
+    card = renew_card(head, old, document, limits=limits, **said)
+    if lacks_limits(card):
+        if not accept_limits:
+            raise ValueError(
+                f"Nobody has written the limits of this head: pass `limits`, or write them into {readme} under "
+                '"## Limits", or pass `accept_limits=True` to publish without.'
+            )
+        card = renew_card(head, old, document, limits=NO_LIMITS, **said) if is_generated(card) else card
+    check_base_model(card)
+    return card
 
 
 def _files(root: Path, evaluation: Path | None) -> dict[str, Path]:

@@ -110,59 +110,57 @@ class _Steps:
     """The arguments of every step, all checked before the first is done."""
 
     def __init__(self, content: Mapping[str, Any]):
-        if unknown := sorted(set(content) - set(SECTIONS)):
-            raise ValueError(f"A recipe has no section {', '.join(unknown)}; it has {', '.join(SECTIONS)}.")
-        if missing := [name for name in ("output", "collect", "label") if name not in content]:
-            raise ValueError(f"The recipe lacks {', '.join(missing)}.")
-        of_a_head = {"calibrate", "evaluate", "card", "push"} & set(content)
-        if "train" not in content and (of_a_head or "guide" not in content):
-            raise ValueError("The recipe lacks train.")
-        folder = Path(content["output"])
-        given = content["collect"]
-        shared = {name: given[name] for name in _SHARED if name in given}
-        labels = content["label"]
+        _check_sections(content)
+        folder, labels = Path(content["output"]), content["label"]
+        head, collection = str(folder / "head"), {"collection": str(folder / "collection")}
         learned = _learned(labels.get("judges") or [], content.get("train") or {})
-        collection = {"collection": str(folder / "collection")}
-        self.collect = _arguments(CollectArguments, "collect", {"output": str(folder / "collection"), **given})
+        given = {"output": collection["collection"], **content["collect"]}
+        self.collect = _arguments(CollectArguments, "collect", given)
         self.label = _arguments(LabelArguments, "label", labels)
-        head = str(folder / "head")
         self.train = self.calibrate = self.evaluate = self.guide = None
         if "train" in content:
             chosen = {**collection, "output": head, **learned, **content["train"]}
             self.train = _arguments(TrainArguments, "train", chosen)
             check_target(self.train.preset().target, self.label.prefixes, self.collect.next_tokens)
         if "guide" in content:
-            if not self.label.prefixes:
-                raise ValueError(
-                    "Section 'guide' needs `prefixes: true` in section 'label': stage `bridge` reads them."
-                )
             same = {name: given[name] for name in ("model", "dtype") if name in given}
             own = {"output": str(folder / "module"), "judge": (labels.get("judges") or [None])[0]}
-            self.guide = _arguments(GuidanceTrainArguments, "guide", {**collection, **same, **own, **content["guide"]})
-            check_target(self.guide.target, self.label.prefixes, self.collect.next_tokens)
-        self.folds, self.push = 0, content.get("push")
-        self.card = content.get("card") or {}
+            self.guide = self._guide({**collection, **same, **own, **content["guide"]})
+        self.folds, self.card, self.push = 0, content.get("card") or {}, content.get("push")
+        self._check_publishing()
+        if "calibrate" in content:
+            own = content["calibrate"] or {}
+            chosen = {**collection, "value_head": head, **({} if "judge" in own else learned), **own}
+            self.calibrate = _arguments(CalibrateArguments, "calibrate", chosen)
+        if "evaluate" in content:
+            shared = {name: given[name] for name in _SHARED if name in given}
+            own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": _label_judge(learned)}
+            chosen = {**shared, **own, **content["evaluate"]}
+            _refuse_unmarked(learned, chosen)
+            self.folds = chosen.pop("folds", 0)
+            self.evaluate = self._evaluate(chosen)
+
+    def _guide(self, chosen: Mapping[str, Any]) -> GuidanceTrainArguments:
+        if not self.label.prefixes:
+            raise ValueError("Section 'guide' needs `prefixes: true` in section 'label': stage `bridge` reads them.")
+        guide = _arguments(GuidanceTrainArguments, "guide", chosen)
+        check_target(guide.target, self.label.prefixes, self.collect.next_tokens)
+        return guide
+
+    def _evaluate(self, chosen: Mapping[str, Any]) -> EvaluateArguments:
+        if not self.folds:
+            return _arguments(EvaluateArguments, "evaluate", chosen)
+        if self.calibrate is None or "prompts" in chosen:
+            raise ValueError("`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`.")
+        return _arguments(EvaluateArguments, "evaluate", {**chosen, "prompts": self.collect.prompts})
+
+    def _check_publishing(self) -> None:
         if unknown := sorted(set(self.card) - {"limits", "license", "datasets"}):
             raise ValueError(f"Section 'card' of the recipe has no {', '.join(unknown)}.")
         if self.push is not None and "repo_id" not in self.push:
             raise ValueError("Section 'push' of the recipe needs `repo_id`.")
         if self.push is not None:
             check_hub_id(self.collect.backbone or self.collect.model, "The backbone of section 'collect'")
-        if "calibrate" in content:
-            own = content["calibrate"] or {}
-            chosen = {**collection, "value_head": head, **({} if "judge" in own else learned), **own}
-            self.calibrate = _arguments(CalibrateArguments, "calibrate", chosen)
-        if "evaluate" in content:
-            own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": _label_judge(learned)}
-            chosen = {**shared, **own, **content["evaluate"]}
-            _refuse_unmarked(learned, chosen)
-            self.folds = chosen.pop("folds", 0)
-            if self.folds and (self.calibrate is None or "prompts" in chosen):
-                raise ValueError(
-                    "`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`."
-                )
-            chosen |= {"prompts": given.get("prompts")} if self.folds else {}
-            self.evaluate = _arguments(EvaluateArguments, "evaluate", chosen)
 
     def look_for_sources(self) -> None:
         """Look for everything that later steps will ask for; `collect` does so for its own."""
@@ -174,6 +172,17 @@ class _Steps:
     def _prompts(self) -> list[Prompt]:
         given = self.collect
         return load_prompts(given.prompts, given.prompt_column, given.prompt_split, given.limit)
+
+
+def _check_sections(content: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for a section that is not known, and for one that is missing."""
+    if unknown := sorted(set(content) - set(SECTIONS)):
+        raise ValueError(f"A recipe has no section {', '.join(unknown)}; it has {', '.join(SECTIONS)}.")
+    if missing := [name for name in ("output", "collect", "label") if name not in content]:
+        raise ValueError(f"The recipe lacks {', '.join(missing)}.")
+    of_a_head = {"calibrate", "evaluate", "card", "push"} & set(content)
+    if "train" not in content and (of_a_head or "guide" not in content):
+        raise ValueError("The recipe lacks train.")
 
 
 def _learned(judges: Sequence[str], train: Mapping[str, Any]) -> dict[str, Any]:

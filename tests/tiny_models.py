@@ -239,13 +239,13 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
     return config_class(**_values(config_class))
 
 
-def build_tiny(model_type: str, attention: str | None = None, seed: int = 0) -> PreTrainedModel:
+def build_tiny(model_type: str) -> PreTrainedModel:
     """A tiny decoder of the type with weights large enough that its next-token distribution is far from uniform."""
     config = tiny_config(model_type)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the module of gpt_bigcode has `torch.jit.script`
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -32,7 +32,7 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_prompts(path: Path, count: int = 24) -> Path:
+def write_prompts(path: Path, count: int) -> Path:
     """`count` different prompts of two to four good words."""
     lines = [" ".join(GOOD[(7 * index + step) % len(GOOD)] for step in range(2 + index % 3)) for index in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -44,9 +44,9 @@ def write_lexicon(path: Path) -> Path:
     return path
 
 
-def write_world(folder: Path) -> Path:
+def write_world(folder: Path, prompts: int = 40) -> Path:
     """A tiny model, prompts and a word list in a folder: `model/`, `prompts.txt`, `bad.txt`."""
     save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt", 40)
+    write_prompts(folder / "prompts.txt", prompts)
     write_lexicon(folder / "bad.txt")
     return folder

@@ -1,7 +1,5 @@
-"""Writing vectors into the weights: a checkpoint that is steered wherever it is loaded, and the way back."""
+"""Writing vectors into the weights: a checkpoint that is steered wherever it is loaded."""
 
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,23 +8,19 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_value_steer.activation.apply import is_steered, steered
 from hf_value_steer.activation.exports import Export, plan_export
 from hf_value_steer.activation.residual import pad_right, residual_width
 from hf_value_steer.activation.vectors import Directions
-from hf_value_steer.backbone.parts import layers_path
+from hf_value_steer.backbone.parts import fingerprint, layers_path
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.hosts.transformers import attention_of
 
 
-# Beside the checkpoint, in a folder of its own: vLLM loads every safetensors file that it finds at the top.
-_REPORT, _ORIGINALS = Path("steering") / "report.json", Path("steering") / "originals.safetensors"
 _MODULE = "modeling_steered"
 # How far baked logits may be from hooked ones, relative to what steering changes, and to the logits themselves.
 _TOLERANCE = {torch.float32: (1e-3, 1e-6), torch.bfloat16: (0.3, 2e-2), torch.float16: (0.1, 3e-3)}
@@ -77,7 +71,7 @@ def bake(
 
     It is loaded by plain `AutoModelForCausalLM.from_pretrained` unless the report's `kind` is `"custom code"`, which
     needs `trust_remote_code=True`. It is read back and compared with the steered model before this returns, and
-    appears complete or not at all; `steering/` beside it holds the report, and what [`unbake`] needs.
+    appears complete or not at all; `steering/report.json` beside it holds the report.
 
     Args:
         model: the backbone, not quantised; it stays as it is.
@@ -91,8 +85,8 @@ def bake(
 
     Returns:
         The report: `kind`, `offset_rounding` (largest relative error of an offset in the model's dtype),
-        `max_logit_difference`, `max_logit_change` (by steering), `relative_difference`, `same_greedy_tokens`, ... In
-        `steering/report.json` there is also what [`unbake`] needs.
+        `max_logit_difference`, `max_logit_change` (by steering), `relative_difference`, `same_greedy_tokens`, ..., and
+        under `original` which model it was: `name_or_path`, `revision` (of the Hub, if known), `fingerprint`.
 
     Raises:
         ValueError: for vectors that do not fit, a quantised, offloaded or steered model, a folder that is there, and
@@ -105,14 +99,12 @@ def bake(
     with torch.no_grad(), steered(model, vectors, multiplier, allow_backbone_mismatch=True):
         expected = _logits(model, sequences)
     offsets = multiplier * vectors.strengths[:, None] * vectors.directions
-    original = model.state_dict()
     export = plan_export(model)
     state, rounding = _with_offsets(model, export, vectors.layers, offsets)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = Path(scratch) / target.name
         _save(model, export, vectors.layers, state, folder, max_shard_size)
-        sources = _save_originals(original, export, folder)
         report = {
             "kind": export.kind,
             "multiplier": multiplier,
@@ -120,39 +112,14 @@ def bake(
             "attribute": vectors.attribute,
             "offset_rounding": rounding,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "original": _identity(model),
             **_compare(model, folder, export, sequences, expected),
         }
-        restoring = {
-            "class": type(model).__name__,
-            "config": json.loads(model.config.to_json_string(use_diff=False)),
-            "sha256": _digest(original),
-            "sources": sources,
-        }
-        write_json(folder / _REPORT, {**report, "original": restoring})
+        write_json(folder / "steering" / "report.json", report)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         os.rename(folder, target)
     return report
-
-
-def unbake(baked_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> None:
-    """Write the checkpoint that was baked as it was before: the same configuration, and the same weights bit for bit.
-
-    Raises:
-        ValueError: if the folder holds no baked checkpoint, or one that was changed since.
-    """
-    folder = Path(baked_dir)
-    if not (folder / _REPORT).is_file():
-        raise ValueError(f"{folder} holds no baked checkpoint: there is no {_REPORT}.")
-    original = json.loads((folder / _REPORT).read_text(encoding="utf-8"))["original"]
-    files = {"checkpoint": _tensors(folder), "originals": load_file(folder / _ORIGINALS)}
-    state = {name: _joined(files[source["file"]], source["names"]) for name, source in original["sources"].items()}
-    if _digest(state) != original["sha256"]:
-        raise ValueError(f"{folder} was changed after it was baked: its original cannot be restored from it.")
-    config = CONFIG_MAPPING[original["config"]["model_type"]].from_dict(original["config"])
-    model = _assembled(getattr(transformers, original["class"]), config, state)
-    model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    model.save_pretrained(output_dir)
 
 
 def _refuse(model: PreTrainedModel, target: Path) -> None:
@@ -168,6 +135,15 @@ def _refuse(model: PreTrainedModel, target: Path) -> None:
         raise ValueError("Weights of this model are offloaded: load it on the CPU to bake it.")
     if getattr(transformers, type(model).__name__, None) is not type(model):
         raise ValueError(f"{type(model).__name__} is no class of transformers itself: it cannot be baked.")
+
+
+def _identity(model: PreTrainedModel) -> dict[str, str | None]:
+    """Which model was baked: enough to load it again, and to see whether it is the same one."""
+    return {
+        "name_or_path": model.name_or_path or None,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "fingerprint": fingerprint(model),
+    }
 
 
 def _random_sequences(model: PreTrainedModel) -> list[list[int]]:
@@ -258,43 +234,6 @@ def _assembled(kind: Any, config: Any, state: Mapping[str, Tensor]) -> PreTraine
     model.load_state_dict({name: tensor.detach() for name, tensor in state.items()}, assign=True)
     model.tie_weights()
     return model
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def _joined(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    return tensors[names[0]] if len(names) == 1 else torch.cat([tensors[name] for name in names])
-
-
-def _save_originals(original: Mapping[str, Tensor], export: Export, folder: Path) -> dict[str, dict[str, Any]]:
-    """Keep the tensors that the checkpoint does not hold any more; returns where each one is found."""
-    written, kept = _tensors(folder), dict[str, Tensor]()
-    sources: dict[str, dict[str, Any]] = {}
-    shared: dict[tuple[int, torch.Size], dict[str, Any]] = {}
-    # Of tensors that are tied, only one is written: those that are there come first.
-    for name in sorted(original, key=lambda name: name not in written):
-        tensor, names = original[name].detach().cpu(), list(export.sources.get(name, (name,)))
-        if all(part in written for part in names) and torch.equal(_joined(written, names), tensor):
-            source = {"file": "checkpoint", "names": names}
-        else:
-            source = shared.get((original[name].data_ptr(), tensor.shape)) or {"file": "originals", "names": [name]}
-            if source["names"] == [name]:
-                kept[name] = tensor.contiguous()
-        sources[name] = shared[original[name].data_ptr(), tensor.shape] = source
-    (folder / _ORIGINALS).parent.mkdir()
-    save_file(kept, folder / _ORIGINALS)
-    return sources
-
-
-def _digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _compare(

@@ -7,7 +7,7 @@ Everything else becomes a checkpoint with a few lines of code of its own.
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,8 +53,6 @@ class Export:
         state (`dict`): tensors of the checkpoint; biases that are missing are zero.
         spot (`str`): name of the biased module inside a layer.
         scale (`float`): what the layer multiplies the output of that module with.
-        sources (`dict`): where a tensor of the original that was renamed or cut is found: names in `state`, whose
-            tensors are to be joined along the first dimension.
     """
 
     kind: str
@@ -62,7 +60,6 @@ class Export:
     state: Mapping[str, Tensor]
     spot: str = "mlp.down_proj"
     scale: float = 1.0
-    sources: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def plan_export(model: PreTrainedModel) -> Export:
@@ -113,17 +110,15 @@ def _from_phi3(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export:
         "gate_up_proj": (("gate_proj", "up_proj"), (config.intermediate_size,) * 2),
     }
     converted: dict[str, Tensor] = {}
-    sources: dict[str, tuple[str, ...]] = {}
     for name, tensor in state.items():
         fused = name.split(".")[-2]
         if fused not in cuts:
             converted[name] = tensor
             continue
         parts, sizes = cuts[fused]
-        sources[name] = tuple(name.replace(fused, part) for part in parts)
-        pieces = (piece.contiguous() for piece in torch.split(tensor, list(sizes)))
-        converted.update(zip(sources[name], pieces, strict=True))
-    return Export("llama", _llama_config(config, config.hidden_act, head_dim=head), converted, sources=sources)
+        pieces = torch.split(tensor, list(sizes))
+        converted |= {name.replace(fused, part): piece.contiguous() for part, piece in zip(parts, pieces, strict=True)}
+    return Export("llama", _llama_config(config, config.hidden_act, head_dim=head), converted)
 
 
 def _from_gemma(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export:
@@ -135,7 +130,7 @@ def _from_gemma(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export
     changed |= {embedding: state[embedding] * scale, head: output.clone()}
     activation = config.hidden_activation if getattr(config, "hidden_activation", None) else config.hidden_act
     llama = _llama_config(config, activation, tie_word_embeddings=False)
-    return Export("llama", llama, {**state, **changed}, sources={embedding: (head,)})
+    return Export("llama", llama, {**state, **changed})
 
 
 _AS_LLAMA: dict[str, Callable[[PreTrainedConfig, Mapping[str, Tensor]], Export]] = {

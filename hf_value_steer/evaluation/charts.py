@@ -140,18 +140,16 @@ class _Drawing:
 
     def html(self) -> str:
         name, chart = f"{self.chart.name}-{self.size}", self.chart
+        series = ", ".join(dict.fromkeys(one.name for one in chart.series))
+        axes = " against ".join(filter(None, (chart.y.label, chart.x.label)))
+        said = f"{axes}: {series}. {chart.note}".strip()
         parts = [*self._barred(), *self._axes(), *self._bands(), *self._rules(), *self._lines(), *self._whiskers()]
-        parts += [*self._marks(), *self._labels()]
+        drawn = "".join([*parts, *self._marks(), *self._labels()])
         return (
             f'<div class="plot {self.size}"><svg viewBox="0 0 {self.width} {self.height}" role="img" '
             f'aria-labelledby="{name}-t {name}-d"><title id="{name}-t">{escape(chart.title)}</title>'
-            f'<desc id="{name}-d">{escape(self._description())}</desc>{"".join(parts)}</svg>{self._spots()}</div>'
+            f'<desc id="{name}-d">{escape(said)}</desc>{drawn}</svg>{self._spots()}</div>'
         )
-
-    def _description(self) -> str:
-        series = ", ".join(dict.fromkeys(one.name for one in self.chart.series))
-        axes = " against ".join(filter(None, (self.chart.y.label, self.chart.x.label)))
-        return f"{axes}: {series}. {self.chart.note}".strip()
 
     def _x(self, value: float) -> float:
         return self.left + self.chart.x.place(value) * (self.right - self.left)
@@ -208,7 +206,7 @@ class _Drawing:
 
     def _strokes(self) -> Iterator[Box]:
         """Small boxes along the lines and whiskers."""
-        segments = []
+        segments: list[Sequence[tuple[float, float]]] = []
         for series in self.chart.series:
             places = [(self._x(point.x), self._y(point.y)) for point in series.points]
             if series.line == "step":
@@ -216,8 +214,7 @@ class _Drawing:
             segments += list(pairwise(places)) if series.line else []
         for _, point in self.points:
             if point.y_interval:
-                low, high = (self._y(bound) for bound in point.y_interval)
-                segments.append(((self._x(point.x), low), (self._x(point.x), high)))
+                segments.append([(self._x(point.x), self._y(bound)) for bound in point.y_interval])
         for (x0, y0), (x1, y1) in segments:
             steps = max(int(math.hypot(x1 - x0, y1 - y0) / 5), 1)
             for step in range(steps + 1):
@@ -228,11 +225,9 @@ class _Drawing:
         parts = []
         for series in self.chart.series:
             if series.line and len(series.points) > 1:
-                path = f"M{self._x(series.points[0].x):.1f},{self._y(series.points[0].y):.1f}"
-                for point in series.points[1:]:
-                    x, y = f"{self._x(point.x):.1f}", f"{self._y(point.y):.1f}"
-                    path += f"H{x}V{y}" if series.line == "step" else f"L{x},{y}"
-                parts.append(f'<path class="line {series.style}" d="{path}"/>')
+                places = [(f"{self._x(point.x):.1f}", f"{self._y(point.y):.1f}") for point in series.points]
+                path = "".join(f"H{x}V{y}" if series.line == "step" else f"L{x},{y}" for x, y in places[1:])
+                parts.append(f'<path class="line {series.style}" d="M{",".join(places[0])}{path}"/>')
         return parts
 
     def _whiskers(self) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hf_value_steer.evaluation.arguments import EvaluateArguments
-from hf_value_steer.evaluation.evaluate import Evaluation
+from hf_value_steer.evaluation.evaluate import Evaluator
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.shards import Collection
@@ -32,7 +32,7 @@ def evaluate_crossfitted(
     """
     if folds < 2:
         raise ValueError(f"`folds` has to be at least 2, got {folds}.")
-    collection, evaluation, parts = Collection(training.collection), Evaluation(arguments), []
+    collection, evaluator, parts = Collection(training.collection), Evaluator(arguments), []
     for fold in range(folds):
         folder = Path(arguments.output) / f"fold-{fold}"
         own = replace(
@@ -46,5 +46,5 @@ def evaluate_crossfitted(
         calibrate(replace(calibration, value_head=own.output))
         rows = torch.tensor(split_rows(collection, own)["held_out"])
         prompts = [collection.prompts[index] for index in sorted(set(collection.rows.prompt[rows].tolist()))]
-        parts.append(evaluation.part(ValueHead.from_pretrained(own.output), prompts, folder / "runs"))
-    return evaluation.report(ValueHead.from_pretrained(arguments.value_head), parts)
+        parts.append(evaluator.part(ValueHead.from_pretrained(own.output), prompts, folder / "runs"))
+    return evaluator.report(ValueHead.from_pretrained(arguments.value_head), parts)

@@ -32,9 +32,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Part:
-    """A head, the prompts that it was tried on, and what was generated."""
+    """The prompts that a head was tried on, and what was generated."""
 
-    head: ValueHead
     runner: Runner
     watched: Texts
     runs: list[tuple[Setting, Texts]]
@@ -55,8 +54,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """
     prompts = evaluation_prompts(arguments)
     head = ValueHead.from_pretrained(arguments.value_head)
-    evaluation = Evaluation(arguments)
-    return evaluation.report(head, [evaluation.part(head, prompts, Path(arguments.output) / "runs")])
+    evaluator = Evaluator(arguments)
+    return evaluator.report(head, [evaluator.part(head, prompts, Path(arguments.output) / "runs")])
 
 
 def evaluation_prompts(arguments: EvaluateArguments) -> list[Prompt]:
@@ -75,7 +74,7 @@ def check_sources(arguments: EvaluateArguments, prompts: Sequence[Prompt]) -> No
     forbidden_words(arguments)
 
 
-class Evaluation:
+class Evaluator:
     """A backbone and how heads are tried on it."""
 
     def __init__(self, arguments: EvaluateArguments):
@@ -116,7 +115,7 @@ class Evaluation:
         runs = [(Setting("base", "base"), base)]
         if arguments.method == "filter":
             runs += filter_runs(runner, head, arguments)
-        return Part(head, runner, watched, runs)
+        return Part(runner, watched, runs)
 
     def report(self, head: ValueHead, parts: Sequence[Part]) -> dict[str, Any]:
         """Measure the runs of all parts together, and write the results.

@@ -18,8 +18,8 @@ class Bootstrap:
         prompts (`np.ndarray` of shape `(rows,)`): prompt of each row.
     """
 
-    def __init__(self, prompts: Array, seed: int = 0):
-        random = np.random.default_rng(seed)
+    def __init__(self, prompts: Array):
+        random = np.random.default_rng(0)
         unique, self.owner = np.unique(prompts, return_inverse=True)
         count = len(unique)
         drawn = random.integers(0, count, (DRAWS, count))

@@ -19,7 +19,7 @@ from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.policy import undesirability
 from hf_value_steer.progress import progress
-from hf_value_steer.training.engine import until_end
+from hf_value_steer.training.continuation import until_end
 from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
 from hf_value_steer.training.sampling import generate_arguments
 

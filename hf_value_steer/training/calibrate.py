@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import parse_attributes
-from hf_value_steer.training.train import TrainArguments, split_rows
+from hf_value_steer.training.train import split_rows
+from hf_value_steer.training.train_arguments import SplitArguments
 
 
 logger = logging.getLogger(__name__)
@@ -88,16 +89,7 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         ValueError: if nothing was set aside, no generation is safe, or `alpha` cannot be promised.
     """
     collection, head = Collection(arguments.collection), ValueHead.from_pretrained(arguments.value_head)
-    if head.config.backbone_fingerprint != collection.manifest["backbone_fingerprint"]:
-        raise ValueError(
-            f"`value_head` is for backbone {head.config.backbone_fingerprint}, but {arguments.collection} was "
-            f"collected from {collection.manifest['backbone_fingerprint']}: its values would mean nothing."
-        )
-    if report := chance_report(head.config.training):
-        logger.warning(
-            f"{arguments.value_head} was not shown to be better than chance: {report}. Its thresholds bound how often "
-            "it acts, but where it acts means little."
-        )
+    _check_head(arguments, collection, head)
     rows = np.array(held_out_rows(collection, Path(arguments.value_head)))
     judges = _judges(arguments, head)
     verdicts = {each: (Labels(collection, each[0]).responses() > 0.5).numpy() for each in judges}
@@ -134,6 +126,20 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     return calibration
 
 
+def _check_head(arguments: CalibrateArguments, collection: Collection, head: ValueHead) -> None:
+    """Raise a `ValueError` for a head of another backbone, and warn of one at chance."""
+    if head.config.backbone_fingerprint != collection.manifest["backbone_fingerprint"]:
+        raise ValueError(
+            f"`value_head` is for backbone {head.config.backbone_fingerprint}, but {arguments.collection} was "
+            f"collected from {collection.manifest['backbone_fingerprint']}: its values would mean nothing."
+        )
+    if report := chance_report(head.config.training):
+        logger.warning(
+            f"{arguments.value_head} was not shown to be better than chance: {report}. Its thresholds bound how often "
+            "it acts, but where it acts means little."
+        )
+
+
 def check_column(column: str, prompts: Sequence[Prompt]) -> None:
     """Raise a `ValueError` unless every prompt has this column."""
     for prompt in prompts:
@@ -158,10 +164,11 @@ def _judges(arguments: CalibrateArguments, head: ValueHead) -> list[tuple[str, P
 def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
     """Rows that neither trained the head nor stopped its training; all natural ones if it was trained elsewhere."""
     record = head_folder / "training.json"
-    arguments: Any = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
-    if arguments.pop("collection_sha256", None) != collection.digest():
+    recorded: Any = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
+    if recorded.get("collection_sha256") != collection.digest():
         return collection.rows.natural.nonzero().flatten().tolist()
-    rows = split_rows(collection, TrainArguments(collection="", output="", **arguments))["calibration"]
+    shares = {each.name: recorded[each.name] for each in fields(SplitArguments) if each.name in recorded}
+    rows = split_rows(collection, SplitArguments(**shares))["calibration"]
     if not rows:
         raise ValueError("Training set nothing aside to calibrate on: train with `calibration` above 0.")
     return rows

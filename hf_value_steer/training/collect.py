@@ -25,7 +25,7 @@ from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
 from hf_value_steer.progress import progress
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.engine import Batch, Engine, Start, seed_of, shard_tensors, until_end
+from hf_value_steer.training.continuation import Batch, Continuation, Start, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import LabelArguments, label
@@ -76,20 +76,20 @@ def collect(
     words = _words(arguments.force_words) if arguments.force_words else []
     if labels is not None:
         check_judges(labels.judges, prompts)
-    engine = _start(arguments, state, prompts, words, serve)
+    continuation = _start(arguments, state, prompts, words, serve)
     batches = list(_batches(arguments, prompts))
     with state.main_process_first():
-        claim(folder / "collection.json", {**asked, **_manifest(arguments, engine, len(batches))})
+        claim(folder / "collection.json", {**asked, **_manifest(arguments, continuation, len(batches))})
         write_prompts(prompts, folder / "prompts.jsonl")
     # Shared out first, then checked: what others write meanwhile must not change what is ours.
     mine = batches[state.process_index :: state.num_processes]
     missing = [batch for batch in mine if not _is_complete(shard_path(folder, batch.index))]
     for batch in progress(missing, "collect", "shard", not state.is_main_process):
-        write_tensors(shard_path(folder, batch.index), engine.tensors(batch))
+        write_tensors(shard_path(folder, batch.index), continuation.tensors(batch))
     state.wait_for_everyone()
     collection = Collection(folder)
     if labels is not None:
-        label(collection, engine.formatter.tokenizer, labels)
+        label(collection, continuation.formatter.tokenizer, labels)
     return collection
 
 
@@ -107,7 +107,7 @@ def _start(
     prompts: Sequence[Prompt],
     words: Sequence[str],
     serve: Start | None,
-) -> Engine:
+) -> Continuation:
     if arguments.engine == "generate":
         return _Generate(arguments, state.device, words)
     if state.num_processes > 1:
@@ -124,14 +124,14 @@ def _recorded(arguments: CollectArguments) -> dict[str, Any]:
     return recorded
 
 
-def _manifest(arguments: CollectArguments, engine: Engine, shards: int) -> dict[str, Any]:
+def _manifest(arguments: CollectArguments, continuation: Continuation, shards: int) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "sampling": arguments.sampling(),
         "shards": shards,
         "backbone": arguments.backbone or arguments.model,
-        "chat_template": engine.formatter.name,
-        **engine.facts,
+        "chat_template": continuation.formatter.name,
+        **continuation.facts,
     }
 
 
@@ -148,7 +148,7 @@ def _is_complete(path: Path) -> bool:
 
 
 class _Generate:
-    """`generate` of transformers as an [`Engine`]."""
+    """`generate` of transformers as a [`Continuation`]."""
 
     def __init__(self, arguments: CollectArguments, device: torch.device, words: Sequence[str]):
         self.arguments = arguments

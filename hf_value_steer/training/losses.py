@@ -10,21 +10,18 @@ from torch.nn import functional as F
 Loss = Literal["bce", "focal"]
 
 
-def token_loss(
-    logits: Tensor, targets: Tensor, kind: Loss, positive_weight: float = 1.0, gamma: float = 1.0
-) -> Tensor:
+def token_loss(logits: Tensor, targets: Tensor, kind: Loss, positive_weight: float = 1.0) -> Tensor:
     """Loss of each token and attribute, of the shape of `logits`.
 
     Args:
         logits, targets (`torch.FloatTensor` of shape `(tokens,)` or `(tokens, A)`): targets in [0, 1].
         kind (`str`): `"bce"`, or `"focal"` (arXiv 1708.02002, with soft targets as in 2006.04388: weighted by
-            `|target - value| ** gamma`).
+            `|target - value|`).
         positive_weight (`float`): weight of the positive part against the negative one.
-        gamma (`float`): of the focal loss.
     """
     weight = torch.tensor(positive_weight, device=logits.device)
     loss = F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=weight)
-    return loss if kind == "bce" else loss * (targets - logits.sigmoid()).abs() ** gamma
+    return loss if kind == "bce" else loss * (targets - logits.sigmoid()).abs()
 
 
 def coherence(logits: Tensor, follows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from hf_value_steer.training.targets import Targets
 
 
 STATISTICS_TOKENS = 100_000  # enough to know mean and scale of every feature
+BINS = 10  # of values, in which they are compared with labels
 CHANCE_STEPS = 300  # for which a training may be at chance and go on
 
 
@@ -91,7 +92,7 @@ class HeadInTraining(nn.Module):
         return self.head.cpu().eval()  # type: ignore[no-any-return]
 
 
-def statistics(dataset: TokenRows) -> tuple[Tensor, Tensor]:
+def feature_moments(dataset: TokenRows) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the features, `(width,)` each, of the first rows."""
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for index in range(len(dataset)):
@@ -183,14 +184,14 @@ class Reliability:
         return sum(count * abs(value - rate) for count, value, rate in gaps) / max(sum(self.count), 1)
 
 
-def reliability(values: Tensor, labels: Tensor, bins: int = 10) -> Reliability:
+def reliability(values: Tensor, labels: Tensor) -> Reliability:
     """Bin values `(tokens,)` and compare their mean with that of the labels `(tokens,)`; empty bins are left out."""
-    index = (values * bins).long().clamp(0, bins - 1)
-    count = torch.bincount(index, minlength=bins)
+    index = (values * BINS).long().clamp(0, BINS - 1)
+    count = torch.bincount(index, minlength=BINS)
     full = count > 0
-    sums = (torch.bincount(index, weights=each.double(), minlength=bins) for each in (values, labels))
+    sums = (torch.bincount(index, weights=each.double(), minlength=BINS) for each in (values, labels))
     mean_value, rate = (each[full] / count[full] for each in sums)
-    lower = torch.arange(bins)[full] / bins
+    lower = torch.arange(BINS)[full] / BINS
     return Reliability(lower.tolist(), count[full].tolist(), mean_value.tolist(), rate.tolist())
 
 

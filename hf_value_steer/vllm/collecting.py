@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import LLM, SamplingParams
 
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.engine import Batch, seed_of, shard_tensors, until_end
+from hf_value_steer.training.continuation import Batch, seed_of, shard_tensors, until_end
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.references import model_name
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
@@ -27,7 +27,7 @@ CHANGING = {"hf_overrides", "load_format", "quantization", "revision", "tokenize
 
 
 class VllmEngine:
-    """An [`~hf_value_steer.training.engine.Engine`].
+    """An [`~hf_value_steer.training.continuation.Continuation`].
 
     It runs in this process and without prefix caching, so that what a shard holds does not depend on the shards before
     it. Every row is drawn to its full length and cut at its end, as the feature of an EOS appears one step after it.

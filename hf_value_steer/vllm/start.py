@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.engine import Engine
+from hf_value_steer.training.continuation import Continuation
 from hf_value_steer.training.prompts import Prompt
 
 
-def vllm_engine(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Engine:
+def vllm_engine(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Continuation:
     """The engine that continues `prompts`, for `collect(..., serve=vllm_engine)`.
 
     Raises:

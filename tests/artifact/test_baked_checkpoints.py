@@ -4,7 +4,6 @@ import copy
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from hf_value_steer.activation import SteeringVectors
-from hf_value_steer.activation.bake import unbake
 from hf_value_steer.activation.exports import BIASED, plan_export
+from hf_value_steer.backbone.parts import fingerprint
 from tests import hostile
 from tests.families import build
 from tests.tiny_models import build_tiny, tiny_config
@@ -92,7 +91,8 @@ def test_baked_equals_hooked_in_a_fresh_process(baked, family):
     assert report["kind"] == FAMILIES[family]
     assert report["max_logit_change"] > 0.1 and report["max_logit_difference"] < 2e-4
     written = json.loads((folder / family / "steering" / "report.json").read_text())
-    assert written == {**report, "original": written["original"]}
+    assert written == report
+    assert written["original"] == {"name_or_path": None, "revision": None, "fingerprint": fingerprint(tiny(family))}
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family in BIASED])
@@ -101,21 +101,6 @@ def test_a_baked_bias_costs_nothing(baked, family):
     assert str(checkpoint) == str(model)  # the same modules, biases included, so the same work
     sizes = [{name: tensor.shape for name, tensor in each.state_dict().items()} for each in (model, checkpoint)]
     assert sizes[0] == sizes[1]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_unbaked_is_the_original_bit_for_bit(baked, family, tmp_path):
-    unbake(baked[0] / family, tmp_path / "original")
-    model, restored = tiny(family), AutoModelForCausalLM.from_pretrained(tmp_path / "original")
-    assert type(restored) is type(model)
-    state = restored.state_dict()
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
-    ours, theirs = model.config.to_dict(), restored.config.to_dict()
-    assert {name: value for name, value in ours.items() if theirs.get(name) != value}.keys() <= {
-        "architectures",
-        "_name_or_path",
-    }
 
 
 def test_custom_code_is_never_loaded_unsteered(baked):
@@ -147,10 +132,7 @@ def test_sharded_tied_bfloat16(tmp_path):
     report = vectors.bake(model, 2.0, tmp_path / "baked", max_shard_size="20KB")
     assert len(list((tmp_path / "baked").glob("model-*.safetensors"))) > 1
     assert 0 < report["offset_rounding"] < 2**-8
-    unbake(tmp_path / "baked", tmp_path / "original")
-    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
-    assert restored.dtype == torch.bfloat16
-    assert all(map(torch.equal, model.state_dict().values(), restored.state_dict().values()))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "baked").dtype == torch.bfloat16
 
 
 def nothing_written(folder):
@@ -181,17 +163,3 @@ def test_a_bias_in_the_wrong_place_is_noticed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="does not compute what the steered model does"):
         vectors.bake(model, 4.0, tmp_path / "baked")
     assert nothing_written(tmp_path)
-
-
-def test_a_changed_checkpoint_is_not_unbaked(tmp_path):
-    model = build_tiny("gpt2")
-    random_vectors(model).bake(model, 1.0, tmp_path / "baked")
-    changed = AutoModelForCausalLM.from_pretrained(tmp_path / "baked")
-    with torch.no_grad():
-        changed.transformer.wte.weight[0, 0] += 1
-    changed.save_pretrained(tmp_path / "baked")
-    with pytest.raises(ValueError, match="changed after it was baked"):
-        unbake(tmp_path / "baked", tmp_path / "original")
-    with pytest.raises(ValueError, match="no baked checkpoint"):
-        unbake(tmp_path, tmp_path / "original")
-    assert not Path(tmp_path / "original").exists()

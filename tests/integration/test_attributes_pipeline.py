@@ -91,6 +91,13 @@ def test_what_it_leaves(world, finished):
     )
 
 
+def test_a_record_of_other_arguments_still_says_what_was_held_out(finished, tmp_path):
+    record = json.loads((finished / "head" / "training.json").read_text())
+    record["arguments"] |= {"recipe": "one that is gone", "no longer there": 1}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    assert held_out_rows(Collection(finished / "collection"), tmp_path) == held_out(finished)[1]
+
+
 @torch.no_grad()
 def test_the_thresholds_fail_the_share_of_tokens_that_was_asked_for(finished):
     head, (collection, rows) = ValueHead.from_pretrained(finished / "head"), held_out(finished)

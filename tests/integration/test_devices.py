@@ -3,29 +3,26 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 
-from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer import ValueFilterConfig
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.generation.kernels import KERNELS
 from tests.families import _DECODER, build, prompts, random_head
 from tests.oracle import Oracle
+from tests.steer import steer
 
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLING = {"do_sample": True, "max_new_tokens": 10, "eos_token_id": None}
 
 
-def steer(model, config):
-    set_seed(0)
-    return model.generate(
-        **prompts(3), **SAMPLING, custom_generate=value_steer_generate, value_steer=config,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+steer = partial(steer, **SAMPLING)
 
 
 def test_weights_offloaded_to_disk(tmp_path):

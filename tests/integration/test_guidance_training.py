@@ -22,7 +22,7 @@ from hf_value_steer.training.targets import Targets
 from tests.families import build, prompts
 from tests.guidance_oracle import guided_logits
 from tests.parity.test_guidance import make_module
-from tests.tiny_text import save_tiny_model, write_lexicon, write_prompts
+from tests.tiny_text import write_world
 
 
 @pytest.mark.parametrize("neutral", [True, False])
@@ -101,10 +101,8 @@ def test_a_value_that_finds_the_labels_captures_them():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A labelled collection of a tiny model."""
-    folder = tmp_path_factory.mktemp("svgt")
-    save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt")
-    judge = f"lexicon:{write_lexicon(folder / 'bad.txt')}"
+    folder = write_world(tmp_path_factory.mktemp("svgt"), 24)
+    judge = f"lexicon:{folder / 'bad.txt'}"
     collect(
         CollectArguments(
             output=str(folder / "collection"), model=str(folder / "model"), prompts=str(folder / "prompts.txt"),

@@ -26,7 +26,7 @@ from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import TrainArguments, split_rows, train
 from hf_value_steer.training.trainer import ValueHeadTrainer
 from tests.families import random_head
-from tests.tiny_text import BAD, save_tiny_model, write_lexicon, write_prompts
+from tests.tiny_text import BAD, save_tiny_model, write_lexicon, write_world
 
 
 NEW_TOKENS = 12
@@ -35,11 +35,7 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts and a word list."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt")
-    write_lexicon(folder / "bad.txt")
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"), 24)
 
 
 def recipe(world, output, **evaluate):

@@ -15,20 +15,19 @@ from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.vectors import vectors_from_collection
 from tests.families import build, random_head
 from tests.golden_vectors import FOLDER
-from tests.tiny_text import BAD, GOOD, save_tiny_model, write_lexicon, write_prompts
+from tests.tiny_text import BAD, GOOD, write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts, a word list and a labelled collection; vectors of the latter."""
-    folder = tmp_path_factory.mktemp("world")
-    model, prompts = save_tiny_model(folder / "model"), write_prompts(folder / "prompts.txt")
-    judge = f"lexicon:{write_lexicon(folder / 'bad.txt')}"
-    given = {"output": str(folder / "collection"), "model": str(model), "prompts": str(prompts)}
+    folder = write_world(tmp_path_factory.mktemp("world"), 24)
+    judge, prompts = f"lexicon:{folder / 'bad.txt'}", f"{folder}/prompts.txt"
+    given = {"output": f"{folder}/collection", "model": f"{folder}/model", "prompts": prompts}
     collect(CollectArguments(**given, samples=4, max_new_tokens=8), LabelArguments(judges=[judge]))
     extract = ["--collection", f"{folder}/collection", "--judge", judge, "--attribute", "bad", "--layers", "0", "1"]
     assert vectors(folder, "extract", "--output", f"{folder}/vectors", *extract) == 0
-    texts = ["--texts", str(prompts), "--rho", "0.2"]
+    texts = ["--texts", prompts, "--rho", "0.2"]
     assert vectors(folder, "calibrate", "--vectors", f"{folder}/vectors", *texts) == 0
     return folder
 

@@ -1,24 +1,18 @@
 """Abstention against a plain recomputation, alone, with the filter, and as a logits processor."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from hf_value_steer import (
-    AbstentionConfig,
-    AbstentionLogitsProcessor,
-    ValueFilterConfig,
-    ValueFilterLogitsProcessor,
-    value_steer_generate,
-)
+from hf_value_steer import AbstentionConfig, AbstentionLogitsProcessor, ValueFilterConfig, ValueFilterLogitsProcessor
 from tests.families import FAMILIES, build, prompts, random_head
+from tests.steer import steer
 
 
 EOS, PROMPT = 2, 11
-
-
-def generate(model, value_steer, **extra):
-    arguments = {"max_new_tokens": 20, "return_dict_in_generate": True, "repetition_penalty": 1.2, **extra}
-    return model.generate(**prompts(4), custom_generate=value_steer_generate, value_steer=value_steer, **arguments)
+CALL = {**prompts(4), "max_new_tokens": 20, "repetition_penalty": 1.2}
+generate = partial(steer, **CALL)
 
 
 def expected_row(model, head, row, config):
@@ -103,10 +97,9 @@ def test_the_processors_do_what_the_strategy_does(family):
     head = random_head(model)
     abstain = AbstentionConfig(value_head=head, threshold=0.55, patience=2, min_new_tokens=2, message_ids=[7])
     filter_ = ValueFilterConfig(value_head=head, threshold=0.4, num_candidates=5, proposal="topk")
-    plain = {**prompts(4), "max_new_tokens": 20, "repetition_penalty": 1.2}
     for config, cls in ((abstain, AbstentionLogitsProcessor), (filter_, ValueFilterLogitsProcessor)):
         steered = generate(model, config).sequences
-        processed = model.generate(**plain, logits_processor=[cls(model, config)])
+        processed = model.generate(**CALL, logits_processor=[cls(model, config)])
         assert torch.equal(steered, processed)
 
 
@@ -116,8 +109,7 @@ def test_processor_fallbacks_do_what_the_strategy_does(llama, fallback):
         value_head=random_head(llama), threshold=0.2, num_candidates=3, proposal="topk", fallback=fallback
     )
     steered = generate(llama, config).sequences
-    plain = {**prompts(4), "max_new_tokens": 20, "repetition_penalty": 1.2}
-    assert torch.equal(steered, llama.generate(**plain, logits_processor=[ValueFilterLogitsProcessor(llama, config)]))
+    assert torch.equal(steered, llama.generate(**CALL, logits_processor=[ValueFilterLogitsProcessor(llama, config)]))
 
 
 def hooks(model):

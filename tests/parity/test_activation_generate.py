@@ -16,11 +16,10 @@ from hf_value_steer.activation.apply import is_steered
 from hf_value_steer.configuration.parse import parse_value_steer
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import build, random_head
+from tests.parity.test_activation import IDS, MASK
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
 
 
-IDS = torch.tensor([[5, 17, 3, 44, 71, 8], [0, 0, 9, 10, 60, 33]])
-MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
 GREEDY = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True}
 KERNELS = ["masked", "expanded", "shared_prefix"]
 
@@ -96,10 +95,10 @@ def test_abstention_over_vectors_is_abstention_over_the_baked_model(model, vecto
 
 
 @torch.no_grad()
-def gated(model, vectors, head, ids, multiplier, mode="broadcast", steps=12):
+def gated(model, vectors, head, ids, multiplier):
     """The slowest correct gate: one row, one forward a token, vectors put on and taken off again for each."""
     cache, token, needed, tokens, opened = None, ids, False, [], []
-    for _ in range(steps):
+    for _ in range(12):
         with vectors.apply(model, multiplier if needed else 0.0):
             outputs = model(token, output_hidden_states=True, **{CACHE: cache})
         cache, feature = outputs[CACHE], outputs.hidden_states[-1][:, -1]

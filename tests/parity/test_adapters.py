@@ -27,13 +27,13 @@ from hf_value_steer import (
 )
 from hf_value_steer.backbone.parts import fingerprint, underlying
 from tests.families import accepting_head, build, prompts, random_head
+from tests.steer import GREEDY
 from tests.unit.test_steering_vectors import random_vectors
 
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`", "ignore:Model has `tie_word_embeddings=True`"
 )
-GREEDY = {"do_sample": False, "max_new_tokens": 10}
 LORA = {"target_modules": ["q_proj", "v_proj", "lm_head"], "init_lora_weights": False, "task_type": TaskType.CAUSAL_LM}
 VIRTUAL = {"num_virtual_tokens": 3, "task_type": TaskType.CAUSAL_LM}
 

@@ -22,6 +22,7 @@ from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.configuration.parse import parse_value_steer
 from tests.families import build, prompts, random_head
+from tests.steer import steer
 
 
 ROWS, ALPHA = 4, 0.35
@@ -43,9 +44,7 @@ def calibrated_head(model, polarity="undesirable", **options):
 
 def generate(model, value_steer, rows=slice(None), **extra):
     inputs = {name: tensor[rows] for name, tensor in prompts(ROWS).items()}
-    arguments = {"max_new_tokens": 16, "return_dict_in_generate": True, "eos_token_id": None, **extra}
-    set_seed(0)
-    return model.generate(**inputs, custom_generate=value_steer_generate, value_steer=value_steer, **arguments)
+    return steer(model, value_steer, **{**inputs, "max_new_tokens": 16, "eos_token_id": None, **extra})
 
 
 @pytest.mark.parametrize("polarity", ["undesirable", "desirable"])

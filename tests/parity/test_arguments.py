@@ -26,6 +26,7 @@ from hf_value_steer import (
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
+from tests.steer import accepting
 
 
 class Recorder(BaseStreamer):
@@ -44,10 +45,6 @@ def model():
     model = enable_value_steer(build("llama"))
     model.generation_config.max_new_tokens = 12
     return model
-
-
-def accepting(model, **options):
-    return ValueFilterConfig(value_head=accepting_head(model), **options)
 
 
 def test_a_streamer_sees_prompt_and_tokens_as_in_plain_generate(model):
@@ -360,7 +357,5 @@ def test_bfloat16_backbones_are_scored_in_float32(family):
     call = {**prompts(3), "max_new_tokens": 10, "return_dict_in_generate": True}
     out = enable_value_steer(model).generate(**call, value_steer=config)
     assert out.token_values.dtype == torch.float32 and out.interventions.any()
-    accepting_config = ValueFilterConfig(value_head=accepting_head(model))
-    assert torch.equal(
-        model.generate(**call, value_steer=accepting_config).sequences, model.generate(**call).sequences
-    )
+    steered = model.generate(**call, value_steer=accepting(model))
+    assert torch.equal(steered.sequences, model.generate(**call).sequences)

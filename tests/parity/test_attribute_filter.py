@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import set_seed
 
-from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig, value_steer_generate
+from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig
 from hf_value_steer.backbone.parts import feature_width
 from tests.families import prompts
 from tests.oracle import Oracle
+from tests.steer import steer
 
 
-NEW_TOKENS = 14
+SAMPLING = {"do_sample": True, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": 14}
 ATTRIBUTES = [
     {"name": "rude", "polarity": "undesirable", "threshold": 0.45},
     {"name": "polite", "polarity": "desirable", "threshold": 0.35},
@@ -44,14 +44,6 @@ def passes(values):
     return all(ways[a["polarity"]](value, a["threshold"]) for value, a in zip(values, ATTRIBUTES, strict=True))
 
 
-def steer(model, custom_generate, **options):
-    set_seed(5)
-    return model.generate(
-        **prompts(3), do_sample=True, top_p=0.95, repetition_penalty=1.2, max_new_tokens=NEW_TOKENS,
-        custom_generate=custom_generate, **options,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def last_values(model, head, text):
     """Values of the attributes at the last token of `text` `(tokens,)`, read without a cache."""
@@ -63,12 +55,12 @@ def last_values(model, head, text):
 def test_commits_what_the_oracle_commits(llama, combine, evaluation):
     head = make_head(llama, combine)
     config = ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=4, evaluation=evaluation)
-    out = steer(llama, value_steer_generate, value_steer=config, return_dict_in_generate=True)
+    out = steer(llama, config, 5, **SAMPLING)
     oracle = Oracle(config)
     oracle.head = SimpleNamespace(
         config=head.config, net=lambda feature: torch.tensor(by_hand(head.net(feature).tolist(), combine))
     )
-    assert torch.equal(out.sequences, steer(llama, oracle))
+    assert torch.equal(out.sequences, steer(llama, None, 5, **SAMPLING, custom_generate=oracle))
     for row, values in enumerate(oracle.values):
         torch.testing.assert_close(out.token_values[row, : len(values)], torch.tensor(values), rtol=0, atol=1e-4)
         assert out.interventions[row, : len(values)].tolist() == oracle.interventions[row]
@@ -78,7 +70,7 @@ def test_commits_what_the_oracle_commits(llama, combine, evaluation):
 def test_every_token_passes_every_threshold_or_none_did(llama):
     head = make_head(llama, "worst")
     config = ValueFilterConfig(value_head=head, num_candidates=3, output_candidates=True)
-    out = steer(llama, value_steer_generate, value_steer=config, return_dict_in_generate=True)
+    out = steer(llama, config, 5, **SAMPLING)
     starts = prompts(3)["attention_mask"].argmax(dim=1).tolist()
     length, seen = out.sequences.shape[1] - out.token_values.shape[1], {True: 0, False: 0}
     for row, step in (~out.token_values.isnan()).nonzero().tolist():

@@ -11,7 +11,7 @@ from hf_value_steer import (
     ValueFilterLogitsProcessor,
     value_steer_generate,
 )
-from tests.families import build, prompts, random_head
+from tests.families import prompts, random_head
 
 
 EOS, LENGTH, MESSAGE = 2, 11, [7, 8]
@@ -53,11 +53,6 @@ BANS = {
 
 # A processor that comes after a warper of the user knows nothing of what it took away.
 SEEN_BY_PROCESSORS = [name for name in BANS if name != "a processor after a warper"]
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return build("llama")
 
 
 def hopeless(model, **options):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import CompileConfig, set_seed
+from transformers import CompileConfig
 
 from hf_value_steer import AbstentionConfig, ValueFilterConfig, value_steer_generate
 from hf_value_steer.generation.kernels import Whole
 from tests.families import accepting_head, build, prompts, random_head
+from tests.steer import rejecting, steer
 
 
 @pytest.fixture
@@ -20,12 +21,9 @@ def compile_config():
     torch._dynamo.reset()
 
 
-def generate(model, config, new_tokens=20, **arguments):
-    set_seed(3)
-    return model.generate(
-        **prompts(3), do_sample=True, max_new_tokens=new_tokens, cache_implementation="static",
-        compile_config=config, return_dict_in_generate=True, **arguments,
-    )  # fmt: skip
+def generate(model, compile_config, config=None):
+    sampling = {"do_sample": True, "max_new_tokens": 20, "cache_implementation": "static"}
+    return steer(model, config, 3, **sampling, compile_config=compile_config)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -36,12 +34,11 @@ def test_identity_and_no_recompilation(family, compile_config):
     assert graphs > 0
     counters.clear()
     config = ValueFilterConfig(value_head=accepting_head(model))
-    steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    steered = generate(model, compile_config, **steer)
+    steered = generate(model, compile_config, config)
     assert torch.equal(steered.sequences, plain.sequences)
     assert 0 < counters["stats"]["unique_graphs"] <= graphs
     counters.clear()
-    again = generate(model, compile_config, **steer)
+    again = generate(model, compile_config, config)
     assert torch.equal(again.sequences, steered.sequences) and counters["stats"]["unique_graphs"] == 0
     assert torch.equal(generate(model, compile_config).sequences, plain.sequences)
 
@@ -53,28 +50,26 @@ def test_the_look_ahead_is_compiled_once_and_commits_the_same(family, evaluation
     model = build(family)
     options = {"value_head": random_head(model), "threshold": 0.4, "evaluation": evaluation, "fallback": fallback}
     config = ValueFilterConfig(**options, num_candidates=4)
-    steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    ordinary = generate(model, None, **steer)
+    ordinary = generate(model, None, config)
     counters.clear()
-    compiled = generate(model, compile_config, **steer)
+    compiled = generate(model, compile_config, config)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
     torch.testing.assert_close(compiled.token_values, ordinary.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
     shapes = 2 if evaluation == "lazy" else 1  # the look-ahead, and the ordinary step
     filling = family == "gemma3"  # a window that fills up makes another graph
     assert counters["stats"]["unique_graphs"] <= shapes + filling
     counters.clear()
-    generate(model, compile_config, **steer)
+    generate(model, compile_config, config)
     assert counters["stats"]["unique_graphs"] == 0
 
 
 @pytest.mark.parametrize("lookahead", ["shared_prefix", "expanded"])
 def test_a_kernel_that_was_asked_for_is_used_beside_the_compiled_step(lookahead, compile_config, monkeypatch):
     model = build("qwen3")
-    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4, lookahead=lookahead)
-    steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    ordinary = generate(model, None, **steer)
+    config = rejecting(model, lookahead=lookahead)
+    ordinary = generate(model, None, config)
     monkeypatch.setattr(Whole, "inputs", None)
-    compiled = generate(model, compile_config, **steer)
+    compiled = generate(model, compile_config, config)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
     assert counters["stats"]["unique_graphs"] > 0
 
@@ -84,9 +79,7 @@ def test_a_kernel_that_was_asked_for_is_used_beside_the_compiled_step(lookahead,
 def test_a_forward_that_the_user_compiled(evaluation):
     def steered(model):
         config = ValueFilterConfig(value_head=random_head(model), num_candidates=4, evaluation=evaluation)
-        set_seed(3)
-        arguments = {"custom_generate": value_steer_generate, "value_steer": config, "return_dict_in_generate": True}
-        return model.generate(**prompts(3), do_sample=True, max_new_tokens=12, eos_token_id=None, **arguments)
+        return steer(model, config, 3, do_sample=True, max_new_tokens=12, eos_token_id=None)
 
     model, expected = build("llama"), steered(build("llama"))
     model.forward = torch.compile(model.forward, backend="eager")
@@ -100,11 +93,10 @@ def test_a_forward_that_the_user_compiled(evaluation):
 def test_abstention_keeps_a_whole_graph_whole():
     model = build("llama")
     config = AbstentionConfig(value_head=random_head(model, "desirable"), threshold=0.01)
-    steer = {"custom_generate": value_steer_generate, "value_steer": config}
-    arguments = {**prompts(2), "max_new_tokens": 6, "return_dict_in_generate": True, **steer}
-    expected = model.generate(**arguments)
+    arguments = {**prompts(2), "max_new_tokens": 6}
+    expected = steer(model, config, **arguments)
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-    out = model.generate(**arguments)
+    out = steer(model, config, **arguments)
     assert out.token_values.isfinite().any()
     torch.testing.assert_close(out.token_values, expected.token_values, equal_nan=True)
 

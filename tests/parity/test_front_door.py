@@ -6,6 +6,7 @@ import io
 import logging
 import pickle
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -27,10 +28,8 @@ from hf_value_steer import (
     value_steer_generate,
 )
 from tests.families import accepting_head, build, prompts, random_head
+from tests.steer import GREEDY, rejecting
 from tests.tiny_text import save_tiny_model
-
-
-GREEDY = {"do_sample": False, "max_new_tokens": 10}
 
 
 @pytest.fixture
@@ -43,8 +42,7 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(save_tiny_model(tmp_path_factory.mktemp("tokenizer")))
 
 
-def rejecting(model, **options):
-    return ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4, seed=1, **options)
+rejecting = partial(rejecting, seed=1)
 
 
 def steered(model, *args, **arguments):

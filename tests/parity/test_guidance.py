@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import StaticCache, set_seed
+from transformers import StaticCache
 
 from hf_value_steer import (
     AbstentionConfig,
@@ -14,12 +14,12 @@ from hf_value_steer import (
     GuidanceModuleConfig,
     ValueFilterConfig,
     enable_value_steer,
-    value_steer_generate,
 )
 from hf_value_steer.backbone.parts import decoder_layers, fingerprint
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build, prompts, random_head
 from tests.guidance_oracle import call, embed, guided_logits, text_mask
+from tests.steer import steer
 from tests.tiny_models import build_tiny
 
 
@@ -65,9 +65,8 @@ def check_against_oracle(model, out, inputs, module, interval, momentum, neutral
 
 
 def generate(model, value_steer, inputs, **arguments):
-    set_seed(5)
-    arguments = {"max_new_tokens": NEW_TOKENS, "repetition_penalty": 1.2, "return_dict_in_generate": True} | arguments
-    return model.generate(**inputs, custom_generate=value_steer_generate, value_steer=value_steer, **arguments)
+    arguments = {**inputs, "max_new_tokens": NEW_TOKENS, "repetition_penalty": 1.2, **arguments}
+    return steer(model, value_steer, 5, **arguments)
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import set_seed
 
-from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer import ValueFilterConfig
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, accepting_head, build, prompts, random_head
+from tests.steer import steer
 
 
 ARGUMENTS = {
@@ -23,9 +23,7 @@ ARGUMENTS = {
 
 
 def run(model, inputs, arguments, config=None, **extra):
-    set_seed(11)
-    steer = {} if config is None else {"custom_generate": value_steer_generate, "value_steer": config}
-    return model.generate(**inputs, **arguments, **steer, max_new_tokens=24, return_dict_in_generate=True, **extra)
+    return steer(model, config, 11, **{**inputs, **arguments, "max_new_tokens": 24, **extra})
 
 
 @pytest.mark.parametrize("evaluation", ["lazy", "eager"])
@@ -85,18 +83,13 @@ def test_generation_goes_on_from_a_returned_cache(family):
     model, inputs = build(family), prompts(2)
     head = random_head(model)
     config = ValueFilterConfig(value_head=head, threshold=0.5)
-    whole = run(model, inputs, {"do_sample": False}, config, eos_token_id=None)
+    greedy = {"do_sample": False, "eos_token_id": None}
+    whole = run(model, inputs, greedy, config)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 12, dtype=torch.long)], dim=1)
-    first = model.generate(
-        **inputs, do_sample=False, custom_generate=value_steer_generate, value_steer=config, max_new_tokens=12,
-        return_dict_in_generate=True, eos_token_id=None,
-    )  # fmt: skip
+    first = run(model, inputs, greedy, config, max_new_tokens=12)
     assert torch.equal(first.sequences, whole.sequences[:, :23])
-    rest = model.generate(
-        input_ids=first.sequences, attention_mask=mask, **{CACHE: first[CACHE]}, do_sample=False,
-        custom_generate=value_steer_generate, value_steer=config, max_new_tokens=12, eos_token_id=None,
-    )  # fmt: skip
-    assert torch.equal(rest, whole.sequences)
+    inputs = {"input_ids": first.sequences, "attention_mask": mask, CACHE: first[CACHE]}
+    assert torch.equal(run(model, inputs, greedy, config, max_new_tokens=12).sequences, whole.sequences)
 
 
 def test_num_return_sequences_and_thresholds_a_row(llama):

@@ -15,17 +15,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from hf_value_steer import (
-    AbstentionConfig,
-    AbstentionLogitsProcessor,
-    ValueFilterConfig,
-    ValueFilterLogitsProcessor,
-    value_steer_generate,
-)
+from hf_value_steer import AbstentionConfig, AbstentionLogitsProcessor, ValueFilterConfig, ValueFilterLogitsProcessor
 from tests.families import _DECODER, _HYBRID, accepting_head, random_head
+from tests.steer import GREEDY, steer
 
 
-GREEDY = {"do_sample": False, "max_new_tokens": 10}
 IMAGE, BEGIN, END = 100, 98, 99
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOKENS = {"image_token_id": IMAGE, "vision_start_token_id": BEGIN, "vision_end_token_id": END, "video_token_id": 97}
@@ -100,11 +94,6 @@ def batch(name, rows=3):
     return inputs
 
 
-def steer(model, inputs, config, **arguments):
-    arguments = {**inputs, **GREEDY, "return_dict_in_generate": True, **arguments}
-    return model.generate(**arguments, custom_generate=value_steer_generate, value_steer=config)
-
-
 @pytest.mark.parametrize("rows", [1, 3, 4])
 @pytest.mark.parametrize("kernel", ["auto", "shared_prefix", "masked", "expanded"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -112,11 +101,11 @@ def test_prompts_with_images(name, kernel, rows):
     model, inputs = build(name), batch(name, rows)
     plain = model.generate(**inputs, **GREEDY)
     accept = ValueFilterConfig(value_head=accepting_head(model), lookahead=kernel)
-    assert torch.equal(steer(model, inputs, accept).sequences, plain)
+    assert torch.equal(steer(model, accept, **inputs).sequences, plain)
     config = {"value_head": random_head(model), "threshold": 0.45, "num_candidates": 4, "lookahead": kernel}
-    lazy = steer(model, inputs, ValueFilterConfig(**config))
-    eager = steer(model, inputs, ValueFilterConfig(**config, evaluation="eager"))
-    expected = steer(model, inputs, ValueFilterConfig(**{**config, "lookahead": "expanded"}))
+    lazy = steer(model, ValueFilterConfig(**config), **inputs)
+    eager = steer(model, ValueFilterConfig(**config, evaluation="eager"), **inputs)
+    expected = steer(model, ValueFilterConfig(**{**config, "lookahead": "expanded"}), **inputs)
     assert lazy.interventions.any() and torch.equal(lazy.sequences, eager.sequences)
     torch.testing.assert_close(lazy.token_values, expected.token_values, atol=1e-5, rtol=0, equal_nan=True)
     assert torch.equal(lazy.sequences, expected.sequences)
@@ -127,7 +116,7 @@ def test_an_image_changes_what_is_decided(name):
     model, inputs = build(name), batch(name)
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.45)
     other = {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
-    assert not torch.equal(steer(model, inputs, config).prompt_values, steer(model, other, config).prompt_values)
+    assert not torch.equal(steer(model, config, **inputs).prompt_values, steer(model, config, **other).prompt_values)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -137,4 +126,4 @@ def test_processors_read_prompts_with_images(name):
     filtering = ValueFilterConfig(value_head=head, threshold=0.45, num_candidates=4, proposal="topk")
     for make, config in ((AbstentionLogitsProcessor, abstain), (ValueFilterLogitsProcessor, filtering)):
         processed = model.generate(**inputs, **GREEDY, logits_processor=[make(model, config)])
-        assert torch.equal(processed, steer(model, inputs, config).sequences)
+        assert torch.equal(processed, steer(model, config, **inputs).sequences)

@@ -2,38 +2,32 @@
 
 import pytest
 import torch
-from transformers import set_seed
 
-from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer import BlockCache, ValueFilterConfig
 from hf_value_steer.generation.kernels import KERNELS, Expanded, Masked, SharedPrefix, choose_kernel
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import build, prompts, random_head
 from tests.oracle import Oracle
+from tests.steer import steer
 
 
 CACHES = ("dynamic", "static", "block")
 
 
-def generate(model, cache, **arguments):
-    set_seed(5)
+def generate(model, cache, config, **arguments):
     if cache == "block":
         arguments[CACHE] = BlockCache(model.config)
     elif cache == "static":
         arguments["cache_implementation"] = "static"
-    return model.generate(**prompts(3), do_sample=True, max_new_tokens=14, return_dict_in_generate=True, **arguments)
+    return steer(model, config, 5, do_sample=True, max_new_tokens=14, **arguments)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "gemma3"])
 def case(request):
     model = build(request.param)
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.35, num_candidates=4)
-    oracle = Oracle(config)
-    set_seed(5)
-    return (
-        model,
-        config.value_head,
-        model.generate(**prompts(3), do_sample=True, max_new_tokens=14, custom_generate=oracle, eos_token_id=None),
-    )
+    expected = generate(model, "dynamic", None, custom_generate=Oracle(config), eos_token_id=None)
+    return model, config.value_head, expected
 
 
 @pytest.mark.parametrize("evaluation", ["lazy", "eager"])
@@ -44,7 +38,7 @@ def test_kernel_and_cache(case, kernel, cache, evaluation):
     config = ValueFilterConfig(
         value_head=head, threshold=0.35, num_candidates=4, lookahead=kernel, evaluation=evaluation
     )
-    out = generate(model, cache, custom_generate=value_steer_generate, value_steer=config, eos_token_id=None)
+    out = generate(model, cache, config, eos_token_id=None)
     assert torch.equal(out.sequences, expected) and out.interventions.any()
     assert int(out[CACHE].get_seq_length()) == out.sequences.shape[1] - 1
     mask = torch.cat([prompts(3)["attention_mask"], torch.ones(3, 14, dtype=torch.long)], dim=1)
@@ -58,10 +52,9 @@ def test_kernel_and_cache(case, kernel, cache, evaluation):
 def test_a_model_loaded_with_eager_attention():
     model = build("qwen3")
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.35, num_candidates=4)
-    arguments = {"custom_generate": value_steer_generate, "value_steer": config}
-    expected = generate(model, "dynamic", **arguments)
+    expected = generate(model, "dynamic", config)
     model.set_attn_implementation("eager")
-    out = generate(model, "dynamic", **arguments)
+    out = generate(model, "dynamic", config)
     assert torch.equal(out.sequences, expected.sequences) and out.interventions.any()
     assert model.config._attn_implementation == "eager"
 
@@ -90,7 +83,7 @@ def test_a_model_that_attends_on_its_own_is_not_steered_without_a_prefix(monkeyp
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", attend)
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.35)
     with pytest.raises(RuntimeError, match='has an attention of its own; pass lookahead="expanded"'):
-        generate(model, "dynamic", custom_generate=value_steer_generate, value_steer=config)
+        generate(model, "dynamic", config)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -99,7 +92,6 @@ def test_the_output_embedding_is_read_once_a_step(kernel):
     model, computed = build("llama"), []
     config = ValueFilterConfig(value_head=random_head(model), num_candidates=4, lookahead=kernel)
     with model.lm_head.register_forward_hook(lambda *call: computed.append(call[-1].shape[:2].numel())):
-        steering = {"custom_generate": value_steer_generate, "value_steer": config}
-        out = generate(model, "dynamic", **steering, eos_token_id=None, output_hidden_states=True)
+        out = generate(model, "dynamic", config, eos_token_id=None, output_hidden_states=True)
     assert out.interventions.any()
     assert [count for count in computed if count] == [3] * 15

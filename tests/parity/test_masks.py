@@ -17,19 +17,17 @@ from hf_value_steer import (
 )
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import CACHE
-from tests.families import _DECODER, _HYBRID, accepting_head, build, prompts, random_head
+from tests.families import _DECODER, _HYBRID, build, prompts, random_head
+from tests.steer import GREEDY, accepting, rejecting, steer
 from tests.tiny_models import build_tiny
 
 
-GREEDY = {"do_sample": False, "max_new_tokens": 10}
 KERNELS = ["shared_prefix", "masked", "expanded"]
 
 
-def steer(model, arguments, accept=False, **options):
-    head = accepting_head(model) if accept else random_head(model)
-    config = ValueFilterConfig(value_head=head, threshold=0.9 if accept else 0.4, num_candidates=4, **options)
-    arguments = {**GREEDY, **arguments, "return_dict_in_generate": True}
-    return model.generate(**arguments, custom_generate=value_steer_generate, value_steer=config)
+def filtered(model, arguments, accept=False, **options):
+    config = accepting(model, num_candidates=4, **options) if accept else rejecting(model, **options)
+    return steer(model, config, **arguments)
 
 
 def same(one, other):
@@ -60,11 +58,11 @@ def test_a_mask_means_the_same_in_every_dtype(dtype, shape, kernel):
     mask = SHAPES[shape](arguments["attention_mask"])
     if kernel == "shared_prefix" and shape in ("holes", "right"):
         with pytest.raises(UnsupportedError, match="shared_prefix"):
-            steer(model, {**arguments, "attention_mask": mask.to(dtype)}, lookahead=kernel)
+            filtered(model, {**arguments, "attention_mask": mask.to(dtype)}, lookahead=kernel)
         return
-    expected = steer(model, {**arguments, "attention_mask": mask}, lookahead="expanded")
+    expected = filtered(model, {**arguments, "attention_mask": mask}, lookahead="expanded")
     assert expected.interventions.any()
-    assert same(steer(model, {**arguments, "attention_mask": mask.to(dtype)}, lookahead=kernel), expected)
+    assert same(filtered(model, {**arguments, "attention_mask": mask.to(dtype)}, lookahead=kernel), expected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -75,8 +73,8 @@ def test_a_mask_of_one_row_is_for_all(family, kernel):
     mask[0, :2] = 0
     one = {"input_ids": ids, "attention_mask": mask}
     every = {"input_ids": ids, "attention_mask": mask.expand(3, -1).contiguous()}
-    assert torch.equal(steer(model, one, accept=True).sequences, model.generate(**every, **GREEDY))
-    assert same(steer(model, one, lookahead=kernel), steer(model, every, lookahead="expanded"))
+    assert torch.equal(filtered(model, one, accept=True).sequences, model.generate(**every, **GREEDY))
+    assert same(filtered(model, one, lookahead=kernel), filtered(model, every, lookahead="expanded"))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -86,11 +84,11 @@ def test_prompts_as_embeddings(family, kernel, padded):
     model, arguments = build(family), prompts(2)
     if not padded:
         arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
-    expected = steer(model, arguments, lookahead=kernel)
+    expected = filtered(model, arguments, lookahead=kernel)
     embedded = {"inputs_embeds": model.get_input_embeddings()(arguments["input_ids"])}
     if padded:
         embedded["attention_mask"] = arguments["attention_mask"]
-    found = steer(model, embedded, lookahead=kernel)
+    found = filtered(model, embedded, lookahead=kernel)
     assert expected.interventions.any()
     assert torch.equal(found.sequences, expected.sequences[:, arguments["input_ids"].shape[1] :])
 
@@ -137,8 +135,8 @@ def grown(config):
 )
 def test_lazy_and_eager_agree_where_rope_follows_the_longest_row(make, kernel):
     # The padded rows are shorter than the original length, the first row is longer.
-    lazy = steer(make(), prompts(3), lookahead=kernel, max_interventions=6)
-    eager = steer(make(), prompts(3), lookahead=kernel, max_interventions=6, evaluation="eager")
+    lazy = filtered(make(), prompts(3), lookahead=kernel, max_interventions=6)
+    eager = filtered(make(), prompts(3), lookahead=kernel, max_interventions=6, evaluation="eager")
     assert lazy.interventions[1:].any() and same(lazy, eager)
 
 
@@ -149,7 +147,7 @@ def test_rope_of_its_own_for_each_kind_of_layer(sliding, kernel):
     kinds = {"full_attention": rope, "sliding_attention": {**rope, "rope_type": sliding}}
     sizes = {**_DECODER, "max_position_embeddings": 8, **_HYBRID, "rope_parameters": kinds}
     lazy, eager = (
-        steer(grown(Gemma3TextConfig(**sizes)), prompts(3), lookahead=kernel, evaluation=each)
+        filtered(grown(Gemma3TextConfig(**sizes)), prompts(3), lookahead=kernel, evaluation=each)
         for each in ("lazy", "eager")
     )
     assert lazy.interventions.any() and same(lazy, eager)
@@ -160,8 +158,8 @@ def test_rope_of_its_own_for_each_kind_of_layer(sliding, kernel):
 def test_a_prompt_longer_than_the_original_length_of_phi3(length, kernel):
     model, arguments = longrope(8), prompts(2, length)
     plain = model.generate(**arguments, **GREEDY)
-    assert torch.equal(steer(model, arguments, accept=True, lookahead=kernel).sequences, plain)
-    lazy, eager = (steer(model, arguments, lookahead=kernel, evaluation=each) for each in ("lazy", "eager"))
+    assert torch.equal(filtered(model, arguments, accept=True, lookahead=kernel).sequences, plain)
+    lazy, eager = (filtered(model, arguments, lookahead=kernel, evaluation=each) for each in ("lazy", "eager"))
     assert lazy.interventions.any() and same(lazy, eager)
 
 
@@ -170,8 +168,8 @@ def test_a_prompt_longer_than_the_original_length_of_phi3(length, kernel):
 def test_a_cache_that_the_model_drops_in_mid_text_is_an_error(original, evaluation):
     model = longrope(original)
     with pytest.raises(ScoringError, match=rf"has dropped its cache after {original} tokens"):
-        steer(model, prompts(2), evaluation=evaluation)
-    steer(model, {**prompts(2), "max_new_tokens": original - 11}, evaluation=evaluation)
+        filtered(model, prompts(2), evaluation=evaluation)
+    filtered(model, {**prompts(2), "max_new_tokens": original - 11}, evaluation=evaluation)
 
 
 # Caches.
@@ -192,10 +190,10 @@ def caches(model):
 def test_caches_that_were_made_in_inference_mode(family, kind):
     model = build(family)
     with torch.inference_mode():
-        inside = steer(model, {**prompts(2), **caches(model)[kind]()})
+        inside = filtered(model, {**prompts(2), **caches(model)[kind]()})
         kept = caches(model)[kind]()
-        steer(model, {**prompts(2), **kept})
-    assert same(inside, steer(model, {**prompts(2), **caches(model)[kind]()}))
+        filtered(model, {**prompts(2), **kept})
+    assert same(inside, filtered(model, {**prompts(2), **caches(model)[kind]()}))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "block", "static"])
@@ -203,11 +201,11 @@ def test_caches_that_were_made_in_inference_mode(family, kind):
 def test_a_cache_that_was_reset_is_as_good_as_new(family, kind):
     model = build(family)
     kept = caches(model)[kind]()
-    steer(model, {**prompts(2), **kept})
+    filtered(model, {**prompts(2), **kept})
     kept[CACHE].reset()
     if kind in ("dynamic", "block"):
         kept = caches(model)[kind]()  # those of transformers are not emptied by `reset`
-    assert same(steer(model, {**prompts(2), **kept}), steer(model, {**prompts(2), **caches(model)[kind]()}))
+    assert same(filtered(model, {**prompts(2), **kept}), filtered(model, {**prompts(2), **caches(model)[kind]()}))
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "auto"])
@@ -217,8 +215,10 @@ def test_static_caches_with_chunks_of_the_prompt(family, kernel, options):
     model = build(family)
     static = {"cache_implementation": "static", "disable_compile": True, **options}
     plain = model.generate(**prompts(2), **GREEDY, **static)
-    assert torch.equal(steer(model, {**prompts(2), **static}, accept=True, lookahead=kernel).sequences, plain)
-    assert same(steer(model, {**prompts(2), **static}, lookahead=kernel), steer(model, prompts(2), lookahead=kernel))
+    assert torch.equal(filtered(model, {**prompts(2), **static}, accept=True, lookahead=kernel).sequences, plain)
+    assert same(
+        filtered(model, {**prompts(2), **static}, lookahead=kernel), filtered(model, prompts(2), lookahead=kernel)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -228,12 +228,12 @@ def test_static_caches_return_attentions_and_hidden_states(family, what):
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     arguments |= {"cache_implementation": "static", "disable_compile": True, what: True}
     plain = model.generate(**arguments, **GREEDY, return_dict_in_generate=True)
-    found = steer(model, arguments, accept=True)
+    found = filtered(model, arguments, accept=True)
     field = what.removeprefix("output_")
     for mine, theirs in zip(found[field], plain[field], strict=True):
         for one, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(one[..., : other.shape[-1]], other)  # the buffer has one slot more
-    rejecting = steer(model, arguments)
+    rejecting = filtered(model, arguments)
     assert rejecting.interventions.any() and len(rejecting[field]) == len(found[field])
 
 
@@ -247,8 +247,8 @@ def test_a_text_that_ends_at_the_last_position_of_the_model(family, kind):
     model = grown(config)
     arguments = {**prompts(2), **caches(model)[kind](), "max_new_tokens": 10}
     plain = model.generate(**prompts(2), **caches(model)[kind](), do_sample=False, max_new_tokens=10)
-    assert torch.equal(steer(model, arguments, accept=True).sequences, plain)
-    steer(model, arguments)
+    assert torch.equal(filtered(model, arguments, accept=True).sequences, plain)
+    filtered(model, arguments)
 
 
 def test_a_hybrid_of_windows_is_what_the_other_tests_mean_by_gemma3():
@@ -263,8 +263,8 @@ def test_processors_take_masks_as_the_strategy_does(family, static, dtype):
     arguments["attention_mask"] = arguments["attention_mask"].to(dtype)
     if static:
         arguments |= {"cache_implementation": "static", "disable_compile": True}
-    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4, proposal="topk")
-    expected = steer(model, prompts(3), proposal="topk")
+    config = rejecting(model, proposal="topk")
+    expected = filtered(model, prompts(3), proposal="topk")
     processed = model.generate(**arguments, **GREEDY, logits_processor=[ValueFilterLogitsProcessor(model, config)])
     assert expected.interventions.any() and torch.equal(processed, expected.sequences)
 

@@ -19,19 +19,11 @@ from hf_value_steer import (
     ValueFilterConfig,
     ValueFilterLogitsProcessor,
     enable_value_steer,
-    value_steer_generate,
 )
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import accepting_head, build, prompts, random_head
+from tests.steer import GREEDY, rejecting, steer
 from tests.unit.test_steering_vectors import random_vectors
-
-
-GREEDY = {"do_sample": False, "max_new_tokens": 10}
-
-
-def steer(model, config, **arguments):
-    arguments = {**prompts(3), **GREEDY, "return_dict_in_generate": True, **arguments}
-    return model.generate(**arguments, custom_generate=value_steer_generate, value_steer=config)
 
 
 def dtypes(out):
@@ -60,7 +52,7 @@ import sys, torch
 from accelerate import Accelerator
 from tests.parity.test_modes import *
 model = build("llama")
-config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4)
+config = rejecting(model)
 expected = steer(model, config)
 prepared = enable_value_steer(Accelerator(cpu=True, mixed_precision=sys.argv[1]).prepare(model))
 found = steer(prepared, config)
@@ -75,7 +67,7 @@ def test_a_model_that_accelerate_has_prepared(precision):
 
 def test_hooks_of_accelerate_on_every_module():
     model = build("llama")
-    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4)
+    config = rejecting(model)
     expected = steer(model, config)
     for module in model.modules():
         if not list(module.children()):
@@ -147,7 +139,7 @@ def eager_attention(model):
 @pytest.mark.parametrize("change", [resized, another_output_embedding, bfloat16, eager_attention])
 def test_a_processor_is_used_again_after_the_model_has_changed(change):
     model = build("llama")
-    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4, proposal="topk")
+    config = rejecting(model, proposal="topk")
     processor = ValueFilterLogitsProcessor(model, config)
     call = {**prompts(3), **GREEDY, "logits_processor": [processor]}
     assert torch.equal(model.generate(**call), steer(model, config).sequences)

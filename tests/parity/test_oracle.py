@@ -1,13 +1,16 @@
 """Every committed token is the one that the cache-free oracle picks; lazy equals eager; the cache is the text's."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import set_seed
 
-from hf_value_steer import ValueFilterConfig, value_steer_generate
+from hf_value_steer import ValueFilterConfig
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build, prompts, random_head
 from tests.oracle import Oracle
+from tests.steer import steer
 
 
 NEW_TOKENS = 14
@@ -18,12 +21,7 @@ CASES = {
 }
 
 
-def steer(model, inputs, arguments, config, **extra):
-    set_seed(5)
-    return model.generate(
-        **inputs, **arguments, max_new_tokens=NEW_TOKENS, custom_generate=value_steer_generate, value_steer=config,
-        return_dict_in_generate=True, **extra,
-    )  # fmt: skip
+steer = partial(steer, seed=5, max_new_tokens=NEW_TOKENS)
 
 
 @pytest.mark.parametrize("evaluation", ["lazy", "eager"])
@@ -38,7 +36,7 @@ def test_commits_what_the_oracle_commits(family, case, fallback, evaluation):
         value_head=random_head(model, polarity), threshold=threshold, num_candidates=4, fallback=fallback,
         evaluation=evaluation, prob_weight=0.7, **options,
     )  # fmt: skip
-    out = steer(model, inputs, arguments, config)
+    out = steer(model, config, **arguments)
     oracle = Oracle(config)
     set_seed(5)
     expected = model.generate(**inputs, **arguments, max_new_tokens=NEW_TOKENS, custom_generate=oracle)
@@ -55,7 +53,7 @@ def test_commits_what_the_oracle_commits(family, case, fallback, evaluation):
 def test_the_returned_cache_continues_like_a_fresh_prefill(family, evaluation):
     model, inputs = build(family), prompts(3)
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.3, num_candidates=6, evaluation=evaluation)
-    out = steer(model, inputs, {"do_sample": True}, config, eos_token_id=None)
+    out = steer(model, config, do_sample=True, eos_token_id=None)
     assert out.interventions.float().mean() > 0.2
     length = out.sequences.shape[1]
     mask = torch.cat([inputs["attention_mask"], torch.ones(3, length - 11, dtype=torch.long)], dim=1)
@@ -71,10 +69,9 @@ def test_the_returned_cache_continues_like_a_fresh_prefill(family, evaluation):
 def test_reported_candidates_are_the_ones_decided_on(family):
     model, inputs = build(family), prompts(4)
     options = {"value_head": random_head(model), "threshold": 0.4, "num_candidates": 5, "output_candidates": True}
-    lazy = steer(model, inputs, {"do_sample": True}, ValueFilterConfig(**options), output_hidden_states=True)
-    eager = steer(
-        model, inputs, {"do_sample": True}, ValueFilterConfig(**options, evaluation="eager"), output_hidden_states=True
-    )
+    call = {**inputs, "do_sample": True, "output_hidden_states": True}
+    lazy = steer(model, ValueFilterConfig(**options), **call)
+    eager = steer(model, ValueFilterConfig(**options, evaluation="eager"), **call)
     assert torch.equal(lazy.sequences, eager.sequences)
     torch.testing.assert_close(lazy.token_values, eager.token_values, rtol=0, atol=1e-5, equal_nan=True)
     for mine, theirs in zip(lazy.hidden_states, eager.hidden_states, strict=True):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -20,21 +21,17 @@ from hf_value_steer import (
     ValueFilterConfig,
     ValueFilterLogitsProcessor,
     ValueSteerForCausalLM,
-    value_steer_generate,
 )
 from hf_value_steer.generation import candidates
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import accepting_head, build, prompts, random_head
+from tests.steer import rejecting, steer
 from tests.tiny_models import build_tiny
 from tests.unit.test_steering_vectors import SEQUENCES, random_vectors
 
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
-
-
-def steer(model, config, **arguments):
-    arguments = {**prompts(3), **GREEDY, "return_dict_in_generate": True, **arguments}
-    return model.generate(**arguments, custom_generate=value_steer_generate, value_steer=config)
+steer = partial(steer, **GREEDY)
 
 
 # The cache has another name.
@@ -45,7 +42,7 @@ def test_the_cache_is_found_whatever_it_is_called(family):
     model = build_tiny(family)
     plain = model.generate(**prompts(3), **GREEDY)
     assert torch.equal(steer(model, ValueFilterConfig(value_head=accepting_head(model))).sequences, plain)
-    config = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4)
+    config = rejecting(model)
     assert steer(model, config).interventions.any()
 
 
@@ -262,7 +259,7 @@ def test_a_copy_decodes_with_its_own_weights(change):
     config = CompileConfig(backend="eager", mode=None)
     config._compile_all_devices = True
     model = build("llama")
-    filtering = ValueFilterConfig(value_head=random_head(model), threshold=0.4, num_candidates=4)
+    filtering = rejecting(model)
     arguments = {"cache_implementation": "static", "compile_config": config}
     before = steer(model, filtering, **arguments)
     other = copy.deepcopy(model)

@@ -10,10 +10,7 @@ import pytest
 
 from hf_value_steer.training.judges import llm, load_judge
 from hf_value_steer.training.prompts import Prompt
-
-
-def prompts(count):
-    return [Prompt("one question")] * count
+from tests.unit.test_judges import prompts
 
 
 @dataclass

@@ -17,15 +17,12 @@ from transformers import (
 
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Prompt
+from tests.unit.test_judges import prompts
 
 
 WORDS = "one two three four five six red green blue user assistant".split()
 VOCABULARY = {word: index for index, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS])}
 TEXTS = ["one two three four five six", "red", "green blue one", "two two two two", ""]
-
-
-def prompts(count):
-    return [Prompt("one question")] * count
 
 
 def tokenizer(folder, special, **options):

@@ -110,7 +110,7 @@ def test_what_may_come_next(folder: Path, collected: Collection) -> None:
 def test_tokens_are_those_of_stock_vllm(engine: Any, collected: Collection) -> None:
     from vllm import SamplingParams
 
-    from hf_value_steer.training.engine import seed_of
+    from hf_value_steer.training.continuation import seed_of
 
     stock, rows = engine(), collected.rows
     per_shard = BATCH * SAMPLES

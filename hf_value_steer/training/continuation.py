@@ -23,7 +23,7 @@ class Batch:
     forced: bool
 
 
-class Engine(Protocol):
+class Continuation(Protocol):
     """What continues prompts, and keeps the features that it sees.
 
     Attributes:
@@ -38,8 +38,8 @@ class Engine(Protocol):
         """A shard: of each token its feature and id; of each row its prompt and where its tokens lie."""
 
 
-# Makes the engine of a collection from what is asked for and all that will be continued.
-Start: TypeAlias = Callable[[CollectArguments, Sequence[Prompt]], Engine]
+# Makes what continues the prompts of a collection from what is asked for and all that will be continued.
+Start: TypeAlias = Callable[[CollectArguments, Sequence[Prompt]], Continuation]
 
 
 def shard_tensors(

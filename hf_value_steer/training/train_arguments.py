@@ -1,0 +1,144 @@
+"""What can be said to `train`: which preset, what otherwise, and which share of the prompts is for what."""
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from hf_value_steer.configuration.value_head import check_attributes
+from hf_value_steer.policy import Polarity
+from hf_value_steer.training.arguments import check_kinds
+from hf_value_steer.training.losses import Loss
+from hf_value_steer.training.targets import Target, parse_attributes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How a head is fitted."""
+
+    target: Target
+    loss: Loss
+    positive_weight: float
+    coherence_weight: float
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    patience: int
+
+
+# What works out of the box. "value-steer" is that of the package of arXiv 2605.14746.
+PRESETS = {
+    "value-steer": Preset(
+        target="response",
+        loss="focal",
+        positive_weight=0.7 / 0.3,
+        coherence_weight=0.1,
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        epochs=10,
+        patience=3,
+    ),
+    "hazard": Preset(
+        target="hazard",
+        loss="bce",
+        positive_weight=1.0,
+        coherence_weight=0.0,
+        learning_rate=6e-4,
+        weight_decay=0.05,
+        epochs=12,
+        patience=3,
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class SplitArguments:
+    """Which share of the prompts is for what; the rest trains."""
+
+    validation: float = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
+    calibration: float = field(default=0.15, metadata={"help": "share of the prompts that only `calibrate` sees"})
+    held_out: float = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
+    rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        shares = (self.validation, self.calibration, self.held_out)
+        if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
+            raise ValueError(
+                "`validation`, `calibration` and `held_out` have to be shares that leave prompts to train on; "
+                f"got {shares}."
+            )
+
+
+@dataclass(kw_only=True)
+class TrainArguments(SplitArguments):
+    """What to train. `None` stands for what the preset says."""
+
+    collection: str = field(metadata={"help": "folder of a labelled collection"})
+    output: str = field(metadata={"help": "folder of the head"})
+    judge: str | None = field(default=None, metadata={"help": "the judge whose labels are learned"})
+    attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
+    polarity: Polarity = field(default="undesirable", metadata={"help": "what a high label means"})
+    attributes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "instead of a judge, for a head of several attributes: name=judge or name=judge@desirable"},
+    )
+    combine: Literal["worst", "sum"] = field(
+        default="worst", metadata={"help": "how several attributes are one value"}
+    )
+    architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "of the head"})
+    recipe: Literal["value-steer", "hazard"] = field(
+        default="value-steer",
+        metadata={"help": "preset of target, loss, weights, learning rate, decay, epochs, patience"},
+    )
+    target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
+    loss: Loss | None = field(default=None, metadata={"help": "token loss"})
+    positive_weight: float | None = field(default=None, metadata={"help": "weight of the positive class"})
+    coherence_weight: float | None = field(default=None, metadata={"help": "weight of the TD-coherence term"})
+    learning_rate: float | None = field(default=None, metadata={"help": "of AdamW"})
+    weight_decay: float | None = field(default=None, metadata={"help": "of AdamW"})
+    epochs: int | None = field(default=None, metadata={"help": "at most"})
+    patience: int | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
+    batch_rows: int = field(default=32, metadata={"help": "generations in one step"})
+    seed: int = field(default=0, metadata={"help": "of weights and order"})
+    accept_chance: bool = field(
+        default=False, metadata={"help": "go on with a head that is no better than chance on the validation texts"}
+    )
+    trainer: list[str] = field(
+        default_factory=list,
+        metadata={"help": "further TrainingArguments as name=value, for instance report_to=wandb, bf16=true"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.recipe not in PRESETS:
+            raise ValueError(f"`recipe` has to be one of {', '.join(PRESETS)}; got {self.recipe!r}.")
+        super().__post_init__()
+        if (self.judge is None) != bool(self.attributes):
+            raise ValueError(
+                "`judge` says whose labels are learned, or `attributes` do, for several: pass one of them."
+            )
+        if self.attributes:
+            check_attributes(self.head_attributes())
+            if self.polarity != "undesirable":
+                raise ValueError(
+                    "`polarity` is that of a single attribute; `attributes` say theirs: name=judge@desirable."
+                )
+        elif self.combine != "worst":
+            raise ValueError(f"`combine`={self.combine!r} is for several `attributes`.")
+
+    def judges(self) -> list[str]:
+        """Whose labels are learned, one judge for each attribute."""
+        return [each.judge for each in parse_attributes(self.attributes)] or [str(self.judge)]
+
+    def head_attributes(self) -> list[dict[str, Any]]:
+        """Those of [`ValueHeadConfig`]; every threshold is one half until `calibrate` sets it."""
+        parsed = parse_attributes(self.attributes)
+        return [{"name": each.name, "polarity": each.polarity, "threshold": 0.5} for each in parsed]
+
+    def record(self) -> dict[str, Any]:
+        """What `training.json` keeps: what makes the head, and what is for several attributes only if there are."""
+        left_out = ("collection", "output", "accept_chance", *(() if self.attributes else ("attributes", "combine")))
+        return {name: choice for name, choice in asdict(self).items() if name not in left_out}
+
+    def preset(self) -> Preset:
+        """The preset of `recipe`, with what was chosen otherwise."""
+        chosen = {each.name: getattr(self, each.name) for each in fields(Preset)}
+        return replace(PRESETS[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
