@@ -157,6 +157,15 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
+def layer_stack(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the decoder layers one after another and returns what the rest of the model starts from."""
+    try:
+        stack: nn.Module = model.get_submodule(layers_path(model).rpartition(".")[0])
+    except ValueError:  # its layers stand in no list of their own
+        stack = model.base_model
+    return stack
+
+
 def num_layers(model: PreTrainedModel) -> int:
     """Number of decoder layers. Some configs count those of an encoder as `num_hidden_layers`."""
     config = model.config.get_text_config(decoder=True)

@@ -36,8 +36,8 @@ def parse_value_steer(value_steer: ValueSteer) -> dict[str, MethodConfig]:
     return dict(zip(methods, configs, strict=True))
 
 
-def _parse_one(item: MethodConfig | Mapping[str, Any]) -> MethodConfig:
-    if isinstance(item, MethodConfig):
+def _parse_one(item: Any) -> Any:
+    if isinstance(item, MethodConfig) or callable(getattr(item, "bind", None)):
         return item
     if not isinstance(item, Mapping):
         raise TypeError(

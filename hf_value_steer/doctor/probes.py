@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from hf_value_steer.backbone.shadow import shadow
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
+from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.validation import refuse_unsupported
 from hf_value_steer.hosts.transformers import cache_name
 
@@ -25,14 +25,14 @@ def held_and_fresh(cache: Cache) -> Callable[..., tuple[Tensor, Tensor]]:
     def measure(
         model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        model = shadow(model)
-        model_kwargs, kernel = _forward_arguments(kwargs), choose_kernel("auto", model)
-        held = Engine(model, {**model_kwargs, cache_name(model_kwargs): cache}, kernel)
+        prepared = PreparedModel(model)
+        model_kwargs, kernel = _forward_arguments(kwargs), choose_kernel("auto", prepared.model)
+        held = Engine(prepared, {**model_kwargs, cache_name(model_kwargs): cache}, kernel)
         length = input_ids.shape[1] - 1
         if held.live.length not in (0, length):  # 0: recurrent states do not count
             raise RuntimeError(f"the cache of {length} tokens holds {held.live.length}: rollback fails")
-        empty = Engine(model, model_kwargs, kernel)
-        return held.advance(input_ids).feature, empty.prefill(input_ids, generation_config).feature
+        empty = Engine(prepared, model_kwargs, kernel)
+        return held.read(input_ids).feature[:, -1], empty.prefill(input_ids, generation_config).feature
 
     return measure
 
@@ -45,39 +45,27 @@ def alone_and_among(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
     ) -> tuple[Tensor, Tensor]:
         model_kwargs = _forward_arguments(kwargs)
         refuse_unsupported(model, generation_config, model_kwargs)
-        model = shadow(model)
-        engine = Engine(model, model_kwargs, choose_kernel("auto", model))
+        prepared = PreparedModel(model)
+        engine = Engine(prepared, model_kwargs, choose_kernel("auto", prepared.model))
         state, alone, among = engine.prefill(input_ids, generation_config), [], []
         for _ in range(generation_config.max_new_tokens):
             candidates = state.logits.topk(count).indices
-            alone.append(torch.cat([_one_row(engine, input_ids, token) for token in candidates[0]]))
-            among.append(_k_rows(engine, input_ids, candidates))
+            alone.append(torch.cat([_one_row(prepared, engine, input_ids, token) for token in candidates[0]]))
+            among.append(engine.look_ahead(input_ids, candidates).features)
             input_ids = torch.cat([input_ids, candidates[:, :1]], dim=1)
-            state = engine.advance(input_ids)
+            state = engine.state(engine.read(input_ids), input_ids.device)
             engine.commit()
         return torch.stack(alone), torch.cat(among)
 
     return measure
 
 
-def _one_row(engine: Engine, input_ids: Tensor, token: Tensor) -> Tensor:
+def _one_row(prepared: PreparedModel, engine: Engine, input_ids: Tensor, token: Tensor) -> Tensor:
     """Feature `(1, width)` of `token` by an ordinary step on a copy of the cache."""
     name = cache_name(engine.model_kwargs)
     model_kwargs = {**engine.model_kwargs, name: copy.deepcopy(engine.model_kwargs[name])}
-    branch = Engine(engine.model, model_kwargs, engine.kernel)
-    return branch.advance(torch.cat([input_ids, token.view(1, 1)], dim=1)).feature
-
-
-def _k_rows(engine: Engine, input_ids: Tensor, candidates: Tensor) -> Tensor:
-    """Features `(1, K, width)` of candidates `(1, K)` by a look-ahead."""
-    seen: list[Tensor] = []
-
-    def choose(features: Tensor) -> Tensor:
-        seen.append(features)
-        return torch.zeros(len(features), dtype=torch.long, device=features.device)
-
-    engine.look_ahead(input_ids, candidates, choose)
-    return seen[-1]
+    branch = Engine(prepared, model_kwargs, engine.kernel)
+    return branch.read(torch.cat([input_ids, token.view(1, 1)], dim=1)).feature[:, -1]
 
 
 def _forward_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

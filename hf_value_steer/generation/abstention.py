@@ -1,17 +1,21 @@
-"""Dynamic abstention (arXiv 2604.18419): watch the value of the text, and prescribe the end of rows that go wrong."""
+"""Dynamic abstention (arXiv 2604.18419) as a method: it watches the value of a text, and prescribes its end."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.generation.method import Call, Method, Moment
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import Scorer
-from hf_value_steer.policy import advance_streak, may_insert
+from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.generation.state import Draw
+from hf_value_steer.generation.validation import ending_tokens, eos_token
+from hf_value_steer.policy import acts, next_of_ending, watch
 
 
-class Abstention:
+class Abstention(Method):
     """The state of abstention in one `generate` call; every tensor has one entry a row.
 
     Args:
@@ -19,51 +23,63 @@ class Abstention:
         scorer: head and thresholds, bound to the model.
         stops: where to note which rows stopped.
         ending (sequence of `int`): the tokens that end a row: the message and EOS.
+
+    Attributes:
+        streak (`torch.LongTensor`): consecutive unacceptable values.
+        written (`torch.LongTensor`): tokens of the ending that are there, -1 before it has begun.
+        due (`torch.BoolTensor`): rows that are to end.
     """
+
+    values_texts = True
+    rowwise: ClassVar[tuple[str, ...]] = ("streak", "written", "due")
 
     def __init__(self, config: AbstentionConfig, scorer: Scorer, stops: Stops, ending: Sequence[int]):
         self.config, self.scorer, self.stops = config, scorer, stops
         threshold = scorer.threshold
         self.ending = torch.tensor(ending, device=threshold.device)
         self.streak = torch.zeros(len(threshold), dtype=torch.long, device=threshold.device)
-        self.position = torch.full_like(self.streak, -1)
+        self.written = torch.full_like(self.streak, -1)
         self.due = torch.zeros_like(self.streak, dtype=torch.bool)
 
-    def observe(self, values: Tensor, step: int, unfinished: Tensor) -> None:
-        """Decide which rows are to stop.
+    @classmethod
+    def bind(cls, config: AbstentionConfig, call: Call) -> list[Method]:
+        """The abstention that `config` asks for."""
+        scorer = bind(config, load_head(config, call.model), call.rows, call.device)
+        ending = ending_tokens(config, eos_token(call.config, "Abstention"), call.model)
+        return [cls(config, scorer, call.stops, ending)]
 
-        Args:
-            values (`torch.FloatTensor` of shape `(batch,)`): value of the text so far.
-            step (`int`): number of new tokens in it; 0 is the prompt.
-            unfinished (`torch.BoolTensor` of shape `(batch,)`): rows that have not ended by themselves.
+    def values(self, features: Tensor) -> Tensor:
+        return self.scorer.values(features)
+
+    def observe(self, moment: Moment) -> None:
+        """Decide which rows are to stop."""
+        values = moment.values_of(self)
+        if moment.step == 0:
+            self.scorer.start(values)
+        self.look(values, moment.step, moment.unfinished)
+
+    def look(self, values: Tensor, step: int, unfinished: Tensor) -> None:
+        """The same from values of texts with `step` new tokens, some of them `unfinished`; `(batch,)` each."""
+        self.step, self.latest = step, values
+        threshold, polarity, config = self.scorer.threshold, self.scorer.polarity, self.config
+        acting = acts(self.streak, step, config.min_new_tokens)
+        self.streak, due = watch(self.streak, values, threshold, polarity, acting, config.patience)
+        self.due = due & unfinished & (self.written < 0)
+
+    def prescribe(self, draw: Draw) -> None:
+        """Put the message and EOS in place of the natural samples of rows that stop."""
+        draw.tokens, forced = self.next_tokens(draw.tokens, draw.permitted)
+        draw.forced = draw.forced | forced
+
+    def next_tokens(self, tokens: Tensor, permitted: Tensor) -> tuple[Tensor, Tensor]:
+        """From natural samples `(batch,)` and the scores `(batch, vocab)` of what the call permits to the tokens to
+        write, and which of them are prescribed, both `(batch,)`.
         """
-        self.step, self.values = step, values
-        if step < self.config.min_new_tokens:
-            return
-        self.streak = advance_streak(self.streak, values, self.scorer.threshold, self.scorer.polarity)
-        self.due = unfinished & (self.position < 0) & (self.streak >= self.config.patience)
-
-    def prescribe(self, tokens: Tensor, permitted: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the message and EOS in place of the natural samples of rows that stop.
-
-        A row that is to stop waits as long as the call forbids a token of its ending.
-
-        Args:
-            tokens (`torch.LongTensor` of shape `(batch,)`): natural samples.
-            permitted (`torch.FloatTensor` of shape `(batch, vocab)`): as in [`~hf_value_steer.policy.may_insert`], of
-                all tokens.
-
-        Returns:
-            `(tokens, forced)`, and which of them are prescribed, both of shape `(batch,)`.
-        """
-        stops = self.due & may_insert(permitted[:, self.ending])
-        self.position = self.position.masked_fill(stops, 0)
-        self.stops.mark(stops, self.step, self.values)
-        prescribed = self.ending[self.position.clamp(0, len(self.ending) - 1)]
-        forced = (self.position >= 0) & may_insert(permitted.gather(1, prescribed[:, None]))
-        self.position = self.position + forced.long()
-        return torch.where(forced, prescribed, tokens), forced
+        begins, place, forced = next_of_ending(self.due, self.written, permitted[:, self.ending])
+        self.stops.mark(begins, self.step, self.latest)
+        self.written = self.written.masked_fill(begins, 0) + forced
+        return torch.where(forced, self.ending[place], tokens), forced
 
     def reorder(self, parents: Tensor) -> None:
         """Row `i` continues what was row `parents[i]`, as after a step of beam search."""
-        self.streak, self.position = self.streak[parents], self.position[parents]
+        self.streak, self.written = self.streak[parents], self.written[parents]

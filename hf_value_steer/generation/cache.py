@@ -25,6 +25,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.block_cache import BlockLayer
 from hf_value_steer.hosts.transformers import DummyLayer, holds_text
 
@@ -78,10 +79,11 @@ class LiveCache:
     Args:
         cache (`transformers.Cache`): a cache with one slot a token, all rows in step.
         config (`PreTrainedConfig`): config of the model, for the sliding windows.
+        back (`int`): how many tokens may be taken back: windows keep so many more.
     """
 
-    def __init__(self, cache: Cache, config: PreTrainedConfig):
-        self.cache = cache
+    def __init__(self, cache: Cache, config: PreTrainedConfig, back: int = 0):
+        self.cache, self.back = cache, back
         self.windows = sliding_windows(config)
         self.before: list[States] = []
         self.measure()
@@ -94,8 +96,17 @@ class LiveCache:
     def start(self) -> None:
         """The prompt is in: from now on each step can be undone."""
         self.measure()
+        self._refuse_going_back()
         for layer in self._sliding():
             layer.activate_past_recording()
+
+    def _refuse_going_back(self) -> None:
+        """Raise an `UnsupportedError` if tokens may be taken back, and a layer does not keep what was before them."""
+        for layer in self.cache.layers if self.back else []:
+            if isinstance(layer, LinearAttentionCacheLayerMixin | StaticSlidingWindowLayer):
+                raise UnsupportedError(
+                    f"Tokens cannot be taken back in a cache with a {type(layer).__name__}, which overwrites its past."
+                )
 
     def remember(self) -> None:
         """Begin a step: keep the recurrent states, which the step overwrites."""
@@ -108,14 +119,17 @@ class LiveCache:
         self.length += 1
 
     def last_slot(self, layer: CacheLayerMixin) -> int:
-        """Where `layer` holds the last token."""
+        """Index, along its dimension of slots, at which `layer` holds the last token."""
         held = min(self.length, layer.max_cache_len) if isinstance(layer, StaticLayer) else layer.keys.shape[-2]
         return int(held) - 1
 
     def settle(self) -> None:
-        """End a step: drop what has left the windows."""
+        """End a step: drop what has left the windows, but for what may be taken back."""
         for layer in self._sliding():
-            layer.crop(0)
+            if self.back == 0:
+                layer.crop(0)
+            elif layer.keys.shape[-2] >= (kept := layer.sliding_window - 1 + self.back):
+                layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
 
     def remove_last(self) -> None:
         """Undo the last step, and give the layers back their ordinary behaviour."""
@@ -123,17 +137,18 @@ class LiveCache:
             if isinstance(layer, CacheLayerMixin):
                 _remove_last_slot(layer)
             self.overwrite_states(index, slice(None), self.before[index])
-        self.settle()
         for layer in self._sliding():
+            layer.crop(0)
             layer.record_past = False
         self.length -= 1
 
     def overwrite_last(self, index: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put other keys and values `(rows, heads, 1, dim)` into the last slot of some rows of layer `index`."""
+        """Put other keys and values `(rows, heads, n, dim)` into the last n slots of some rows of layer `index`."""
         layer = self.cache.layers[index]
-        slot = self.last_slot(layer)
-        layer.keys[rows, :, slot] = keys[:, :, 0].to(layer.keys)
-        layer.values[rows, :, slot] = values[:, :, 0].to(layer.values)
+        end = self.last_slot(layer) + 1
+        slots = slice(end - keys.shape[2], end)
+        layer.keys[rows, :, slots] = keys.to(layer.keys)
+        layer.values[rows, :, slots] = values.to(layer.values)
 
     def overwrite_states(self, index: int, rows: Tensor | slice, states: States) -> None:
         """Put other recurrent states `(rows, ...)` into some rows of layer `index`."""

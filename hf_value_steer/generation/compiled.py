@@ -7,6 +7,7 @@ graphs cannot capture.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.backbone.points import Point
 from hf_value_steer.errors import ScoringError
+from hf_value_steer.generation.forwards import Forwards, Reached, Whole, watched
 from hf_value_steer.hosts.transformers import compile_config
 
 
@@ -28,61 +30,62 @@ class _Kept:
         self.state = state
 
 
-Forward = Callable[[PreTrainedModel, dict[str, Any]], tuple[ModelOutput, Tensor]]
 _Function = Callable[[PreTrainedModel, _Kept, dict[str, Any]], tuple[ModelOutput, Tensor | None]]
 
 
 def _step(model: PreTrainedModel, kept: _Kept, inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor | None]:
-    outputs = model(**inputs, return_dict=True)
+    outputs = model(**{**inputs, "return_dict": True})
     return outputs, kept.state
 
 
 def _look_ahead(model: PreTrainedModel, kept: _Kept, inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor | None]:
-    outputs = model(**inputs, return_dict=True)
+    outputs = model(**{**inputs, "return_dict": True})
     return outputs, kept.state
 
 
-class CompiledForwards:
+class Compiled(Whole):
     """`model(**inputs)` under `torch.compile`, for static caches.
 
-    Attributes:
-        step, look_ahead: from a model and its forward's arguments to its output and the feature, `(rows, positions,
-            width)`, which no later replay of a graph overwrites.
+    Args:
+        model: a shadow, which belongs to one call.
+        function: a compiled one, which returns the output of the model and the feature.
     """
 
-    def __init__(self, config: CompileConfig):
-        self.config = config
-        self.step, self.look_ahead = self._compile(_step), self._compile(_look_ahead)
+    def __init__(self, model: PreTrainedModel, function: _Function):
+        super().__init__(model)
+        self.function = function
 
-    def _compile(self, function: _Function) -> Forward:
-        compiled = torch.compile(function, **self.config.to_dict())
-
-        def forward(model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor]:
-            kept = _Kept()
-            detach = feature_point(model).attach(kept)
-            try:
-                outputs, feature = compiled(model, kept, inputs)
-            finally:
-                detach()
-            if feature is None:
-                raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
-            return outputs, feature.clone()
-
-        return forward
+    def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
+        kept = _Kept()
+        with watched(point, kept):
+            outputs, feature = self.function(self.model, kept, inputs)
+        if feature is None:
+            raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
+        feature = feature.clone()  # no later replay of a graph overwrites it
+        return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), outputs.logits)
 
 
-_made: list[CompiledForwards] = []
+@dataclass(frozen=True)
+class _Made:
+    """What was compiled with one config, for all models and calls."""
+
+    config: CompileConfig
+    step: _Function
+    look_ahead: _Function
+
+
+_made: list[_Made] = []
 
 
 def compiled_forwards(
     model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> CompiledForwards | None:
-    """The compiled forwards if plain `generate` would compile with these arguments, else `None`."""
+) -> tuple[Forwards, Forwards] | None:
+    """The compiled step and look-ahead if plain `generate` would compile with these arguments, else `None`."""
     wanted = compile_config(model, config, model_kwargs)
     if wanted is None:
         return None
-    for forwards in _made:
-        if forwards.config == wanted:
-            return forwards
-    _made.append(CompiledForwards(wanted))
-    return _made[-1]
+    made = next((each for each in _made if each.config == wanted), None)
+    if made is None:
+        step, look_ahead = (torch.compile(each, **wanted.to_dict()) for each in (_step, _look_ahead))
+        _made.append(made := _Made(wanted, step, look_ahead))
+    return Compiled(model, made.step), Compiled(model, made.look_ahead)

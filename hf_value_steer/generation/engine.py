@@ -1,84 +1,33 @@
-"""The forward passes of a steered generation: prefill, the ordinary decode step, and the look-ahead."""
+"""The forward passes of a steered generation over one live cache: the prompt, the next token, what stands beside it.
+
+A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the engine forwards tokens (`read`,
+`look_ahead`), the step judges what they have left, and the engine computes logits of what is kept (`state`).
+"""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig
 from transformers.utils import ModelOutput
 
-from hf_value_steer.activation.apply import Steering
-from hf_value_steer.backbone.parts import output_embedding
-from hf_value_steer.backbone.points import feature_point
 from hf_value_steer.errors import ScoringError
-from hf_value_steer.generation.adapters import AdaptersOfRows
+from hf_value_steer.generation.branches import Alternatives, Chain
 from hf_value_steer.generation.cache import LiveCache
-from hf_value_steer.generation.compiled import CompiledForwards, compiled_forwards
-from hf_value_steer.generation.guidance import Guidance
-from hf_value_steer.generation.kernels import Expanded, Kernel, Look, Whole, compilable_kernel
-from hf_value_steer.generation.lookahead import LookaheadCache, pick, select_rows
-from hf_value_steer.generation.rope import LongestRow
+from hf_value_steer.generation.compiled import compiled_forwards
+from hf_value_steer.generation.forwards import Reached, passed, watched
+from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, Look, Whole, compilable_kernel, rows_of
+from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, select_rows
+from hf_value_steer.generation.prepared import PreparedModel
+from hf_value_steer.generation.state import Reading, State
 from hf_value_steer.generation.validation import refuse_cache
 from hf_value_steer.hosts.transformers import cache_name, cache_of, next_kwargs, prefill
 
 
-@dataclass
-class State:
-    """What the last token left behind, for each row.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw. `(rows, 0)` of a look-ahead inside a step,
-            which computes those of all rows.
-        feature (`torch.FloatTensor` of shape `(rows, width)`): what the output embedding consumed.
-        hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
-    """
-
-    logits: Tensor
-    feature: Tensor
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
-
-    def overwrite(self, revision: "Revision") -> None:
-        """Put the revised rows' state in its place, but for logits that it does not have."""
-        rows, other, keep = revision.rows, revision.state, revision.keep
-        pairs = [(self.feature, other.feature)]
-        if other.logits.shape[1]:
-            pairs.append((self.logits, other.logits))
-        pairs += zip(self.hidden_states or (), other.hidden_states or (), strict=True)
-        for mine, theirs in zip(self.attentions or (), other.attentions or (), strict=True):
-            # A static cache's slots that hold nothing have weights, too, in an ordinary step.
-            pairs.append((mine, nn.functional.pad(theirs, (0, mine.shape[-1] - theirs.shape[-1]))))
-        for mine, theirs in pairs:
-            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)].to(mine.dtype)
-
-
-@dataclass
-class Revision:
-    """Some rows go on with another token than the one that a step forwarded.
-
-    Args:
-        rows (`torch.LongTensor` of shape `(n,)`): rows that were looked at.
-        state ([`State`]): of the chosen candidates, `(n, ...)`.
-        keep (`torch.BoolTensor` of shape `(n,)`): which of them go on with it.
-    """
-
-    rows: Tensor
-    state: State
-    keep: Tensor
-
-    def of_features(self, features: Tensor) -> Tensor:
-        """Features `(batch, 1, width)` of the tokens that the rows go on with."""
-        revised = features.clone()
-        revised[self.rows[self.keep].to(features.device), -1] = self.state.feature[self.keep.to(features.device)]
-        return revised
-
-
-# From the features `(batch, width)` of what a step forwarded.
-Revise = Callable[[Tensor], Revision | None]
+# What methods do around a forward: from what it reads to a context in which it runs.
+Around = Callable[[Reading], AbstractContextManager[Any]]
 
 
 class Engine:
@@ -87,212 +36,101 @@ class Engine:
     Uses the preparation of `GenerationMixin` itself, so that an ordinary step is the step of plain `generate`.
 
     Args:
-        model: a shadow of the backbone, which belongs to this call.
+        prepared: a shadow of the backbone, which belongs to this call.
         model_kwargs: the forward's keyword arguments as `generate` keeps them, the cache among them.
-        kernel: how candidates are forwarded; with `guidance`, along the batch dimension.
-        steering (*optional*): vectors that are applied to `model`; it is told what each forward reads.
-        guidance (*optional*): the value module that takes part in every forward.
+        kernel: how candidates are forwarded.
+        around (*optional*): what the methods of the call do around each forward.
         compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
+        back (`int`): how many tokens [`take_back`] may take back.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        prepared: PreparedModel,
         model_kwargs: dict[str, Any],
         kernel: Kernel,
-        steering: Steering | None = None,
-        guidance: Guidance | None = None,
+        around: Around | None = None,
         compilable: bool = True,
+        back: int = 0,
     ):
-        self.model, self.model_kwargs, self.kernel, self.compilable = model, model_kwargs, kernel, compilable
-        self.steering, self.guidance = steering, guidance
-        self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], model.config)
-        self.point = feature_point(model)
-        self.longest_row, self.adapters = LongestRow(model), AdaptersOfRows(model)
-        self.compiled: CompiledForwards | None = None
-        self.sharded = any(isinstance(weight, DTensor) for weight in output_embedding(model).parameters())
+        self.model, self.model_kwargs, self.kernel, self.compilable = prepared.model, model_kwargs, kernel, compilable
+        self.around: Around = around or (lambda _: nullcontext())
+        self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], self.model.config, back)
+        self.point, self.longest_row, self.adapters = prepared.point, prepared.longest_row, prepared.adapters
+        self.steps = self.looks = self.plain = prepared.forwards
 
-    def prefill(self, input_ids: Tensor, config: GenerationConfig) -> State:
-        """Forward the prompt; the state is that of its last token."""
-        if self.guidance is not None:
-            return self._prefill_guided(self.guidance, input_ids, config)
-        if self.steering is not None:
-            self.steering.read_prompt(self.model_kwargs.get("attention_mask"), input_ids.shape[1])
-        outputs, feature = self._forward(lambda: prefill(self.model, input_ids, config, self.model_kwargs))
-        self.model_kwargs = next_kwargs(self.model, outputs, self.model_kwargs)
-        self._start(config)
-        if not config.output_attentions:
-            self.compiled = compiled_forwards(self.model, config, self.model_kwargs)
-        if self.compiled is not None and self.compilable:
-            self.kernel = compilable_kernel(self.kernel, self.model, self.live)
-        return self._state(outputs, feature[:, -1], input_ids.device)
+    # The prompt.
 
-    def _prefill_guided(self, guidance: Guidance, input_ids: Tensor, config: GenerationConfig) -> State:
-        """The prompt but for its last token goes in as it is; that token is the first step to be guided."""
-        before = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
-        cut = {name: tensor[:, :-1] for name, tensor in before.items() if tensor is not None}
-        with guidance.reading(before["attention_mask"]):
-            outputs = prefill(self.model, input_ids[:, :-1], config, self.model_kwargs | cut)
-        self.model_kwargs[cache_name(self.model_kwargs)] = cache_of(outputs)
+    def prefill(self, input_ids: Tensor, config: GenerationConfig, apart: bool = False) -> State:
+        """Forward the prompt `(batch, length)`; the state is that of its last token.
+
+        Args:
+            apart (`bool`): whether the last token is read by a forward of its own.
+        """
+        mask = self.model_kwargs.get("attention_mask")
+        kept, given = (input_ids[:, :-1], self._without_last()) if apart else (input_ids, {})
+        features: list[Tensor] = []
+        reading = Reading(self.live.cache, prompt=kept.shape[1], mask=mask)
+        with self.around(reading), watched(self.point, features.append):
+            outputs = prefill(self.model, kept, config, self.model_kwargs | given)
+        if apart:
+            self.model_kwargs[cache_name(self.model_kwargs)] = cache_of(outputs)
+        else:
+            self.model_kwargs = next_kwargs(self.model, outputs, self.model_kwargs)
         self._start(config)
-        state = self.advance(input_ids)
-        self.commit()
-        return state
+        if apart:
+            state = self.state(self.read(input_ids), input_ids.device)
+            self.commit()
+            return state
+        self._compile(config)
+        logits = outputs.logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=input_ids.device)
+        return State(logits, passed(features)[:, -1], outputs.get("hidden_states"), outputs.get("attentions"))
+
+    def _without_last(self) -> dict[str, Tensor]:
+        """Mask and positions of the prompt but for its last token."""
+        given = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
+        return {name: tensor[:, :-1] for name, tensor in given.items() if tensor is not None}
 
     def _start(self, config: GenerationConfig) -> None:
         """Begin with what the forward of the prompt has left: its cache may be another one than it was given."""
         cache = cache_of(self.model_kwargs)
         refuse_cache(cache, config.max_length)
         if cache is not None and cache is not self.live.cache:
-            self.live = LiveCache(cache, self.model.config)
+            self.live = LiveCache(cache, self.model.config, self.live.back)
         self.live.start()
 
-    def _require_cache(self, inputs: Mapping[str, Any], cache: Cache) -> None:
-        """Raise a `ScoringError` if the model goes on without the `cache` that it was given."""
-        if cache_of(inputs) is not cache:
-            raise ScoringError(
-                f"{type(self.model).__name__} has dropped its cache after {self.live.length} tokens, where it changes "
-                "its position embedding: a text cannot be steered across this length. Keep it shorter, or begin with "
-                "a longer prompt."
-            )
+    def _compile(self, config: GenerationConfig) -> None:
+        """Compile where plain `generate` would; a graph returns no attentions."""
+        compiled = None if config.output_attentions else compiled_forwards(self.model, config, self.model_kwargs)
+        if compiled is None:
+            return
+        self.steps = compiled[0]
+        if self.compilable:
+            self.kernel = compilable_kernel(self.kernel, self.model, self.live)
+        if isinstance(self.kernel, Whole):
+            self.looks = compiled[1]
 
-    def _remember(self) -> None:
-        self.live.remember()
-        if self.guidance is not None:
-            self.guidance.begin_step()
+    # The next token.
 
-    def advance(self, input_ids: Tensor, revise: Revise | None = None) -> State:
-        """Forward the last token of each row, as plain `generate` does.
+    def read(self, input_ids: Tensor) -> Reached:
+        """Forward the last token of each row, as plain `generate` does; the live cache takes it in.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, the last token included.
-            revise (*optional*): may look ahead in some rows and let them go on with another token.
         """
-        self._remember()
-        if self.steering is not None:
-            self.steering.read_generated()
+        self.live.remember()
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         self._require_cache(inputs, self.live.cache)
-        if revise is not None and self.looks_inside:
-            return self._advance_inside(inputs, revise, input_ids.device)
-        if self.compiled is not None:
-            outputs, feature = self.compiled.step(self.model, inputs)
-        else:
-            guided = nullcontext() if self.guidance is None else self.guidance.guiding(self.live.cache)
-            with guided:
-                outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True))
+        with self.around(Reading(self.live.cache, begins=True)):
+            reached = self.steps.run_to(self.point, inputs)
         self.live.advance()
-        state = self._state(outputs, feature[:, -1], input_ids.device)
-        revision = None if revise is None else revise(state.feature)
-        if revision is not None:
-            state.overwrite(revision)
-        return state
+        return reached
 
-    def _advance_inside(self, inputs: dict[str, Any], revise: Revise, device: torch.device) -> State:
-        """The same, but rows are revised between the layers and the output embedding."""
-        revisions: list[Revision | None] = []
-
-        def finish_layers(feature: Tensor) -> Tensor:
-            self.live.advance()
-            revision = revise(feature[:, -1])
-            revisions.append(revision)
-            return feature if revision is None else revision.of_features(feature)
-
-        outputs, feature = self._forward(lambda: self.model(**inputs, return_dict=True), finish_layers)
-        state = self._state(outputs, feature[:, -1], device)
-        if revisions[0] is not None:
-            state.overwrite(revisions[0])
-        return state
-
-    @property
-    def looks_inside(self) -> bool:
-        """Whether rows are revised between the layers and the output embedding, which is then computed once.
-
-        It is not where another forward may not run inside one: in a graph, under the hooks of the guidance, and with
-        an output embedding that is sharded, whose own hooks gather it.
-        """
-        return self.compiled is None and self.guidance is None and not self.sharded
-
-    def look_ahead(
-        self,
-        input_ids: Tensor,
-        candidates: Tensor,
-        choose: Callable[[Tensor], Tensor],
-        rows: Tensor | None = None,
-        most: int | None = None,
-    ) -> tuple[State, LookaheadCache]:
-        """Forward K candidates of some rows at one position, and read the state of the chosen one.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
-            candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
-            choose: from features `(rows, K, width)` to the chosen columns `(rows,)`; may raise.
-            rows (`torch.LongTensor`, *optional*): which rows these are, inside [`advance`]: the live cache already
-                holds the natural sample, which the candidates do not see.
-            most (`int`, *optional*): the most candidates that a look-ahead of this generation has: a compiled one
-                always forwards so many, in all rows.
-        """
-        if rows is None:
-            self._remember()
-        copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
-        read = None if isinstance(self.kernel, Whole) else rows
-        if self.steering is not None:
-            self.steering.read_generated(read, copies)
-        if self.compiled is not None and isinstance(self.kernel, Whole):
-            return self._look_ahead_compiled(self.compiled, input_ids, candidates, choose, rows, most)
-        chosen: list[Tensor] = []
-        features: list[Tensor] = []
-        positions = 0 if rows is not None and self.looks_inside else 1
-
-        def keep_chosen(feature: Tensor) -> Tensor:
-            feature = feature.reshape(*candidates.shape, -1)
-            chosen.append(choose(feature))
-            features.append(pick(feature, chosen[-1]))
-            self.adapters.go_on_with_one(copies)
-            return features[-1][:, :positions]
-
-        look = self._look(input_ids, candidates, rows)
-        inputs = self.kernel.inputs(look)
-        self._require_cache(inputs, look.cache)
-        guided = nullcontext() if self.guidance is None else self.guidance.branching(look.cache)
-        everybody = None if rows is None else self.model_kwargs.get("position_ids")
-        adapters = self.adapters.reading(read, copies)
-        with self.kernel.attention(look), guided, adapters, self.longest_row.reaching(everybody):
-            outputs, _ = self._forward(lambda: self.model(**inputs | {"return_dict": True}), keep_chosen)
-        self._pick(outputs, chosen[0])
-        return self._state(outputs, features[0][:, 0], candidates.device), look.cache
-
-    def _look(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> Look:
-        cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
-        return Look(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
-
-    def _look_ahead_compiled(
-        self,
-        compiled: CompiledForwards,
-        input_ids: Tensor,
-        candidates: Tensor,
-        choose: Callable[[Tensor], Tensor],
-        rows: Tensor | None,
-        most: int | None,
-    ) -> tuple[State, LookaheadCache]:
-        """The same with shapes that never change: all rows, always as many candidates, and logits of all of them."""
-        looked_at = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
-        padded = candidates.new_zeros(len(input_ids), most or candidates.shape[1])
-        padded[looked_at, : candidates.shape[1]] = candidates
-        look = self._look(input_ids, padded, rows)
-        outputs, features = compiled.look_ahead(self.model, self.kernel.inputs(look))
-        look.cache.keep_rows(looked_at)
-        features = features[looked_at, : candidates.shape[1]]
-        columns = choose(features)
-        self._pick(outputs, columns, rows)
-        outputs.logits = pick(outputs.logits[looked_at], columns)
-        return self._state(outputs, pick(features, columns)[:, 0], candidates.device), look.cache
-
-    def _pick(self, outputs: ModelOutput, columns: Tensor, rows: Tensor | None = None) -> None:
-        """Keep the hidden states and attentions of the chosen candidates, of the looked-at `rows` of the forward."""
-        for name, pick_one in (("hidden_states", self.kernel.pick_hidden), ("attentions", self.kernel.pick_attention)):
-            if outputs.get(name) is not None:
-                outputs[name] = tuple(pick_one(select_rows(layer, rows), columns) for layer in outputs[name])
+    def state(self, reached: Reached, device: torch.device) -> State:
+        """What a step leaves behind, once it is certain what is kept: logits are computed here, and go to `device`."""
+        logits = reached.logits if reached.logits is not None else self.steps.resume_from(reached)
+        logits = logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
+        return State(logits, reached.feature[:, -1], reached.hidden_states, reached.attentions)
 
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""
@@ -303,50 +141,113 @@ class Engine:
         """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token."""
         self.live.remove_last()
 
-    def _forward(
-        self, run: Callable[[], ModelOutput], transform: Callable[[Tensor], Tensor] | None = None
-    ) -> tuple[ModelOutput, Tensor]:
-        """One forward, or with chunks of a prompt several; `transform` says what the output embedding consumes."""
-        passage = _Passage(transform)
-        detach = self.point.attach(passage)
-        try:
-            outputs = run()
-        finally:
-            detach()
-        if not passage.features:
+    # What stands beside it.
+
+    def look_ahead(
+        self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None = None, most: int | None = None
+    ) -> Alternatives:
+        """Forward K candidates of some rows at one position, without a change of the live cache.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
+            candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
+            rows (`torch.LongTensor`, *optional*): which rows these are, after [`read`]: the live cache holds their
+                natural sample, which the candidates do not see. Without it: all rows, instead of [`read`].
+            most (`int`, *optional*): the most candidates that a look-ahead of this generation has: a compiled one
+                always forwards so many, in all rows.
+        """
+        if rows is None:
+            self.live.remember()
+        if isinstance(self.kernel, Whole):
+            return self._look_at_all(input_ids, candidates, rows, most)
+        look = self._look(input_ids, candidates, rows)
+        copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
+        everybody = None if rows is None else self.model_kwargs.get("position_ids")
+        with self.adapters.reading(rows, copies), self.longest_row.reaching(everybody):
+            reached = self._forward(look, Reading(look.cache, rows, copies, begins=rows is None))
+        features = reached.feature.reshape(*candidates.shape, -1)
+        return Alternatives(reached, look.cache, features, self.kernel)
+
+    def _look_at_all(
+        self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None, most: int | None
+    ) -> Alternatives:
+        """The same with shapes that never change: all rows, always as many candidates, and logits of all of them."""
+        looked_at = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
+        count = candidates.shape[1]
+        padded = candidates.new_zeros(len(input_ids), most or count)
+        padded[looked_at, :count] = candidates
+        look = self._look(input_ids, padded, rows)
+        reached = self._forward(look, Reading(look.cache, begins=rows is None))
+        look.cache.keep_rows(looked_at)
+        for name in ("feature", "logits"):
+            setattr(reached, name, getattr(reached, name)[looked_at, :count])
+        for name in ("hidden_states", "attentions"):
+            if (states := getattr(reached, name)) is not None:
+                setattr(reached, name, tuple(select_rows(each, rows) for each in states))
+        return Alternatives(reached, look.cache, reached.feature, self.kernel)
+
+    def _look(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> Look:
+        cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
+        return Look(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
+
+    def _forward(self, look: Look, reading: Reading) -> Reached:
+        inputs = self.kernel.inputs(look)
+        self._require_cache(inputs, look.cache)
+        with self.around(reading), self.kernel.attention(look):
+            return self.looks.run_to(self.point, inputs)
+
+    def chain(self, input_ids: Tensor, row: int, count: int) -> Chain:
+        """Forward the last `count` tokens of one row after what stands before them, between two steps.
+
+        The live cache holds as many tokens in their place, which they do not see.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, those tokens included.
+        """
+        rows = torch.tensor([row], device=input_ids.device)
+        cache = LookaheadCache(self.live, 1, ChainLayer, rows, count)
+        of_row = {
+            name: rows_of(name, value, rows)[..., : input_ids.shape[1]]
+            if name in BY_ROW and value is not None
+            else value
+            for name, value in self.model_kwargs.items()
+        }
+        of_row[cache_name(self.model_kwargs)] = cache
+        inputs = self.model.prepare_inputs_for_generation(input_ids[rows], next_sequence_length=count, **of_row)
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = count
+        everybody = self.model_kwargs.get("position_ids")
+        with self.adapters.reading(rows, 1), self.longest_row.reaching(everybody), self.around(Reading(cache, rows)):
+            reached = self.plain.run_to(self.point, inputs)
+            reached.logits = self.plain.resume_from(reached)
+        return Chain(reached, cache, row)
+
+    def put(self, reached: Reached, rows: Tensor, keep: Tensor, other: Reached) -> None:
+        """Let some rows go on with what another forward has left.
+
+        Args:
+            reached: of the whole batch.
+            rows (`torch.LongTensor` of shape `(n,)`): rows that were looked at.
+            keep (`torch.BoolTensor` of shape `(n,)`): which of them go on with the other.
+            other: of these n rows, at one position.
+        """
+        pairs = [(reached.feature, other.feature)]
+        if reached.logits is not None:
+            with self.adapters.reading(rows, 1):
+                logits = other.logits if other.logits is not None else self.looks.resume_from(other)
+            pairs.append((reached.logits, logits))
+        pairs += zip(reached.hidden_states or (), other.hidden_states or (), strict=True)
+        for mine, theirs in zip(reached.attentions or (), other.attentions or (), strict=True):
+            # A static cache's slots that hold nothing have weights, too, in an ordinary step.
+            pairs.append((mine, nn.functional.pad(theirs, (0, mine.shape[-1] - theirs.shape[-1]))))
+        for mine, theirs in pairs:
+            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)].to(mine.dtype)
+
+    def _require_cache(self, inputs: Mapping[str, Any], cache: Cache) -> None:
+        """Raise a `ScoringError` if the model goes on without the `cache` that it was given."""
+        if cache_of(inputs) is not cache:
             raise ScoringError(
-                "The output embedding was called where it cannot be watched: if `model.forward` was compiled, compile "
-                "it anew, and steer with it before anything else runs."
+                f"{type(self.model).__name__} has dropped its cache after {self.live.length} tokens, where it changes "
+                "its position embedding: a text cannot be steered across this length. Keep it shorter, or begin with "
+                "a longer prompt."
             )
-        return outputs, passage.features[-1]
-
-    def _state(self, outputs: ModelOutput, feature: Tensor, device: torch.device) -> State:
-        logits = outputs.logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
-        return State(logits, feature, outputs.get("hidden_states"), outputs.get("attentions"))
-
-
-class _Passage:
-    """What passes the output embedding in one forward, or with chunks of a prompt in several.
-
-    Args:
-        transform (*optional*): says what the output embedding consumes instead, in the first one. Others come from
-            look-aheads inside it.
-    """
-
-    def __init__(self, transform: Callable[[Tensor], Tensor] | None):
-        self.transform, self.features = transform, list[Tensor]()
-
-    def __call__(self, feature: Tensor) -> Tensor | None:
-        if self.transform is not None:
-            return self._transformed(feature)  # type: ignore[no-any-return]
-        self.features.append(feature)
-        return None
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _transformed(self, feature: Tensor) -> Tensor | None:
-        """A graph, where a user compiled `model.forward`, ends here."""
-        if self.features or self.transform is None:
-            return None
-        self.features.append(feature)
-        self.features[0] = self.transform(feature)
-        return self.features[0]

@@ -1,8 +1,9 @@
-"""Stable value guidance in one `generate` call: when bridges are made anew, from what, and who sees them."""
+"""Stable value guidance as a method: when bridges are made anew, from what, and who sees them."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,15 @@ from transformers import Cache, PreTrainedModel
 from hf_value_steer.backbone.parts import decoder_layers, refuse_other_backbone
 from hf_value_steer.backbone.points import layer_point
 from hf_value_steer.backbone.shadow import shadow
+from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.guide import GuidanceConfig
 from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.generation.lookahead import LookaheadCache
+from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.state import Reading
+from hf_value_steer.generation.validation import refuse_unguidable
 from hf_value_steer.guidance.module import GuidanceModule
 from hf_value_steer.guidance.steered import BridgeState, bridged
 from hf_value_steer.hosts.transformers import attention_of
@@ -66,7 +72,7 @@ def load_module(config: GuidanceConfig, model: PreTrainedModel) -> GuidanceModul
     return own
 
 
-class Guidance:
+class Guidance(Method):
     """The state of guidance in one `generate` call.
 
     Args:
@@ -75,8 +81,11 @@ class Guidance:
         config: runtime configuration.
 
     Attributes:
-        state ([`BridgeState`], *optional*): after the last forward.
+        state ([`BridgeState`], *optional*): after the last forward; `before` is that of the token before.
     """
+
+    values_texts = True
+    last_token_apart = True
 
     def __init__(self, model: PreTrainedModel, module: GuidanceModule, config: GuidanceConfig):
         self.layers, self.module, self.config = decoder_layers(model), module, config
@@ -85,32 +94,46 @@ class Guidance:
         self.before: BridgeState | None = None
         self.step = -1
         self.read: list[Tensor] = []
+        self.lookahead = "expanded"
+
+    @classmethod
+    def bind(cls, config: GuidanceConfig, call: Call) -> list[Method]:
+        """The guidance that `config` asks for."""
+        if ActivationConfig.method in call.asked:
+            raise ValueError("Steering vectors and guidance do not go together: pass one of them.")
+        filtering = call.asked.get(ValueFilterConfig.method)
+        refuse_unguidable(call.input_ids, call.config, call.model_kwargs, getattr(filtering, "lookahead", "auto"))
+        return [cls(call.model, load_module(config, call.model), config)]
+
+    def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:
+        """Read the prompt but for its last token, or guide the next token, or candidates, each by its own bridge."""
+        if reading.prompt is not None:
+            self.mask = reading.mask
+            return self.point.watched(self._read)
+        if reading.begins:
+            self.before, self.step = self.state, self.step + 1
+        if isinstance(reading.cache, LookaheadCache):
+            return self._branching(reading.cache)
+        return self._guiding(reading.cache)
+
+    def values(self, features: Tensor) -> Tensor:
+        """Those of the module, of the last token that it has read."""
+        assert self.state is not None  # the prompt's last token was a step
+        return self.state.values.to(features.device)
+
+    def record(self, moment: Moment) -> Mapping[str, Tensor]:
+        assert self.state is not None
+        return {"guided": self.state.shown.to(moment.live.device) & moment.live}
 
     @contextmanager
-    def reading(self, mask: Tensor | None) -> Iterator[None]:
-        """Read the prompt but for its last token, which a forward inside the `with` block takes in.
-
-        Args:
-            mask (`torch.Tensor` of shape `(rows, length)`, *optional*): of the whole prompt.
-        """
-        self.mask = mask
-
-        with self.point.watched(self._read):
-            yield
-
-    def begin_step(self) -> None:
-        """The next token: from now on `before` is what held until it."""
-        self.before, self.step = self.state, self.step + 1
-
-    @contextmanager
-    def guiding(self, cache: Cache) -> Iterator[None]:
+    def _guiding(self, cache: Cache) -> Iterator[None]:
         """Guide the forward of the next token of every row."""
         with self._forward(cache, self.before, None) as made:
             yield
         self.state = made[0]
 
     @contextmanager
-    def branching(self, cache: LookaheadCache) -> Iterator[None]:
+    def _branching(self, cache: LookaheadCache) -> Iterator[None]:
         """Guide the forward of candidates, each with a bridge of its own; those that are committed keep it."""
         assert self.before is not None  # the prompt's last token was a step
         batch = len(self.before.shown)

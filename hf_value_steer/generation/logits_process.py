@@ -1,7 +1,7 @@
 """Value steering for whatever takes a `LogitsProcessor`: beam search, other libraries, loops of your own."""
 
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -9,17 +9,17 @@ from torch import Tensor
 from transformers import Cache, LogitsProcessor, PreTrainedModel
 
 from hf_value_steer.backbone.parts import underlying
-from hf_value_steer.backbone.shadow import shadow
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.candidates import random_key, sampled_alternatives, uniforms
-from hf_value_steer.generation.decode_tap import DecodeTap
+from hf_value_steer.generation.decode_tap import Decoded, DecodeTap
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import Scorer, bind, check_fit, load_head, require_finite
+from hf_value_steer.generation.prepared import PreparedModel
+from hf_value_steer.generation.scorer import Scorer, bind, check_fit, load_head, refuse_broken, require_finite
 from hf_value_steer.generation.validation import (
     ending_tokens,
     eos_token,
@@ -28,7 +28,7 @@ from hf_value_steer.generation.validation import (
     refuse_other_kind,
 )
 from hf_value_steer.hosts.transformers import config_of_generate
-from hf_value_steer.policy import acceptable, may_insert, select
+from hf_value_steer.policy import Candidates, Decision, acts, decide, may_insert
 
 
 T = TypeVar("T")
@@ -84,8 +84,8 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         step, everyone = input_ids.shape[1] - text.prompt_length, torch.ones_like(input_ids[:, 0], dtype=torch.bool)
         values = abstention.scorer.values(decoded.feature)
         require_finite(values, everyone, step)
-        abstention.observe(values, step, everyone)
-        tokens, forced = abstention.prescribe(input_ids[:, -1], scores)
+        abstention.look(values, step, everyone)
+        tokens, forced = abstention.next_tokens(input_ids[:, -1], scores)
         prescribed = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
         return torch.where(forced[:, None], prescribed, scores)
 
@@ -166,21 +166,39 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             check_fit(self.head, self.model, self.config.allow_backbone_mismatch)
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             scorer.start(scorer.values(decoded.feature))
-            own = shadow(self.model).eval()
-            self.texts[decoded.cache] = _FilteredText(own, scorer, input_ids.shape[1], self._eos())
+            prepared = PreparedModel(self.model)
+            self.texts[decoded.cache] = _FilteredText(prepared, scorer, input_ids.shape[1], self._eos())
         text = _text_of(decoded.cache, self.texts)
         step = input_ids.shape[1] - text.prompt_length
-        if step < self.config.min_new_tokens:
+        if not bool(acts(input_ids[:, 0], step, self.config.min_new_tokens).all()):
             return scores
-        candidates = self._candidates(scores, step)
-        values = self._values(text, decoded.continuation_inputs(), input_ids, candidates, step)
-        keep = self._keep(candidates, values, scores, text)
+        decision, candidates = self._decide(text, decoded, input_ids, scores, step)
+        keep = torch.where(decision.found[:, None], decision.passed, _only(decision.column, decision.passed))
+        keep &= ~decision.ends[:, None]
         kept = torch.full_like(scores, -torch.inf)
-        for tokens, wanted in zip(candidates.T.clamp(min=0)[:, :, None], keep.T[:, :, None], strict=True):
+        for tokens, wanted in zip(candidates.tokens.T.clamp(min=0)[:, :, None], keep.T[:, :, None], strict=True):
             kept = torch.where(wanted, kept.scatter(1, tokens, scores.gather(1, tokens)), kept)
         if text.eos is not None:
-            kept[~keep.any(dim=-1), text.eos] = 0.0  # a row that may not end keeps the fallback's choice
+            kept[decision.ends, text.eos] = 0.0
         return kept
+
+    def _decide(
+        self, text: "_FilteredText", decoded: Decoded, input_ids: Tensor, scores: Tensor, step: int
+    ) -> tuple[Decision, Candidates]:
+        """Look ahead with candidates of every row, and decide as `generate` does."""
+        everyone = torch.arange(len(input_ids), device=input_ids.device)
+        nowhere = torch.zeros_like(everyone, dtype=torch.bool)
+        candidates = Candidates(self._candidates(scores, step), nowhere)
+        width, inputs = max(int(candidates.needed.sum(dim=-1).max()), 1), decoded.continuation_inputs()
+        kernel = choose_kernel(self.config.lookahead, text.prepared.model, inputs["attention_mask"])
+        ahead = Engine(text.prepared, inputs, kernel).look_ahead(input_ids, candidates.to_forward(width))
+        unknown = torch.full(nowhere.shape, torch.nan, device=nowhere.device)
+        values = candidates.spread(text.scorer.values(ahead.features), unknown)
+        may_end = nowhere if text.eos is None else may_insert(scores[:, text.eos, None])
+        rule = (text.scorer.threshold, text.scorer.polarity, self.config.fallback, may_end)
+        decision = decide(candidates, values, *rule, scores.softmax(dim=-1), self.config.prob_weight)
+        refuse_broken(decision.broken, everyone, step)
+        return decision, candidates
 
     def _eos(self) -> int | None:
         """The token that ends a row: the EOS of the call or, outside one, of the model."""
@@ -197,31 +215,10 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         top, tokens = scores.topk(count, dim=-1)
         return tokens.masked_fill(top == -torch.inf, -1)
 
-    def _values(
-        self, text: "_FilteredText", inputs: dict[str, Any], input_ids: Tensor, candidates: Tensor, step: int
-    ) -> Tensor:
-        values: list[Tensor] = []
 
-        def score(features: Tensor) -> Tensor:
-            values.append(text.scorer.values(features))
-            return torch.zeros_like(candidates[:, 0])
-
-        kernel = choose_kernel(self.config.lookahead, text.model, inputs["attention_mask"])
-        Engine(text.model, inputs, kernel).look_ahead(input_ids, candidates.clamp(min=0), score)
-        require_finite(values[0], torch.ones_like(candidates[:, 0], dtype=torch.bool), step)
-        return values[0]
-
-    def _keep(self, candidates: Tensor, values: Tensor, scores: Tensor, text: "_FilteredText") -> Tensor:
-        """Which candidates stay, `(rows, K)`: the acceptable ones, else the fallback's; none in rows that end."""
-        config, polarity, threshold = self.config, text.scorer.polarity, text.scorer.threshold[:, None]
-        drawn = candidates >= 0
-        passed = acceptable(values, threshold, polarity) & drawn
-        probabilities = scores.softmax(dim=-1).gather(1, candidates.clamp(min=0))
-        column, found = select(values, drawn, threshold, polarity, config.fallback, probabilities, config.prob_weight)
-        chosen = torch.nn.functional.one_hot(column, candidates.shape[1]).bool()
-        if text.eos is not None:
-            chosen &= ~may_insert(scores[:, text.eos, None])[:, None]
-        return torch.where(found[:, None], passed, chosen)
+def _only(column: Tensor, like: Tensor) -> Tensor:
+    """A mask of the shape of `like` `(rows, K)` with one column `(rows,)` a row."""
+    return torch.nn.functional.one_hot(column, like.shape[1]).bool()
 
 
 @dataclass
@@ -229,13 +226,13 @@ class _FilteredText:
     """One generation.
 
     Args:
-        model: a shadow of the model, for its look-aheads.
+        prepared: a shadow of the model, for its look-aheads.
         scorer: head and thresholds.
         prompt_length (`int`): tokens of the prompt.
         eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
     """
 
-    model: PreTrainedModel
+    prepared: PreparedModel
     scorer: Scorer
     prompt_length: int
     eos: int | None

@@ -1,8 +1,8 @@
-"""The cache of a forward that looks at K candidates a row and leaves the live cache as it is.
+"""The cache of a forward beside the text: of K candidates a row, or of other last tokens of a row.
 
-The prefix is borrowed: views of the live cache, never K copies. The candidates' own keys and values lie beside it, and
-the live cache learns of a candidate only when it is committed. Candidates stand either along the query dimension,
-`(rows, K)` tokens, or along the batch dimension, `(rows * K, 1)` tokens: the latter is an ordinary decoding step.
+The prefix is borrowed: views of the live cache, never K copies. The tokens' own keys and values lie beside it, and the
+live cache learns of them only when they are committed. Candidates stand either along the query dimension, `(rows, K)`
+tokens, or along the batch dimension, `(rows * K, 1)` tokens: the latter is an ordinary decoding step.
 """
 
 import copy
@@ -27,6 +27,11 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         self.borrow(keys, values, span, rows)
         self.sequence_length = sequence_length
         self.is_initialized = True
+
+    @property
+    def ran(self) -> bool:
+        """Whether the forward has come to this layer: others have nothing to commit."""
+        return self.keys is not None
 
     def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], rows: Tensor | None) -> None:
         """Take slots `span` of the live `(batch, heads, slots, dim)` for `rows` (all if `None`)."""
@@ -55,7 +60,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
         return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
 
     def visible_prefix(self) -> tuple[Tensor, Tensor]:
-        """The prefix in the shape that the own states need."""
+        """Keys and values of the prefix, repeated K times where candidates stand along the batch dimension."""
         return self.prefix_keys, self.prefix_values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -81,6 +86,13 @@ class ExpandedLayer(LookaheadLayer):
 
     def own(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         return pick_row(self.keys, columns), pick_row(self.values, columns)
+
+
+class ChainLayer(LookaheadLayer):
+    """Tokens that follow one another: all of them are committed, `(rows, heads, tokens, dim)`."""
+
+    def own(self, _columns: Tensor) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
 
 
 class WholeLayer(LookaheadLayer):
@@ -139,8 +151,9 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         live ([`LiveCache`]): the cache of the text.
         count (`int`): K.
         kind (`type`): class of the layers that hold keys and values.
-        rows (`torch.LongTensor`, *optional*): the rows to look ahead in, whose natural sample the live cache already
-            holds and the candidates must not see. Without it: all rows, and no natural sample.
+        rows (`torch.LongTensor`, *optional*): the rows to look ahead in, all if left out.
+        hidden (`int`, *optional*): the last tokens of the live cache that are not seen; by default 1 with `rows`,
+            their natural sample, else 0.
 
     Attributes:
         on_commit (`Callable`, *optional*): told which rows `(n,)` of the batch go on with which of the `rows * K`
@@ -152,10 +165,16 @@ class LookaheadCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, live: LiveCache, count: int, kind: type[LookaheadLayer] = LookaheadLayer, rows: Tensor | None = None
+        self,
+        live: LiveCache,
+        count: int,
+        kind: type[LookaheadLayer] = LookaheadLayer,
+        rows: Tensor | None = None,
+        hidden: int | None = None,
     ):
         self.live, self.count, self.kind, self.rows = live, count, kind, rows
-        self.length = live.length - (rows is not None)
+        self.hidden = int(rows is not None) if hidden is None else hidden
+        self.length = live.length - self.hidden
         self.on_commit: Callable[[Tensor, Tensor], None] | None = None
         self.row_numbers: list[int] = []
         self.padding: list[int] = []
@@ -176,7 +195,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         return HybridLayer(layer, states, repeated, attention)
 
     def _attention(self, layer: CacheLayerMixin, window: int | None) -> LookaheadLayer:
-        end = self.live.last_slot(layer) + (self.rows is None)
+        end = self.live.last_slot(layer) + 1 - self.hidden
         start = 0 if window is None else max(end - window + 1, 0)
         borrowed = self.kind(layer.keys, layer.values, (start, end), self.length, self.rows)
         borrowed.is_sliding = window is not None or layer.is_sliding
@@ -192,17 +211,22 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         everything = torch.ones_like(columns, dtype=torch.bool)
         for index, layer in enumerate(self.layers):
             attention = attention_of(layer)
-            if attention is not None:
+            if attention is not None and attention.ran:
                 self.live.cache.update(*attention.own(columns), index)
             self._replace_states(index, layer, everything, columns)
         self._tell(everything, columns)
         self.live.advance()
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:
-        """Overwrite the live cache's last token with candidate `columns[i]`, for those looked-at rows that `keep`s."""
+        """Overwrite what the live cache has in the place of the own tokens, for those looked-at rows that `keep` them.
+
+        Args:
+            keep (`torch.BoolTensor` of shape `(rows,)`).
+            columns (`torch.LongTensor` of shape `(rows,)`): the candidate that each row goes on with.
+        """
         for index, layer in enumerate(self.layers):
             attention = attention_of(layer)
-            if attention is not None:
+            if attention is not None and attention.ran:
                 keys, values = (states[keep.to(states.device)] for states in attention.own(columns))
                 self.live.overwrite_last(index, self._rows(keep)[keep].to(keys.device), keys, values)
             self._replace_states(index, layer, keep, columns)

@@ -1,10 +1,11 @@
 """What a steered `generate` returns beside the text, and how it is gathered step by step."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
@@ -72,26 +73,58 @@ class Stops:
         self.step = self.step.masked_fill(rows, step)
         self.value = torch.where(rows, values, self.value)
 
+    def copy(self) -> "Stops":
+        """As it is now: what is marked later is not in it."""
+        return Stops(self.step, self.value)
 
-@dataclass
+    def put(self, rows: Tensor, other: "Stops") -> None:
+        """Let `rows` (`torch.LongTensor` of shape `(n,)`) be as in `other`."""
+        self.step, self.value = self.step.clone(), self.value.clone()
+        self.step[rows], self.value[rows] = other.step[rows], other.value[rows]
+
+
+# Fields of the output that plain `generate` has: tuples of one entry a step. Ours are stacked along dimension 1.
+_OF_GENERATE = ("scores", "logits", "attentions", "hidden_states")
+
+
 class Record:
-    """One list entry a step; only what the caller asked for."""
+    """What a call has asked to be told of, a list entry a step. The loop writes it, and the output is made of it.
 
-    scores: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
-    attentions: list[tuple[Tensor, ...]] = field(default_factory=list)
-    hidden_states: list[tuple[Tensor, ...]] = field(default_factory=list)
-    token_values: list[Tensor] = field(default_factory=list)
-    interventions: list[Tensor] = field(default_factory=list)
-    candidates_evaluated: list[Tensor] = field(default_factory=list)
-    guided: list[Tensor] = field(default_factory=list)
-    candidates: list[Tensor] = field(default_factory=list)
-    candidate_values: list[Tensor] = field(default_factory=list)
+    Args:
+        config: of the call: whether anything is returned beside the text, and what of plain `generate`'s fields.
+    """
+
+    def __init__(self, config: GenerationConfig):
+        self.wanted = bool(config.return_dict_in_generate)
+        asked = {name: getattr(config, f"output_{name}") for name in _OF_GENERATE}
+        self.names = [name for name, wanted in asked.items() if wanted and self.wanted]
+        self.steps: dict[str, list[Any]] = {}
+
+    def add(self, **fields: Any) -> None:
+        """Add one entry to each of these fields: tensors of `(batch, ...)`, or tuples of such."""
+        for name, entry in fields.items():
+            if self.wanted and (name not in _OF_GENERATE or name in self.names) and entry is not None:
+                self.steps.setdefault(name, []).append(entry)
+
+    def rewrite(self, row: int, back: int, **fields: Any) -> None:
+        """Put other entries into one row of the step that was recorded `back` steps before the last one.
+
+        Args:
+            fields: `(...)` each, of the row alone.
+        """
+        for name, entry in fields.items():
+            if name in self.steps:
+                step = self.steps[name][-1 - back] = self.steps[name][-1 - back].clone()
+                step[row] = entry
+
+    @property
+    def scores(self) -> tuple[Tensor, ...] | None:
+        """What stopping criteria are told."""
+        return tuple(self.steps.get("scores", ())) or None
 
     def fields(self) -> dict[str, Any]:
-        """The output's fields: plain `generate`'s as tuples of one entry a step, ours stacked along dimension 1."""
-        as_tuples = ("scores", "logits", "attentions", "hidden_states")
-        recorded = {name: steps for name, steps in vars(self).items() if steps}
+        """The output's fields."""
         return {
-            name: tuple(steps) if name in as_tuples else torch.stack(steps, dim=1) for name, steps in recorded.items()
+            name: tuple(steps) if name in _OF_GENERATE else torch.stack(steps, dim=1)
+            for name, steps in self.steps.items()
         }

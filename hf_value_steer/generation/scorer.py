@@ -136,15 +136,19 @@ def check_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch: 
 
 
 def require_finite(values: Tensor, live: Tensor, step: int) -> None:
-    """Stop the generation if a live row has a NaN among its values, `(rows, ...)`: nothing is emitted unchecked.
+    """Stop the generation if a live row has a NaN for its value, `(rows,)`: nothing is emitted unchecked.
 
     Raises:
         ScoringError: names the rows and the step.
     """
-    broken = values.isnan().flatten(1).any(dim=-1) if values.dim() > 1 else values.isnan()
-    if bool((broken & live).any()):
-        rows = (broken & live).nonzero().flatten().tolist()
+    refuse_broken(values.isnan() & live, torch.arange(len(live), device=live.device), step)
+
+
+def refuse_broken(broken: Tensor, rows: Tensor, step: int) -> None:
+    """Raise a `ScoringError` if one of `rows` `(n,)` is `broken` `(n,)`: a token could not be checked."""
+    if bool(broken.any()):
         raise ScoringError(
-            f"The value head returned a value that is not finite at new token {step} in row(s) {rows}. The generation "
-            "was stopped; the token was not emitted. Check the head's weights and the backbone's dtype."
+            f"The value head returned a value that is not finite at new token {step} in row(s) "
+            f"{rows[broken].tolist()}. The generation was stopped; the token was not emitted. Check the head's "
+            "weights and the backbone's dtype."
         )

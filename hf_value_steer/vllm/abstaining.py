@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.policy import advance_streak
+from hf_value_steer.policy import acts, watch
 from hf_value_steer.vllm.request import Abstaining, SteeredRequest, stack_thresholds
 
 
@@ -48,10 +48,20 @@ def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
             each.request.start_at(each.abstaining.scorer, value)
         elif each.request.filtering is None:
             each.request.record.value = float(value)
-    streaks = torch.tensor([each.abstaining.streak for each in texts])
+    streaks, patience, steps, first, waiting = (
+        torch.tensor(numbers)
+        for numbers in zip(*((each.abstaining.streak, *_limits(each)) for each in texts), strict=True)
+    )
     thresholds = stack_thresholds([each.abstaining.scorer for each in texts])
-    advanced = advance_streak(streaks, values, thresholds, head.config.polarity).tolist()
-    for each, streak, value in zip(texts, advanced, values.tolist(), strict=True):
-        abstaining = each.abstaining
-        if each.step >= abstaining.config.min_new_tokens and abstaining.since is None:
-            abstaining.streak, abstaining.value = streak, value
+    acting = waiting & acts(streaks, steps, first)
+    advanced = watch(streaks, values, thresholds, head.config.polarity, acting, patience)
+    for index in acting.nonzero().flatten().tolist():
+        abstaining = texts[index].abstaining
+        abstaining.streak, abstaining.due = (int(advanced[0][index]), bool(advanced[1][index]))
+        abstaining.value = float(values[index])
+
+
+def _limits(text: Text) -> tuple[int, int, int, bool]:
+    """How long abstention waits, how long the text is, where it begins, and whether it has not fired yet."""
+    abstaining = text.abstaining
+    return abstaining.config.patience, text.step, abstaining.config.min_new_tokens, abstaining.since is None

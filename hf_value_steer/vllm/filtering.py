@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from vllm.logger import init_logger
 
-from hf_value_steer.generation.candidates import first_occurrence, likely_alternatives, sampled_alternatives, uniforms
+from hf_value_steer.generation.candidates import likely_alternatives, sampled_alternatives, uniforms
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.policy import acceptable, select
+from hf_value_steer.policy import Candidates, acceptable, acts, decide, may_insert
 from hf_value_steer.vllm.judge import values_of
 from hf_value_steer.vllm.request import Filtering, stack_thresholds
 
@@ -20,6 +20,7 @@ from hf_value_steer.vllm.request import Filtering, stack_thresholds
 logger = init_logger(__name__)
 NOT_FINITE = "the value head has no finite answer"
 NO_LOOKAHEAD = "the look-ahead failed"
+MOST = 2**62  # interventions, where they are not limited
 
 
 @dataclass
@@ -42,10 +43,11 @@ class Pending:
     step: int
     forced: bool
 
-    def may_end(self) -> bool:
-        """Whether the request permits the ending in its place."""
-        assert self.filtering.permits is not None  # kept from the draw
-        return self.filtering.permits(self.filtering.ending)
+    @property
+    def permitted(self) -> Tensor:
+        """Scores `(1, tokens)` of the ending in its place."""
+        assert self.filtering.permitted is not None  # kept from the draw
+        return self.filtering.permitted(self.filtering.ending)
 
     def candidates(self) -> Tensor:
         """The natural sample and its alternatives, `(K,)`, -1 where there is none."""
@@ -113,68 +115,77 @@ def check(pending: Sequence[Pending], features: Tensor, head: ValueHead, forward
     """
     config = pending[0].filtering.config
     values = values_of(head, features)
-    thresholds = stack_thresholds([each.filtering.scorer for each in pending])
-    accepted = acceptable(values, thresholds, head.config.polarity).tolist()
-    verdicts = [Verdict(each.token, value) for each, value in zip(pending, values.tolist(), strict=True)]
-    looked_at = []
-    for index, each in enumerate(pending):
-        if math.isnan(verdicts[index].value):
-            verdicts[index].error = NOT_FINITE
-        elif not each.forced and each.filtering.checks(each.step):
-            if not accepted[index] or config.evaluation == "eager":
-                looked_at.append(index)
-    if looked_at:
+    accepted = acceptable(values, _thresholds(pending), head.config.polarity)
+    looked_at = (_acting(pending) & ~values.isnan() & (~accepted | (config.evaluation == "eager"))).nonzero().flatten()
+    verdicts = [
+        Verdict(each.token, value, error=NOT_FINITE if math.isnan(value) else None)
+        for each, value in zip(pending, values.tolist(), strict=True)
+    ]
+    if len(looked_at):
+        indices = looked_at.tolist()
         try:
-            chosen = _choose([pending[index] for index in looked_at], values[looked_at], head, forward)
+            chosen = _choose([pending[index] for index in indices], values[looked_at], head, forward)
         except Exception:
             logger.exception("The look-ahead failed; the requests in question end with an error.")
-            chosen = [Verdict(None, float("nan"), error=NO_LOOKAHEAD) for _ in looked_at]
-        for index, verdict in zip(looked_at, chosen, strict=True):
+            chosen = [Verdict(None, float("nan"), error=NO_LOOKAHEAD) for _ in indices]
+        for index, verdict in zip(indices, chosen, strict=True):
             verdicts[index] = verdict
     return verdicts
+
+
+def _acting(pending: Sequence[Pending]) -> Tensor:
+    """Which of the tokens may be replaced, `(n,)`."""
+    filters = [each.filtering for each in pending]
+    most = [MOST if (limit := each.config.max_interventions) is None else limit for each in filters]
+    numbers = (
+        [each.interventions for each in filters],
+        [each.step for each in pending],
+        [each.config.min_new_tokens for each in filters],
+        most,
+    )
+    return acts(*map(torch.tensor, numbers)) & ~torch.tensor([each.forced for each in pending])
+
+
+def _thresholds(pending: Sequence[Pending]) -> Tensor:
+    return stack_thresholds([each.filtering.scorer for each in pending])
 
 
 def _choose(pending: Sequence[Pending], natural: Tensor, head: ValueHead, forward: Forward) -> list[Verdict]:
     """Verdicts on tokens of value `natural` `(rows,)` after a look at their alternatives."""
     config = pending[0].filtering.config
-    candidates = pad_sequence([each.candidates() for each in pending], batch_first=True, padding_value=-1)
-    first, columns = first_occurrence(candidates), torch.arange(candidates.shape[1])
-    drawn = candidates >= 0
-    needed = drawn & (first == columns) & (columns > 0)
-    jobs = needed.nonzero().tolist()
-    values = torch.full(candidates.shape, torch.nan)
-    values[:, 0] = natural
-    features = None
+    drawn = pad_sequence([each.candidates() for each in pending], batch_first=True, padding_value=-1)
+    candidates = Candidates(drawn, known=torch.ones(len(drawn), dtype=torch.bool))
+    rows, columns = candidates.needed.nonzero(as_tuple=True)
+    jobs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    forwarded, features = torch.full(drawn.shape, torch.nan), torch.empty(0)
     if jobs:
-        features = forward([(pending[row], int(candidates[row, column])) for row, column in jobs])
-        values[needed] = values_of(head, features)
-    values = values.gather(1, first).masked_fill(~drawn, torch.nan)
-    broken = (values.isnan() & drawn).any(dim=1).tolist()
-    column, found = select(
-        values,
-        drawn,
-        stack_thresholds([each.filtering.scorer for each in pending])[:, None],
+        features = forward([(pending[row], int(drawn[row, column])) for row, column in jobs])
+        forwarded[rows, candidates.slots[rows, columns]] = values_of(head, features)
+    ending = config.fallback == "abstain"
+    may_end = (
+        may_insert(torch.cat([each.permitted for each in pending]).cpu()) if ending else rows.new_zeros(len(drawn))
+    )
+    decision = decide(
+        candidates,
+        candidates.spread(forwarded, natural),
+        _thresholds(pending),
         head.config.polarity,
         config.fallback,
-        _probabilities(pending, candidates) if config.fallback == "args" else None,
+        may_end.bool(),
+        torch.stack([each.scores.softmax(dim=-1).cpu() for each in pending]) if config.fallback == "args" else None,
         config.prob_weight,
     )
     verdicts = []
-    for row in range(len(pending)):
-        winner = int(first[row, column[row]])
-        count = 1 + int(needed[row].sum())
-        verdict = Verdict(int(candidates[row, winner]), float(values[row, winner]), count)
-        if broken[row]:
+    for row, broken in enumerate(decision.broken.tolist()):
+        winner = int(candidates.first[row, decision.column[row]])
+        count = int(candidates.distinct[row].sum())
+        verdict = Verdict(int(drawn[row, winner]), float(decision.values[row, winner]), count)
+        if broken:
             verdict.error = NOT_FINITE
-        elif not found[row] and config.fallback == "abstain" and pending[row].may_end():
+        elif bool(decision.ends[row]):
             verdict.token, verdict.value = None, float(natural[row])
-        elif winner > 0 and features is not None:
-            job = jobs.index([row, winner])
+        elif winner > 0:
+            job = jobs.index((row, winner))
             verdict.winner = Winner(job, features[job])
         verdicts.append(verdict)
     return verdicts
-
-
-def _probabilities(pending: Sequence[Pending], candidates: Tensor) -> Tensor:
-    rows = torch.stack([each.scores.softmax(dim=-1).cpu() for each in pending])
-    return rows.gather(1, candidates.clamp(min=0))

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from hf_value_steer.policy import may_insert
 
-
-Permits = Callable[[Sequence[int]], bool]  # whether all of these tokens may be inserted
+# From tokens to their scores `(1, tokens)`, as in [`~hf_value_steer.policy.may_insert`].
+Permitted = Callable[[Sequence[int]], Tensor]
 
 
 class Permissions:
@@ -29,7 +28,7 @@ class Permissions:
         """Take in the scores `(rows, vocab)` of a draw, where everything that forbids tokens was applied."""
         self.scores = scores[:, list(self.columns)]
 
-    def of(self, row: int) -> Permits:
+    def of(self, row: int) -> Permitted:
         """Those of one row of the last draw."""
         scores, columns = self.scores, self.columns
-        return lambda tokens: bool(may_insert(scores[row, [columns[token] for token in tokens]][None]))
+        return lambda tokens: scores[row, [columns[token] for token in tokens]][None]

@@ -11,7 +11,8 @@ from vllm.sampling_params import SamplingParams
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.generation.scorer import Scorer
-from hf_value_steer.vllm.permissions import Permits
+from hf_value_steer.policy import next_of_ending
+from hf_value_steer.vllm.permissions import Permitted
 from hf_value_steer.vllm.refusals import refuse_request
 from hf_value_steer.vllm.report import StepRecord
 from hf_value_steer.vllm.steering import Steering
@@ -32,7 +33,7 @@ class Filtering:
             *pending*, drawn but neither checked nor emitted.
         scores (`torch.FloatTensor` of shape `(vocab,)`): processed scores that the pending token was drawn from.
         logprobs (`torch.FloatTensor` of shape `(vocab,)`, *optional*): what its logprobs are read from.
-        permits (*optional*): which tokens might have been inserted in its place.
+        permitted (*optional*): scores of the tokens that might have been inserted in its place.
         generator_state (`torch.ByteTensor`, *optional*): of the request's generator, before that draw.
     """
 
@@ -45,13 +46,8 @@ class Filtering:
     ahead: bool = False
     scores: Tensor | None = None
     logprobs: Tensor | None = None
-    permits: Permits | None = None
+    permitted: Permitted | None = None
     generator_state: Tensor | None = None
-
-    def checks(self, step: int) -> bool:
-        """Whether the token after `step` others may be replaced."""
-        most = self.config.max_interventions
-        return step >= self.config.min_new_tokens and (most is None or self.interventions < most)
 
 
 @dataclass
@@ -63,6 +59,7 @@ class Abstaining:
         scorer: the head, and a threshold of shape `(1,)`.
         ending (`list` of `int`): the message and EOS, prescribed from `since` on.
         streak (`int`): consecutive unacceptable values, up to the one at which it fired.
+        due (`bool`): whether its patience is over.
         value (`float`): the last of them.
         observed (`int`): number of new tokens of the last text that was looked at; a text is looked at once, although
             after a preemption its state is computed again.
@@ -74,25 +71,30 @@ class Abstaining:
     scorer: Scorer
     ending: list[int]
     streak: int = 0
+    due: bool = False
     value: float = math.nan
     observed: int = -1
     since: int | None = None
     inserted: set[int] = field(default_factory=set)
 
-    def prescribe(self, step: int, permits: Permits) -> int | None:
-        """The token that has to follow `step` new tokens, if one is prescribed.
-
-        The ending waits as long as the request forbids a token of it, and then each token as long as it is forbidden.
-        """
-        due = self.observed == step and self.streak >= self.config.patience
-        if self.since is None and due and permits(self.ending):
-            self.since = step
-        token = self.ending[min(sum(each < step for each in self.inserted), len(self.ending) - 1)]
-        if self.since is None or step < self.since or not permits([token]):
+    def prescribe(self, step: int, permitted: Permitted) -> int | None:
+        """The token that has to follow `step` new tokens, if one is prescribed."""
+        due = self.since is None and self.observed == step and self.due
+        begun = self.since is not None and step >= self.since
+        if not (due or begun):
             self.inserted.discard(step)  # drawn again after a preemption, from scores that may differ by rounding
             return None
+        written = sum(each < step for each in self.inserted) if begun else -1
+        begins, place, forced = next_of_ending(
+            torch.tensor([due]), torch.tensor([written]), permitted(self.ending).cpu()
+        )
+        if bool(begins):
+            self.since = step
+        if not bool(forced):
+            self.inserted.discard(step)
+            return None
         self.inserted.add(step)
-        return token
+        return self.ending[int(place)]
 
 
 @dataclass
@@ -124,11 +126,11 @@ class SteeredRequest:
         """The tokens that may be inserted."""
         return [token for method in (self.filtering, self.abstaining) if method for token in method.ending]
 
-    def prescribe(self, step: int, permits: Permits) -> int | None:
+    def prescribe(self, step: int, permitted: Permitted) -> int | None:
         """The token that abstention prescribes after `step` new tokens, if any."""
         if self.abstaining is None:
             return None
-        token = self.abstaining.prescribe(step, permits)
+        token = self.abstaining.prescribe(step, permitted)
         if self.abstaining.since == step:
             self.record.abstained = {"step": step, "value": self.abstaining.value, "method": "abstain"}
         return token

@@ -192,7 +192,7 @@ class SteeredRunner(metaclass=ABCMeta):
             filtering = self.request(row).filtering
             if filtering is not None:
                 filtering.scores, filtering.logprobs = self.sampler.drawn_from(index)
-                filtering.permits = self.permissions.of(index)
+                filtering.permitted = self.permissions.of(index)
 
     # The filter.
 

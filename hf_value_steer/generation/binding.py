@@ -1,0 +1,39 @@
+"""From what a call asks for to the methods that take part in it: the one place that knows them all."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hf_value_steer.configuration.abstain import AbstentionConfig
+from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.guide import GuidanceConfig
+from hf_value_steer.configuration.methods import MethodConfig
+from hf_value_steer.generation.abstention import Abstention
+from hf_value_steer.generation.filter import ValueFilter
+from hf_value_steer.generation.guidance import Guidance
+from hf_value_steer.generation.method import Call, Method
+from hf_value_steer.generation.vectors import Vectors
+
+
+# In the order in which they act, whatever the order of the call: the values of the first one are reported.
+_BINDERS: Mapping[type[MethodConfig], Callable[[Any, Call], list[Method]]] = {
+    ValueFilterConfig: ValueFilter.bind,
+    AbstentionConfig: Abstention.bind,
+    ActivationConfig: Vectors.bind,
+    GuidanceConfig: Guidance.bind,
+}
+
+
+def bind_methods(call: Call) -> list[Method]:
+    """The methods of a call, bound to it.
+
+    Raises:
+        ValueError: for what does not fit the model, the call or one another.
+    """
+    others = [asked for asked in call.asked.values() if not isinstance(asked, MethodConfig)]
+    known = {type(asked): asked for asked in call.asked.values()}
+    methods = [method for kind, binder in _BINDERS.items() if kind in known for method in binder(known[kind], call)]
+    methods += [method for other in others for method in other.bind(call)]
+    if sum(method.judges for method in methods) > 1:
+        raise ValueError("`value_steer` takes one method that decides which tokens are kept.")
+    return methods

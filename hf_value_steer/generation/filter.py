@@ -1,0 +1,86 @@
+"""Value-filtered decoding (arXiv 2605.14746) as a method: it judges natural samples and proposes alternatives."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.generation.candidates import likely_alternatives, random_key, sampled_alternatives, uniforms
+from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.generation.state import Draw
+from hf_value_steer.generation.validation import eos_token
+from hf_value_steer.policy import Candidates, Decision, acts, decide, may_insert
+
+
+class ValueFilter(Method):
+    """The filter of one `generate` call. A step asks it; it forwards nothing itself.
+
+    Args:
+        config: runtime configuration.
+        scorer: head and thresholds, bound to the model.
+        sampled: whether alternatives are drawn, or the next most likely tokens.
+        eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
+    """
+
+    values_texts = judges = True
+    rowwise: ClassVar[tuple[str, ...]] = ("interventions",)
+
+    def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
+        self.config, self.scorer, self.sampled, self.eos = config, scorer, sampled, eos
+        self.eager, self.lookahead = config.evaluation == "eager", config.lookahead
+        self.most = config.num_candidates + (eos is not None)
+        device = scorer.threshold.device
+        self.key = random_key(device, config.seed)
+        self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)
+
+    @classmethod
+    def bind(cls, config: ValueFilterConfig, call: Call) -> list[Method]:
+        """The filter that `config` asks for."""
+        scorer = bind(config, load_head(config, call.model), call.rows, call.device)
+        eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
+        return [cls(config, scorer, call.config.do_sample and config.proposal == "sample", eos)]
+
+    def values(self, features: Tensor) -> Tensor:
+        return self.scorer.values(features)
+
+    def acting(self, draw: Draw) -> Tensor:
+        config = self.config
+        may_act = acts(self.interventions, draw.step, config.min_new_tokens, config.max_interventions)
+        return draw.live & ~draw.forced & may_act
+
+    def accepts(self, values: Tensor) -> Tensor:
+        return self.scorer.accepts(values)
+
+    def propose(self, draw: Draw, rows: Tensor, known: Tensor, acting: Tensor) -> Candidates:
+        natural, count, scores = draw.tokens[rows], self.config.num_candidates - 1, draw.scores[rows]
+        if self.sampled:
+            others = sampled_alternatives(scores, uniforms(self.key, rows.tolist(), draw.step, count))
+        else:
+            others = likely_alternatives(scores, natural, count)
+        others = others.masked_fill(~acting[:, None], -1)
+        return Candidates(torch.cat([natural[:, None], others], dim=1), known, self.eos)
+
+    def decide(self, draw: Draw, rows: Tensor, candidates: Candidates, values: Tensor, acting: Tensor) -> Decision:
+        config, scorer = self.config, self.scorer
+        may_end = acting if self.eos is None else acting & may_insert(draw.permitted[rows, self.eos, None])
+        probabilities = draw.scores[rows].softmax(dim=-1) if config.fallback == "args" else None
+        rule = (scorer.threshold[rows], scorer.polarity, config.fallback)
+        return decide(candidates, values, *rule, may_end, probabilities, config.prob_weight)
+
+    def observe(self, moment: Moment) -> None:
+        if moment.draw is None or moment.outcome is None:
+            self.scorer.start(moment.values_of(self))
+        else:
+            self.interventions = self.interventions + (moment.outcome.tokens != moment.draw.tokens)
+
+    def record(self, moment: Moment) -> Mapping[str, Tensor]:
+        if not self.config.output_candidates or moment.outcome is None:
+            return {}
+        count, outcome = self.config.num_candidates, moment.outcome
+        return {
+            "candidates": outcome.candidates[:, :count],
+            "candidate_values": outcome.candidate_values[:, :count],
+        }

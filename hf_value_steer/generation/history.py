@@ -1,0 +1,70 @@
+"""The last few steps of a generation, and going back in them: one row at a time, as if it had never been elsewhere."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_value_steer.generation.method import Method, Moment
+from hf_value_steer.generation.output import Stops
+
+
+@dataclass
+class Past:
+    """What was, after a step or after the prompt.
+
+    Args:
+        moment: what the methods were told.
+        states (`list` of `dict`): of each method, an entry a row.
+        stops: as they were.
+    """
+
+    moment: Moment
+    states: list[Mapping[str, Tensor]]
+    stops: Stops
+
+
+class History:
+    """Keeps the last steps, as many as may be taken back.
+
+    Args:
+        methods: whose state is kept.
+        stops: which rows were ended.
+        back (`int`): how many steps can be taken back; with 0 nothing is kept.
+    """
+
+    def __init__(self, methods: Sequence[Method], stops: Stops, back: int):
+        self.methods, self.stops, self.back = methods, stops, back
+        self.pasts = deque[Past](maxlen=back + 1)
+
+    def keep(self, moment: Moment) -> None:
+        """Remember what is now."""
+        if self.back:
+            self.pasts.append(self._now(moment))
+
+    def _now(self, moment: Moment) -> Past:
+        return Past(moment, [method.snapshot() for method in self.methods], self.stops.copy())
+
+    def undo(self, row: int, tokens: int) -> None:
+        """Let the methods be, in one row, where they were `tokens` tokens ago."""
+        self._put(torch.tensor([row]), self.pasts[-1 - tokens])
+
+    def replay(self, row: int, tokens_ago: int, moment: Moment) -> None:
+        """Tell the methods of another token in one row: the one that followed the past of `tokens_ago` tokens ago.
+
+        Args:
+            moment: as it would have been; its other rows do not count.
+        """
+        past = self.pasts[-tokens_ago]
+        others = torch.arange(len(moment.live)) != row
+        for method in self.methods:
+            method.observe(moment)
+        self._put(others.nonzero().squeeze(1), past)
+        self.pasts[-tokens_ago] = self._now(moment)
+
+    def _put(self, rows: Tensor, past: Past) -> None:
+        for method, state in zip(self.methods, past.states, strict=True):
+            method.undo(rows, state)
+        self.stops.put(rows, past.stops)

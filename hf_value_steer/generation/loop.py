@@ -1,0 +1,143 @@
+"""The loop of steered generation: draw, let the methods act, commit, stop. It knows methods by their protocol only."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from hf_value_steer.generation.cache import make_room
+from hf_value_steer.generation.candidates import natural_sample
+from hf_value_steer.generation.engine import Engine
+from hf_value_steer.generation.history import History
+from hf_value_steer.generation.kernels import choose_kernel
+from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.output import Record, ValueSteerDecoderOnlyOutput
+from hf_value_steer.generation.state import Draw, Outcome, Reading, State
+from hf_value_steer.generation.steps import choose_step
+from hf_value_steer.generation.streaming import Streaming
+from hf_value_steer.hosts.transformers import CACHE, bans_and_warpers, cache_name, pad_token, rows_can_end
+
+
+class Loop:
+    """One steered call.
+
+    Args:
+        call: what is generated from what.
+        methods: bound to the call, in the order in which they act.
+        processors, criteria: of the call.
+        streamer: is given each token once it cannot be taken back.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        methods: Sequence[Method],
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: Streaming,
+    ):
+        self.call, self.config, self.methods, self.streamer = call, call.config, methods, streamer
+        self.bans, self.warpers, self.late = bans_and_warpers(processors)
+        self.criteria, self.pads = criteria, rows_can_end(criteria)
+        judge = next((method for method in methods if method.judges), None)
+        self.reporter = judge or next(method for method in methods if method.values_texts)
+        self.back = max(method.back for method in methods)
+        self.engine = self._engine()
+        self.step = choose_step(self.engine, judge, self.reporter)
+        self.record = Record(call.config)
+        self.history = History(methods, call.stops, self.back)
+
+    def _engine(self) -> Engine:
+        model_kwargs, model = self.call.model_kwargs, self.call.model
+        lookahead = next((each.lookahead for each in self.methods[::-1] if each.lookahead != "auto"), "auto")
+        make_room(model_kwargs[cache_name(model_kwargs)], model.config)
+        mask = model_kwargs.get("attention_mask")
+        kernel = choose_kernel(lookahead, model, mask, bool(self.config.output_attentions))
+        compilable = lookahead in ("auto", "masked")
+        return Engine(self.call.prepared, model_kwargs, kernel, self._around, compilable, self.back)
+
+    @contextmanager
+    def _around(self, reading: Reading) -> Iterator[None]:
+        """What all methods do around a forward."""
+        with ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.around_forward(reading))
+            yield
+
+    def run(self) -> Tensor | ValueSteerDecoderOnlyOutput:
+        """Generate."""
+        input_ids = self.call.input_ids
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        apart = any(method.last_token_apart for method in self.methods)
+        state = self.engine.prefill(input_ids, self.config, apart)
+        moment = Moment(0, state.feature, self.unfinished, self.unfinished)
+        prompt_values = moment.values_of(self.reporter)
+        self._tell(moment)
+        for step in itertools.count():
+            draw = self._draw(step, input_ids, state)
+            state, outcome = self.step(draw)
+            input_ids = torch.cat([input_ids, outcome.tokens[:, None]], dim=-1)
+            moment = self._commit(draw, outcome, state, input_ids)
+            self.streamer.put(outcome.tokens)
+            if not bool(self.unfinished.any()):
+                break
+            self.engine.commit()
+        self.engine.finish()
+        self.streamer.end()
+        return self._output(input_ids, prompt_values)
+
+    def _draw(self, step: int, input_ids: Tensor, state: State) -> Draw:
+        """The natural samples, or what methods prescribe in their place."""
+        live = self.unfinished if self.pads else torch.ones_like(self.unfinished)
+        permitted = self.bans(input_ids, state.logits)
+        scores = self.warpers(input_ids, permitted)
+        permitted = self.late(input_ids, permitted)
+        self.record.add(
+            scores=scores, logits=state.logits, attentions=state.attentions, hidden_states=state.hidden_states
+        )
+        tokens, possible = natural_sample(scores, self.config.do_sample)
+        nowhere = torch.zeros_like(live)
+        draw = Draw(step, input_ids, permitted, scores, tokens, live, nowhere, live & ~possible)
+        for method in self.methods:
+            method.prescribe(draw)
+        if self.pads:
+            draw.tokens = torch.where(live, draw.tokens, pad_token(self.config).to(tokens.device))
+        return draw
+
+    def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> Moment:
+        """The tokens of a step are part of the text: say so to criteria, methods and record."""
+        self.call.stops.mark(outcome.ended, draw.step, outcome.candidate_values[:, 0])
+        self.unfinished = self.unfinished & ~self.criteria(input_ids, self.record.scores)
+        moment = Moment(draw.step + 1, state.feature, draw.live, self.unfinished, draw, outcome)
+        moment.known[id(self.reporter)] = outcome.values
+        self._tell(moment)
+        self.record.add(
+            token_values=outcome.values,
+            interventions=outcome.tokens != draw.tokens,
+            candidates_evaluated=outcome.evaluated,
+        )
+        for method in self.methods:
+            self.record.add(**method.record(moment))
+        return moment
+
+    def _tell(self, moment: Moment) -> None:
+        for method in self.methods:
+            method.observe(moment)
+        self.history.keep(moment)
+
+    def _output(self, input_ids: Tensor, prompt_values: Tensor) -> Tensor | ValueSteerDecoderOnlyOutput:
+        if not self.record.wanted:
+            return input_ids
+        stops = self.call.stops
+        return ValueSteerDecoderOnlyOutput(
+            sequences=input_ids,
+            prompt_values=prompt_values,
+            abstained=stops.step >= 0,
+            abstention_step=stops.step,
+            abstention_value=stops.value,
+            **{CACHE: self.engine.live.cache},
+            **self.record.fields(),
+        )

@@ -1,0 +1,30 @@
+"""A shadow of the backbone, and what forwards have to know of its modules: looked for once a text."""
+
+from transformers import PreTrainedModel
+
+from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.backbone.shadow import shadow
+from hf_value_steer.generation.adapters import AdaptersOfRows
+from hf_value_steer.generation.forwards import choose_forwards
+from hf_value_steer.generation.rope import LongestRow
+
+
+class PreparedModel:
+    """What an engine runs.
+
+    Args:
+        model: the backbone, which stays as it is.
+
+    Attributes:
+        model: a shadow of it, in evaluation mode: under dropout a token and its alternatives would be read by
+            different models. Hooks, attention, classes and modes that are set on it are seen by no other call.
+        point: where its feature passes.
+        forwards: how it is run where nothing is compiled.
+        longest_row, adapters: what depends on which rows a forward reads.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model: PreTrainedModel = shadow(model).eval()
+        self.point = feature_point(self.model)
+        self.forwards = choose_forwards(self.model)
+        self.longest_row, self.adapters = LongestRow(self.model), AdaptersOfRows(self.model)

@@ -1,0 +1,96 @@
+"""What passes between the loop, the engine and the methods in one step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+
+@dataclass
+class State:
+    """What the last token left behind, for each row.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw.
+        feature (`torch.FloatTensor` of shape `(rows, width)`): what the output embedding consumed.
+        hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
+    """
+
+    logits: Tensor
+    feature: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the forward that comes next reads; the engine tells every method.
+
+    Args:
+        rows (`torch.LongTensor`, *optional*): rows of the batch, all if `None`.
+        copies (`int`): how many rows the forward has for each of them.
+        cache ([`~transformers.Cache`]): that of the forward.
+        prompt (`int`, *optional*): number of tokens, if it reads a prompt.
+        mask (`torch.Tensor` of shape `(batch, length)`, *optional*): padding mask of a prompt.
+        begins (`bool`): whether it is the first forward of a step.
+    """
+
+    cache: Cache
+    rows: Tensor | None = None
+    copies: int = 1
+    prompt: int | None = None
+    mask: Tensor | None = None
+    begins: bool = False
+
+
+@dataclass
+class Draw:
+    """What a step starts from, all of shape `(batch, ...)`.
+
+    Args:
+        step (`int`): number of new tokens so far.
+        input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far.
+        permitted (`torch.FloatTensor` of shape `(batch, vocab)`): scores before anything that only narrows the
+            sampling; `-inf` is what the call forbids.
+        scores (`torch.FloatTensor` of shape `(batch, vocab)`): processed scores.
+        tokens (`torch.LongTensor` of shape `(batch,)`): natural samples; methods put prescribed tokens in.
+        live (`torch.BoolTensor` of shape `(batch,)`): rows whose token counts.
+        forced (`torch.BoolTensor` of shape `(batch,)`): rows whose token is prescribed by a method.
+        impossible (`torch.BoolTensor` of shape `(batch,)`): live rows in which the processors allow no token.
+    """
+
+    step: int
+    input_ids: Tensor
+    permitted: Tensor
+    scores: Tensor
+    tokens: Tensor
+    live: Tensor
+    forced: Tensor
+    impossible: Tensor
+
+    def refuse_impossible(self) -> None:
+        """Raise a `ValueError` if there is a row without any token to draw."""
+        if bool(self.impossible.any()):
+            rows = self.impossible.nonzero().flatten().tolist()
+            raise ValueError(f"The logits processors allow no token at new token {self.step} in row(s) {rows}.")
+
+    def text(self) -> Tensor:
+        """The text with the drawn tokens, `(batch, length + 1)`."""
+        return torch.cat([self.input_ids, self.tokens[:, None]], dim=-1)
+
+
+@dataclass
+class Outcome:
+    """What a step committed, all of shape `(batch, ...)`; see [`ValueSteerDecoderOnlyOutput`] for the fields.
+
+    Args:
+        ended (`torch.BoolTensor` of shape `(batch,)`): rows that the judge has ended.
+    """
+
+    tokens: Tensor
+    evaluated: Tensor
+    values: Tensor
+    candidates: Tensor
+    candidate_values: Tensor
+    ended: Tensor

@@ -1,0 +1,160 @@
+"""One step of a steered generation: forward, judge, and say what is kept. Three ways, which commit the same tokens.
+
+Nothing that is judged stands in the live cache before it is kept, but for natural samples, which are overwritten.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_value_steer.generation.branches import Alternatives
+from hf_value_steer.generation.engine import Engine
+from hf_value_steer.generation.forwards import Reached
+from hf_value_steer.generation.method import Method, Moment
+from hf_value_steer.generation.scorer import refuse_broken, require_finite
+from hf_value_steer.generation.state import Draw, Outcome, State
+from hf_value_steer.policy import Candidates, Decision
+
+
+class Step(Protocol):
+    """From what was drawn to what the committed tokens leave behind, and which they are. Called by the loop."""
+
+    def __call__(self, draw: Draw) -> tuple[State, Outcome]: ...
+
+
+def choose_step(engine: Engine, judge: Method | None, reporter: Method) -> Step:
+    """The way in which this call takes its steps.
+
+    Args:
+        engine: forward passes and cache.
+        judge (*optional*): the method that decides which tokens are kept.
+        reporter: the method whose values are reported.
+    """
+    if judge is None:
+        return Plain(engine, reporter)
+    return Eager(engine, judge) if judge.eager else Lazy(engine, judge)
+
+
+class Plain:
+    """Forwards the drawn tokens and keeps them."""
+
+    def __init__(self, engine: Engine, reporter: Method):
+        self.engine, self.reporter = engine, reporter
+
+    def __call__(self, draw: Draw) -> tuple[State, Outcome]:
+        draw.refuse_impossible()
+        state = self.engine.state(self.engine.read(draw.text()), draw.tokens.device)
+        values = Moment(draw.step + 1, state.feature, draw.live, draw.live).values_of(self.reporter)
+        return state, _natural(draw, values, 1)
+
+
+class Lazy:
+    """Forwards the drawn tokens, and alternatives only in rows where one is not acceptable."""
+
+    def __init__(self, engine: Engine, judge: Method):
+        self.engine, self.judge = engine, judge
+
+    def __call__(self, draw: Draw) -> tuple[State, Outcome]:
+        reached = self.engine.read(draw.text())
+        values = self.judge.values(reached.feature[:, -1])
+        outcome = _natural(draw, values, self.judge.most)
+        rejected = self.judge.acting(draw) & ~self.judge.accepts(values)
+        if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
+            draw.refuse_impossible()
+            require_finite(values, draw.live, draw.step)
+            self._replace(draw, reached, outcome, rejected.nonzero().squeeze(1))
+        return self.engine.state(reached, draw.tokens.device), outcome
+
+    def _replace(self, draw: Draw, reached: Reached, outcome: Outcome, rows: Tensor) -> None:
+        """Look further in rows `(n,)`, and let them go on with what is chosen there."""
+        everywhere = torch.ones_like(rows, dtype=torch.bool)
+        candidates = self.judge.propose(draw, rows, everywhere, everywhere)
+        ahead = _forward(self.engine, draw, candidates, rows, self.judge.most)
+        decision = _decide(self.judge, draw, rows, candidates, ahead, outcome.values[rows], everywhere)
+        column = committed(candidates, decision)
+        if ahead is not None:
+            changed, slot = candidates.first.gather(1, column[:, None]).squeeze(1) > 0, candidates.slot(column)
+            ahead.replace(changed, slot)
+            self.engine.put(reached, rows, changed, ahead.chosen(slot))
+        _write(outcome, draw, rows, candidates, decision)
+
+
+class Eager:
+    """Forwards all candidates of every row in one pass, and adds the chosen ones to the live cache."""
+
+    def __init__(self, engine: Engine, judge: Method):
+        self.engine, self.judge = engine, judge
+
+    def __call__(self, draw: Draw) -> tuple[State, Outcome]:
+        draw.refuse_impossible()
+        acting = self.judge.acting(draw)
+        rows = torch.arange(len(acting), device=acting.device)
+        candidates = self.judge.propose(draw, rows, torch.zeros_like(acting), acting)
+        ahead = _forward(self.engine, draw, candidates, None, self.judge.most)
+        assert ahead is not None  # no value is known before
+        unknown = torch.full(rows.shape, torch.nan, device=rows.device)
+        decision = _decide(self.judge, draw, rows, candidates, ahead, unknown, acting)
+        slot = candidates.slot(committed(candidates, decision))
+        ahead.append(slot)
+        outcome = _natural(draw, decision.values[:, 0], self.judge.most)
+        _write(outcome, draw, rows, candidates, decision)
+        return self.engine.state(ahead.chosen(slot), draw.tokens.device), outcome
+
+
+def _forward(
+    engine: Engine, draw: Draw, candidates: Candidates, rows: Tensor | None, most: int
+) -> Alternatives | None:
+    """What of the candidates has to be forwarded, if anything."""
+    width = int(candidates.needed.sum(dim=-1).max())
+    if width == 0:
+        return None
+    return engine.look_ahead(draw.input_ids, candidates.to_forward(width), rows, most)
+
+
+def _decide(
+    judge: Method,
+    draw: Draw,
+    rows: Tensor,
+    candidates: Candidates,
+    ahead: Alternatives | None,
+    known: Tensor,
+    acting: Tensor,
+) -> Decision:
+    """The judge's decision in rows `(n,)`; `known` `(n,)` are values of natural samples."""
+    forwarded = known.new_empty(len(rows), 0) if ahead is None else judge.values(ahead.features)
+    decision = judge.decide(draw, rows, candidates, candidates.spread(forwarded, known), acting)
+    refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
+    return decision
+
+
+def committed(candidates: Candidates, decision: Decision) -> Tensor:
+    """The columns `(n,)` of the committed tokens; that of the ending token where a row ends."""
+    return torch.where(decision.ends, candidates.tokens.shape[1] - 1, decision.column)
+
+
+def _natural(draw: Draw, values: Tensor, most: int) -> Outcome:
+    """As if all natural samples were kept."""
+    shape = (len(draw.tokens), most)
+    candidates = torch.full(shape, -1, device=draw.tokens.device)
+    candidate_values = torch.full(shape, torch.nan, device=draw.tokens.device)
+    values = values.masked_fill(~draw.live, torch.nan)
+    candidates[:, 0] = draw.tokens.masked_fill(~draw.live, -1)
+    candidate_values[:, 0] = values
+    ended = torch.zeros_like(draw.live)
+    return Outcome(draw.tokens, draw.live.long(), values, candidates, candidate_values, ended)
+
+
+def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision) -> None:
+    """Put what was decided in rows `(n,)` into the outcome, as far as their tokens count."""
+    live = draw.live[rows]
+    rows, count = rows[live], candidates.drawn.shape[1]
+    column = committed(candidates, decision)[live, None]
+    tokens, values = candidates.tokens[live], decision.values[live]
+    outcome.tokens = outcome.tokens.clone()
+    outcome.tokens[rows] = tokens.gather(1, column).squeeze(1)
+    outcome.values[rows] = values.gather(1, column).squeeze(1)
+    outcome.evaluated[rows] = candidates.distinct[live, :count].sum(dim=-1)
+    outcome.candidates[rows, :count] = tokens[:, :count]
+    outcome.candidate_values[rows, :count] = values[:, :count]
+    outcome.ended[rows] = decision.ends[live]

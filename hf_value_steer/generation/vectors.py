@@ -1,0 +1,51 @@
+"""Steering vectors as a method: it tells the injections what each forward reads."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from hf_value_steer.activation.apply import Steering, injected
+from hf_value_steer.activation.steering_vectors import vectors_of
+from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.generation.gate import Gate
+from hf_value_steer.generation.method import Call, Method
+from hf_value_steer.generation.scorer import bind, load_head
+from hf_value_steer.generation.state import Reading
+
+
+class Vectors(Method):
+    """Vectors on the layers of a shadow, for as long as the call lasts.
+
+    Args:
+        steering: what is added, which is asked at every layer.
+    """
+
+    needs_loop = False
+
+    def __init__(self, steering: Steering):
+        self.steering = steering
+
+    @classmethod
+    def bind(cls, config: ActivationConfig, call: Call) -> list[Method]:
+        """The vectors that `config` asks for, and the gate before them if it names a head."""
+        multiplier = config.multiplier
+        if isinstance(multiplier, tuple) and len(multiplier) != call.rows:
+            raise ValueError(
+                f"`multiplier` has {len(multiplier)} entries, but the returned batch has {call.rows} rows."
+            )
+        how = (multiplier, config.mode, config.tokens, config.allow_backbone_mismatch)
+        steering = call.open.enter_context(injected(call.model, vectors_of(config.vectors), *how))
+        if config.mode == "last_token" and call.config.prefill_chunk_size is not None:
+            raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
+        if config.value_head is None:
+            return [cls(steering)]
+        scorer = bind(config, load_head(config, call.model), call.rows, call.device)
+        return [cls(steering), Gate(scorer, steering, config.min_new_tokens)]
+
+    def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:
+        """Nothing has to be found out any more: say what is read."""
+        self.steering.told = True
+        if reading.prompt is not None:
+            self.steering.read_prompt(reading.mask, reading.prompt)
+        else:
+            self.steering.read_generated(reading.rows, reading.copies)
+        return nullcontext()
