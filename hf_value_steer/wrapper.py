@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_value_steer.backbone.points import feature_point
-from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
+from hf_value_steer.configuration.methods import MethodConfig
+from hf_value_steer.configuration.parse import ValueSteer, parse_configs, parse_value_steer
 from hf_value_steer.files.reading import ACCESS, LOCATION, find, read_object, reading, refuse_misspelt
 from hf_value_steer.files.schema import SCHEMA, VersionedConfig, check_schema, register
 from hf_value_steer.files.upload import push
@@ -109,7 +110,7 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
     output_modalities = ("text",)
 
     def __init__(self, backbone: PreTrainedModel, value_head: ValueHead, value_steer: ValueSteer | None = None):
-        methods = parse_value_steer(value_steer or {"method": "filter"}).values()
+        methods = parse_configs(value_steer or {"method": "filter"}).values()
         check_fit(value_head, backbone, any(method.allow_backbone_mismatch for method in methods))
         super().__init__(
             ValueSteerConfig(
@@ -174,7 +175,8 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
             given = [kwargs.get("generation_config"), *args[1:2], self.generation_config]
             value_steer = configured(each for each in given if isinstance(each, GenerationConfig))
         methods = parse_value_steer(value_steer or self.config.value_steer).values()
-        steer = [method.with_value_head(self.value_head) for method in methods]
+        head = self.value_head
+        steer = [each.with_value_head(head) if isinstance(each, MethodConfig) else each for each in methods]
         return generate(self.backbone, *args, value_steer=steer, **kwargs)
 
     def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -12,7 +12,8 @@ from hf_value_steer.configuration.guide import GuidanceConfig
 from hf_value_steer.configuration.methods import MethodConfig
 
 
-ValueSteer: TypeAlias = MethodConfig | Mapping[str, Any] | Sequence[MethodConfig | Mapping[str, Any]]
+# What `generate` takes. Among the rest are methods of one's own, see [`~hf_value_steer.generation.method.Bindable`].
+ValueSteer: TypeAlias = MethodConfig | Mapping[str, Any] | Sequence[MethodConfig | Mapping[str, Any] | Any] | Any
 
 METHODS: dict[str, type[MethodConfig]] = {
     "filter": ValueFilterConfig,
@@ -22,11 +23,26 @@ METHODS: dict[str, type[MethodConfig]] = {
 }
 
 
-def parse_value_steer(value_steer: ValueSteer) -> dict[str, MethodConfig]:
-    """Read the `value_steer` argument: a config, its JSON form, or a list of them, one a method.
+def parse_configs(value_steer: ValueSteer) -> dict[str, MethodConfig]:
+    """Read a `value_steer` that is saved or served: configs or their JSON form, see [`parse_value_steer`].
+
+    Raises:
+        TypeError: for a method of one's own, which only `generate` takes.
+    """
+    asked = parse_value_steer(value_steer)
+    for name, each in asked.items():
+        if not isinstance(each, MethodConfig):
+            raise TypeError(
+                f'The method "{name}" is an object, which is for `generate`: pass a config or its dict form.'
+            )
+    return asked
+
+
+def parse_value_steer(value_steer: ValueSteer) -> dict[str, Any]:
+    """Read the `value_steer` argument: a config, its JSON form, a method of one's own, or a list of them.
 
     Returns:
-        `dict` from method name (`"filter"`, `"abstain"`, `"activate"`, `"guide"`) to its config.
+        `dict` from method name (`"filter"`, `"abstain"`, `"activate"`, `"guide"`) to its config, or to the method.
     """
     items: Sequence[Any] = value_steer if isinstance(value_steer, list | tuple) else [value_steer]
     configs = [_parse_one(item) for item in items]
@@ -37,7 +53,8 @@ def parse_value_steer(value_steer: ValueSteer) -> dict[str, MethodConfig]:
 
 
 def _parse_one(item: Any) -> Any:
-    if isinstance(item, MethodConfig) or callable(getattr(item, "bind", None)):
+    own = callable(getattr(item, "bind", None)) and isinstance(getattr(item, "method", None), str)
+    if own or isinstance(item, MethodConfig):
         return item
     if not isinstance(item, Mapping):
         raise TypeError(

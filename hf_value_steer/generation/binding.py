@@ -11,7 +11,7 @@ from hf_value_steer.configuration.methods import MethodConfig
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.filter import ValueFilter
 from hf_value_steer.generation.guidance import Guidance
-from hf_value_steer.generation.method import Call, Method
+from hf_value_steer.generation.method import Bindable, Call, Method
 from hf_value_steer.generation.vectors import Vectors
 
 
@@ -30,10 +30,11 @@ def bind_methods(call: Call) -> list[Method]:
     Raises:
         ValueError: for what does not fit the model, the call or one another.
     """
-    others = [asked for asked in call.asked.values() if not isinstance(asked, MethodConfig)]
-    known = {type(asked): asked for asked in call.asked.values()}
-    methods = [method for kind, binder in _BINDERS.items() if kind in known for method in binder(known[kind], call)]
-    methods += [method for other in others for method in other.bind(call)]
+    methods: list[Method] = []
+    for kind, binder in _BINDERS.items():
+        methods += [method for each in call.asked.values() if isinstance(each, kind) for method in binder(each, call)]
+    others: list[Bindable] = [each for each in call.asked.values() if not isinstance(each, tuple(_BINDERS))]
+    methods += [method for each in others for method in each.bind(call)]
     if sum(method.judges for method in methods) > 1:
         raise ValueError("`value_steer` takes one method that decides which tokens are kept.")
     return methods

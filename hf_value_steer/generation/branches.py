@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_value_steer.generation.forwards import Reached
 from hf_value_steer.generation.kernels import Kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick
+from hf_value_steer.generation.state import State
 
 
 @dataclass
@@ -71,6 +72,24 @@ class Chain(Branch):
     def __init__(self, reached: Reached, cache: LookaheadCache, row: int):
         super().__init__(reached, cache)
         self.row = row
+
+    @property
+    def logits(self) -> Tensor:
+        """After each of its tokens, `(tokens, vocab)`, raw and float32."""
+        assert self.reached.logits is not None  # all of them are computed
+        return self.reached.logits[0].float()
+
+    def hidden_states(self, place: int) -> tuple[Tensor, ...]:
+        """Of one of its tokens, `(1, width)` each; empty where they are not asked for."""
+        return tuple(states[0, place : place + 1] for states in self.reached.hidden_states or ())
+
+    def put_last(self, state: State) -> None:
+        """Let the row go on from the last of its tokens."""
+        last = len(self.logits) - 1
+        pairs = [(state.logits, self.logits[last]), (state.feature, self.reached.feature[0, last])]
+        pairs += zip(state.hidden_states or (), self.hidden_states(last), strict=True)
+        for mine, own in pairs:
+            mine[self.row] = own.to(mine)
 
     def overwrite(self) -> None:
         """Put them in the place of as many tokens at the end of the live cache."""

@@ -7,6 +7,7 @@ spaces, linear attention) are overwritten: they are remembered before each step.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -86,6 +87,7 @@ class LiveCache:
         self.cache, self.back = cache, back
         self.windows = sliding_windows(config)
         self.before: list[States] = []
+        self.dropped: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: the last slots that have left its window
         self.measure()
 
     def measure(self) -> None:
@@ -124,12 +126,23 @@ class LiveCache:
         return int(held) - 1
 
     def settle(self) -> None:
-        """End a step: drop what has left the windows, but for what may be taken back."""
-        for layer in self._sliding():
-            if self.back == 0:
+        """End a step: drop what has left the windows, and remember as much of it as may be taken back."""
+        for index, layer in enumerate(self.cache.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                if self.back:
+                    keys, values = self.held(index)
+                    end = max(keys.shape[2] - layer.sliding_window + 1, 0)
+                    leaving = slice(max(end - self.back, 0), end)
+                    self.dropped[index] = keys[:, :, leaving], values[:, :, leaving]
                 layer.crop(0)
-            elif layer.keys.shape[-2] >= (kept := layer.sliding_window - 1 + self.back):
-                layer.keys, layer.values = layer.keys[:, :, -kept:], layer.values[:, :, -kept:]
+
+    def held(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of layer `index`, `(batch, heads, slots, dim)`, with what its window has dropped last."""
+        layer = self.cache.layers[index]
+        if index not in self.dropped:
+            return layer.keys, layer.values
+        keys, values = self.dropped[index]
+        return torch.cat([keys, layer.keys], dim=2), torch.cat([values, layer.values], dim=2)
 
     def remove_last(self) -> None:
         """Undo the last step, and give the layers back their ordinary behaviour."""

@@ -46,7 +46,9 @@ def value_steer_generate(
         stopping_criteria: criteria of the call.
         generation_config: prepared config of the call.
         value_steer: a [`ValueFilterConfig`], an [`AbstentionConfig`], an [`ActivationConfig`], a
-            [`GuidanceConfig`], their dict form, or a list of several; that of `generation_config` if left out.
+            [`GuidanceConfig`], their dict form, a method of your own
+            ([`~hf_value_steer.generation.method.Bindable`]), or a list of several; that of `generation_config` if left
+            out.
         token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
             (`streamer=` reaches us only through [`enable_value_steer`].)
         model_kwargs: what `generate` prepared for the model's forward.

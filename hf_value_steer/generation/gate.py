@@ -21,6 +21,7 @@ class Gate(Method):
     """
 
     values_texts = True
+    follows = False  # several tokens that are read at once have one gate
     rowwise: ClassVar[tuple[str, ...]] = ("open",)
 
     def __init__(self, scorer: Scorer, steering: Steering, min_new_tokens: int):

@@ -86,6 +86,7 @@ class Guidance(Method):
 
     values_texts = True
     last_token_apart = True
+    follows = False  # the bridges of earlier tokens are not kept
 
     def __init__(self, model: PreTrainedModel, module: GuidanceModule, config: GuidanceConfig):
         self.layers, self.module, self.config = decoder_layers(model), module, config

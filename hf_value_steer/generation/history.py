@@ -47,22 +47,32 @@ class History:
     def _now(self, moment: Moment) -> Past:
         return Past(moment, [method.snapshot() for method in self.methods], self.stops.copy())
 
+    def refuse_beyond(self, row: int, tokens: int) -> None:
+        """Raise a `ValueError` unless so many tokens of a row can be taken back, all of which count."""
+        known = list(self.pasts)[-1 - tokens :]
+        if not 0 < tokens < len(self.pasts) or not all(bool(past.moment.live[row]) for past in known[1:]):
+            raise ValueError(
+                f"{tokens} token(s) of row {row} cannot be taken back: of its text, the last {len(self.pasts) - 1} "
+                "are remembered, and none after its end."
+            )
+
     def undo(self, row: int, tokens: int) -> None:
         """Let the methods be, in one row, where they were `tokens` tokens ago."""
         self._put(torch.tensor([row]), self.pasts[-1 - tokens])
 
-    def replay(self, row: int, tokens_ago: int, moment: Moment) -> None:
-        """Tell the methods of another token in one row: the one that followed the past of `tokens_ago` tokens ago.
+    def replay(self, row: int, ago: int, moment: Moment) -> None:
+        """Tell the methods of another token in one row.
 
         Args:
-            moment: as it would have been; its other rows do not count.
+            ago (`int`): 1 is the last token, 2 the one before it.
+            moment: what there is to tell of it; its other rows do not count.
         """
-        past = self.pasts[-tokens_ago]
+        past = self.pasts[-ago]
         others = torch.arange(len(moment.live)) != row
         for method in self.methods:
             method.observe(moment)
         self._put(others.nonzero().squeeze(1), past)
-        self.pasts[-tokens_ago] = self._now(moment)
+        self.pasts[-ago] = self._now(moment)
 
     def _put(self, rows: Tensor, past: Past) -> None:
         for method, state in zip(self.methods, past.states, strict=True):

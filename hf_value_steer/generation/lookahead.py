@@ -183,7 +183,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
 
     def _borrow(self, index: int) -> Any:
         layer = self.live.cache.layers[index]
-        attention = self._attention(layer, self.live.windows[index]) if isinstance(layer, CacheLayerMixin) else None
+        attention = self._attention(index, layer) if isinstance(layer, CacheLayerMixin) else None
         if not isinstance(layer, LinearAttentionLayer):
             return layer if attention is None else attention  # a layer that holds nothing stands for itself
         states = self.live.before[index]
@@ -194,10 +194,11 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             return RecurrentLayer(layer, states, repeated)
         return HybridLayer(layer, states, repeated, attention)
 
-    def _attention(self, layer: CacheLayerMixin, window: int | None) -> LookaheadLayer:
-        end = self.live.last_slot(layer) + 1 - self.hidden
+    def _attention(self, index: int, layer: CacheLayerMixin) -> LookaheadLayer:
+        window, (keys, values) = self.live.windows[index], self.live.held(index)
+        end = self.live.last_slot(layer) + 1 - self.hidden + keys.shape[2] - layer.keys.shape[2]
         start = 0 if window is None else max(end - window + 1, 0)
-        borrowed = self.kind(layer.keys, layer.values, (start, end), self.length, self.rows)
+        borrowed = self.kind(keys, values, (start, end), self.length, self.rows)
         borrowed.is_sliding = window is not None or layer.is_sliding
         return borrowed
 

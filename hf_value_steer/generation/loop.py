@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.engine import Engine
@@ -15,9 +16,10 @@ from hf_value_steer.generation.history import History
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.method import Call, Method, Moment
 from hf_value_steer.generation.output import Record, ValueSteerDecoderOnlyOutput
+from hf_value_steer.generation.rewriting import Rewriting
 from hf_value_steer.generation.state import Draw, Outcome, Reading, State
 from hf_value_steer.generation.steps import choose_step
-from hf_value_steer.generation.streaming import Streaming
+from hf_value_steer.generation.streaming import Emission, Streaming
 from hf_value_steer.hosts.transformers import CACHE, bans_and_warpers, cache_name, pad_token, rows_can_end
 
 
@@ -39,16 +41,28 @@ class Loop:
         criteria: StoppingCriteriaList,
         streamer: Streaming,
     ):
-        self.call, self.config, self.methods, self.streamer = call, call.config, methods, streamer
+        self.call, self.config, self.methods = call, call.config, methods
         self.bans, self.warpers, self.late = bans_and_warpers(processors)
         self.criteria, self.pads = criteria, rows_can_end(criteria)
         judge = next((method for method in methods if method.judges), None)
-        self.reporter = judge or next(method for method in methods if method.values_texts)
+        self.reporter = judge or next((method for method in methods if method.values_texts), None)
         self.back = max(method.back for method in methods)
+        self._refuse_going_back()
         self.engine = self._engine()
         self.step = choose_step(self.engine, judge, self.reporter)
         self.record = Record(call.config)
         self.history = History(methods, call.stops, self.back)
+        self.emission = Emission(streamer, self.back)
+        parts = (self.engine, self.history, self.record, self.emission, self.reporter)
+        self.rewriting = Rewriting(*parts, self._scores, criteria, self.pads)
+
+    def _refuse_going_back(self) -> None:
+        """Raise an `UnsupportedError` if tokens may be taken back, and something of this call cannot follow."""
+        if self.back and self.config.output_attentions:
+            raise UnsupportedError("`output_attentions` cannot be returned where tokens may be taken back.")
+        for method in self.methods if self.back else []:
+            if not method.follows:
+                raise UnsupportedError(f"Tokens cannot be taken back beside {type(method).__name__}.")
 
     def _engine(self) -> Engine:
         model_kwargs, model = self.call.model_kwargs, self.call.model
@@ -74,27 +88,29 @@ class Loop:
         apart = any(method.last_token_apart for method in self.methods)
         state = self.engine.prefill(input_ids, self.config, apart)
         moment = Moment(0, state.feature, self.unfinished, self.unfinished)
-        prompt_values = moment.values_of(self.reporter)
+        prompt_values = None if self.reporter is None else moment.values_of(self.reporter)
         self._tell(moment)
         for step in itertools.count():
             draw = self._draw(step, input_ids, state)
             state, outcome = self.step(draw)
             input_ids = torch.cat([input_ids, outcome.tokens[:, None]], dim=-1)
             moment = self._commit(draw, outcome, state, input_ids)
-            self.streamer.put(outcome.tokens)
+            self.emission.put(outcome.tokens)
+            for method in self.methods:
+                for row, tokens in method.rewrite(moment).items():
+                    input_ids = self.rewriting(row, tokens, input_ids, state)
+                    self.unfinished = self.history.pasts[-1].moment.unfinished
             if not bool(self.unfinished.any()):
                 break
             self.engine.commit()
         self.engine.finish()
-        self.streamer.end()
+        self.emission.end()
         return self._output(input_ids, prompt_values)
 
     def _draw(self, step: int, input_ids: Tensor, state: State) -> Draw:
         """The natural samples, or what methods prescribe in their place."""
         live = self.unfinished if self.pads else torch.ones_like(self.unfinished)
-        permitted = self.bans(input_ids, state.logits)
-        scores = self.warpers(input_ids, permitted)
-        permitted = self.late(input_ids, permitted)
+        permitted, scores = self._scores(input_ids, state.logits)
         self.record.add(
             scores=scores, logits=state.logits, attentions=state.attentions, hidden_states=state.hidden_states
         )
@@ -107,12 +123,19 @@ class Loop:
             draw.tokens = torch.where(live, draw.tokens, pad_token(self.config).to(tokens.device))
         return draw
 
+    def _scores(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What the call permits, and processed scores, `(batch, vocab)` each, from the raw logits after a text."""
+        permitted = self.bans(input_ids, logits)
+        scores = self.warpers(input_ids, permitted)
+        return self.late(input_ids, permitted), scores
+
     def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> Moment:
         """The tokens of a step are part of the text: say so to criteria, methods and record."""
         self.call.stops.mark(outcome.ended, draw.step, outcome.candidate_values[:, 0])
         self.unfinished = self.unfinished & ~self.criteria(input_ids, self.record.scores)
         moment = Moment(draw.step + 1, state.feature, draw.live, self.unfinished, draw, outcome)
-        moment.known[id(self.reporter)] = outcome.values
+        if self.reporter is not None:
+            moment.known[id(self.reporter)] = outcome.values
         self._tell(moment)
         self.record.add(
             token_values=outcome.values,
@@ -128,7 +151,7 @@ class Loop:
             method.observe(moment)
         self.history.keep(moment)
 
-    def _output(self, input_ids: Tensor, prompt_values: Tensor) -> Tensor | ValueSteerDecoderOnlyOutput:
+    def _output(self, input_ids: Tensor, prompt_values: Tensor | None) -> Tensor | ValueSteerDecoderOnlyOutput:
         if not self.record.wanted:
             return input_ids
         stops = self.call.stops

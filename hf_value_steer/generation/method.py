@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_value_steer.configuration.methods import MethodConfig
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.scorer import require_finite
@@ -35,7 +34,7 @@ class Call:
     config: GenerationConfig
     input_ids: Tensor
     model_kwargs: dict[str, Any]
-    asked: Mapping[str, "MethodConfig | Bindable"]
+    asked: Mapping[str, Any]
     stops: Stops
     open: ExitStack
 
@@ -55,7 +54,6 @@ class Call:
         return self.input_ids.device
 
 
-@runtime_checkable
 class Bindable(Protocol):
     """What `value_steer` takes beside configs: a method of one's own, by its name."""
 
@@ -79,6 +77,7 @@ class Method:
         lookahead (`str`): how candidates are to be forwarded, or `"auto"`.
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
         back (`int`): how many tokens it may take back by [`rewrite`].
+        follows (`bool`): whether its state is right again once other tokens are taken back, by [`undo`].
         rowwise (`tuple` of `str`): its attributes that have one entry a row: its state, which can be taken back.
     """
 
@@ -90,6 +89,7 @@ class Method:
     lookahead: str = "auto"
     last_token_apart: bool = False
     back: int = 0
+    follows: bool = True
     rowwise: ClassVar[tuple[str, ...]] = ()
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:  # noqa: ARG002

@@ -106,16 +106,20 @@ class Record:
             if self.wanted and (name not in _OF_GENERATE or name in self.names) and entry is not None:
                 self.steps.setdefault(name, []).append(entry)
 
-    def rewrite(self, row: int, back: int, **fields: Any) -> None:
-        """Put other entries into one row of the step that was recorded `back` steps before the last one.
-
-        Args:
-            fields: `(...)` each, of the row alone.
-        """
+    def rewrite(self, row: int, ago: int, **fields: Tensor) -> None:
+        """Put other entries `(...)` into one row of an earlier step: 1 is the last one, 2 that before it."""
         for name, entry in fields.items():
             if name in self.steps:
-                step = self.steps[name][-1 - back] = self.steps[name][-1 - back].clone()
-                step[row] = entry
+                changed = self.steps[name][-ago] = self.steps[name][-ago].clone()
+                changed[row] = entry.to(changed)
+
+    def rewrite_states(self, row: int, ago: int, states: tuple[Tensor, ...]) -> None:
+        """The same for hidden states, `(1, width)` of each layer."""
+        if "hidden_states" in self.steps:
+            before = self.steps["hidden_states"][-ago]
+            changed = self.steps["hidden_states"][-ago] = tuple(each.clone() for each in before)
+            for mine, own in zip(changed, states, strict=True):
+                mine[row] = own.to(mine)
 
     @property
     def scores(self) -> tuple[Tensor, ...] | None:

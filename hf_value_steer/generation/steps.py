@@ -23,13 +23,13 @@ class Step(Protocol):
     def __call__(self, draw: Draw) -> tuple[State, Outcome]: ...
 
 
-def choose_step(engine: Engine, judge: Method | None, reporter: Method) -> Step:
+def choose_step(engine: Engine, judge: Method | None, reporter: Method | None) -> Step:
     """The way in which this call takes its steps.
 
     Args:
         engine: forward passes and cache.
         judge (*optional*): the method that decides which tokens are kept.
-        reporter: the method whose values are reported.
+        reporter (*optional*): the method whose values are reported.
     """
     if judge is None:
         return Plain(engine, reporter)
@@ -39,13 +39,15 @@ def choose_step(engine: Engine, judge: Method | None, reporter: Method) -> Step:
 class Plain:
     """Forwards the drawn tokens and keeps them."""
 
-    def __init__(self, engine: Engine, reporter: Method):
+    def __init__(self, engine: Engine, reporter: Method | None):
         self.engine, self.reporter = engine, reporter
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
         draw.refuse_impossible()
         state = self.engine.state(self.engine.read(draw.text()), draw.tokens.device)
-        values = Moment(draw.step + 1, state.feature, draw.live, draw.live).values_of(self.reporter)
+        values = torch.full(draw.live.shape, torch.nan, device=draw.live.device)
+        if self.reporter is not None:
+            values = Moment(draw.step + 1, state.feature, draw.live, draw.live).values_of(self.reporter)
         return state, _natural(draw, values, 1)
 
 
@@ -147,14 +149,15 @@ def _natural(draw: Draw, values: Tensor, most: int) -> Outcome:
 
 def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision) -> None:
     """Put what was decided in rows `(n,)` into the outcome, as far as their tokens count."""
-    live = draw.live[rows]
-    rows, count = rows[live], candidates.drawn.shape[1]
-    column = committed(candidates, decision)[live, None]
-    tokens, values = candidates.tokens[live], decision.values[live]
+    count, column = candidates.drawn.shape[1], committed(candidates, decision)[:, None]
     outcome.tokens = outcome.tokens.clone()
-    outcome.tokens[rows] = tokens.gather(1, column).squeeze(1)
-    outcome.values[rows] = values.gather(1, column).squeeze(1)
-    outcome.evaluated[rows] = candidates.distinct[live, :count].sum(dim=-1)
-    outcome.candidates[rows, :count] = tokens[:, :count]
-    outcome.candidate_values[rows, :count] = values[:, :count]
-    outcome.ended[rows] = decision.ends[live]
+    for mine, decided in (
+        (outcome.tokens, candidates.tokens.gather(1, column).squeeze(1)),
+        (outcome.values, decision.values.gather(1, column).squeeze(1)),
+        (outcome.evaluated, candidates.distinct[:, :count].sum(dim=-1)),
+        (outcome.candidates[:, :count], candidates.tokens[:, :count]),
+        (outcome.candidate_values[:, :count], decision.values[:, :count]),
+        (outcome.ended, decision.ends),
+    ):
+        live = draw.live[rows].view(-1, *[1] * (mine.dim() - 1))
+        mine[rows] = torch.where(live, decided, mine[rows])

@@ -1,5 +1,6 @@
 """A streamer whose reader is released, whatever happens to the call that writes to it."""
 
+from collections import deque
 from types import TracebackType
 
 from torch import Tensor
@@ -38,3 +39,34 @@ class Streaming(BaseStreamer):  # type: ignore[misc]
 def streaming(streamer: BaseStreamer | None) -> Streaming:
     """`streamer` as one that is always ended."""
     return streamer if isinstance(streamer, Streaming) else Streaming(streamer)
+
+
+class Emission:
+    """Hands tokens on once they cannot be taken back.
+
+    Args:
+        streamer: of the call. On an error it is released without what is still held back.
+        lag (`int`): how many tokens are held back.
+    """
+
+    def __init__(self, streamer: Streaming, lag: int):
+        self.streamer, self.lag = streamer, lag
+        self.held = deque[Tensor]()
+
+    def put(self, tokens: Tensor) -> None:
+        """Take in the token of each row, `(batch,)`."""
+        self.held.append(tokens)
+        while len(self.held) > self.lag:
+            self.streamer.put(self.held.popleft())
+
+    def rewrite(self, row: int, tokens: Tensor) -> None:
+        """Put other tokens `(n,)` in the place of the last n of a row."""
+        for ago, token in zip(range(len(tokens), 0, -1), tokens, strict=True):
+            self.held[-ago] = self.held[-ago].clone()
+            self.held[-ago][row] = token
+
+    def end(self) -> None:
+        """Hand on what is held back, and end the stream."""
+        while self.held:
+            self.streamer.put(self.held.popleft())
+        self.streamer.end()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
+from hf_value_steer.configuration.parse import ValueSteer, parse_configs
 from hf_value_steer.vllm.memory import cpu_memory
 
 
@@ -27,7 +27,7 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
     from hf_value_steer.vllm.admission import admission_for
     from hf_value_steer.vllm.steering import Steering
 
-    configs = [config.to_dict() for config in parse_value_steer(value_steer).values()]
+    configs = [config.to_dict() for config in parse_configs(value_steer).values()]
     steering = Steering.load(configs)
     ours = {
         "model": model,

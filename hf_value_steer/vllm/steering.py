@@ -9,7 +9,7 @@ import torch
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
-from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
+from hf_value_steer.configuration.parse import ValueSteer, parse_configs
 from hf_value_steer.generation.scorer import Scorer, bind
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.vllm.overrides import MOST_CANDIDATES, apply_overrides
@@ -34,7 +34,7 @@ class Steering:
         Raises:
             ValueError: for a config that vLLM cannot honour, a head that cannot be loaded, or one without a threshold.
         """
-        methods = {name: _served(config) for name, config in parse_value_steer(value_steer).items()}
+        methods = {name: _served(config) for name, config in parse_configs(value_steer).items()}
         names = [_head_name(config) for config in methods.values()]
         loaded = {name: ValueHead.from_pretrained(name).eval() for name in dict.fromkeys(names)}
         steering = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))

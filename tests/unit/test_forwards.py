@@ -1,0 +1,87 @@
+"""A forward in two parts: what is left in the middle goes on to the same logits."""
+
+import pytest
+import torch
+
+from hf_value_steer.backbone.parts import decoder_layers
+from hf_value_steer.backbone.shadow import shadow
+from hf_value_steer.generation.forwards import Split, Whole, choose_forwards
+from hf_value_steer.hosts.transformers import CACHE
+from tests.families import FAMILIES, build
+
+
+IDS = torch.arange(5, 17).reshape(2, 6)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return shadow(build(request.param))
+
+
+def forwards(model):
+    return Split(model), Whole(model)
+
+
+@torch.no_grad()
+def test_both_ways_give_the_same(model):
+    split, whole = (each.run_to(Split(model).point, {"input_ids": IDS}) for each in forwards(model))
+    assert torch.equal(split.feature, whole.feature)
+    assert split.logits is None
+    torch.testing.assert_close(Split(model).resume_from(split), whole.logits)
+
+
+@torch.no_grad()
+def test_it_goes_on_from_another_feature(model):
+    forward = Split(model)
+    reached = forward.run_to(forward.point, {"input_ids": IDS})
+    expected = forward.resume_from(reached)[1:, 2:3]
+    reached.feature = reached.feature[1:, 2:3]
+    torch.testing.assert_close(forward.resume_from(reached), expected)
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_are_there(model):
+    forward, asked = Split(model), {"output_hidden_states": True}
+    reached = forward.run_to(forward.point, {"input_ids": IDS, **asked})
+    expected = model(input_ids=IDS, **asked).hidden_states
+    assert len(reached.hidden_states) == len(expected)
+    assert all(torch.equal(one, other) for one, other in zip(reached.hidden_states, expected, strict=True))
+
+
+@torch.no_grad()
+def test_the_layers_run_once_and_the_output_embedding_once(model):
+    forward, cache = Split(model), model(input_ids=IDS, use_cache=True)[CACHE]
+    calls = {"layers": 0, "embedded": 0}
+    own = forward.stack.forward
+
+    def counted(*args, **kwargs):
+        calls["layers"] += 1
+        return own(*args, **kwargs)
+
+    vars(forward.stack)["forward"] = counted
+    head = forward.point.module
+    head.register_forward_pre_hook(lambda _, args: calls.update(embedded=calls["embedded"] + args[0].shape[1]))
+    reached = forward.run_to(forward.point, {"input_ids": IDS[:, :1], CACHE: cache})
+    forward.resume_from(reached)
+    assert calls == {"layers": 1, "embedded": 2}  # it is shown a position when it is left, and when it goes on
+    assert cache.get_seq_length() == 7
+    assert vars(forward.stack)["forward"] is counted
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(model):
+    forward = Split(model)
+
+    def broken(*_):
+        raise RuntimeError("in the middle")
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        forward.run_to(forward.point, {"input_ids": IDS})
+    handle.remove()
+    assert "forward" not in vars(forward.stack) and not forward.point.watchers
+
+
+def test_compiled_forwards_are_not_left_in_the_middle(model):
+    assert isinstance(choose_forwards(model), Split)
+    vars(model)["forward"] = torch.compile(model.forward, backend="eager")
+    assert isinstance(choose_forwards(model), Whole)
