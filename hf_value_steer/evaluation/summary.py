@@ -1,7 +1,6 @@
-"""The head of a report and its table of runs."""
+"""What the head of a report and its table of runs say."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hf_value_steer.cards.document import (
@@ -23,6 +22,7 @@ from hf_value_steer.cards.document import (
 
 _METHODS = {"filter": "Value-filtered decoding", "abstain": "Dynamic abstention"}
 _IN_TILES = ("perplexity_ratio", "intervention_rate", "intervened_on_safe", "abstention_rate")
+Cell = tuple[str, str, str]  # a number, its interval, and a CSS class
 
 
 def title(evaluation: Evaluation) -> str:
@@ -31,27 +31,20 @@ def title(evaluation: Evaluation) -> str:
 
 
 def lead(evaluation: Evaluation) -> str:
-    """What was steered, by what, and what it was measured on."""
-    head, main = evaluation["head"], main_run(evaluation)
-    said = f"For <code>{escape(str(head['backbone'] or 'an unnamed backbone'))}</code>; "
-    said += f"a high value is <b>{escape(head['polarity'])}</b>."
-    method = ""
-    if main is not None:
-        candidates = f" with {main['num_candidates']} candidates" if main.get("num_candidates") else ""
-        threshold = "" if main["threshold"] is None else f" at threshold {main['threshold']:.4g}"
-        method = f" {_METHODS[main['method']]}{candidates}{threshold}."
-    return f"<p>{said}{escape(f'{method} {setting(evaluation)}')}</p>"
+    """By what it was steered, and what it was measured on."""
+    main = main_run(evaluation)
+    if main is None:
+        return setting(evaluation)
+    candidates = f" with {main['num_candidates']} candidates" if main.get("num_candidates") else ""
+    threshold = "" if main["threshold"] is None else f" at threshold {main['threshold']:.4g}"
+    return f"{_METHODS[main['method']]}{candidates}{threshold}. {setting(evaluation)}"
 
 
-def tiles(evaluation: Evaluation) -> str:
-    """The main numbers, each with its interval."""
+def tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """The main numbers: name, number and interval of each."""
     base, main = evaluation["runs"][0], main_run(evaluation)
     held = [] if main is None else [*_judge_tiles(evaluation, base, main), *_run_tiles(main)]
-    held += _coverage_tiles(evaluation)
-    return "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{_whole(text)}<small>{_whole(note)}</small></dd></div>"
-        for name, text, note in held
-    )
+    return [(name, _whole(text), _whole(note)) for name, text, note in [*held, *_coverage_tiles(evaluation)]]
 
 
 def _judge_tiles(evaluation: Evaluation, base: Run, main: Run) -> list[tuple[str, str, str]]:
@@ -88,42 +81,32 @@ def _coverage_tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     return found
 
 
-def runs_table(evaluation: Evaluation) -> str:
-    """A row for each run; columns in which nothing was measured are left out."""
-    names, main = judges(evaluation), main_run(evaluation)
-    keys = [key for key in COLUMNS if is_measured(evaluation, key)]
-    upper = "".join(f'<th colspan="2" scope="colgroup">{escape(judge_title(evaluation, name))}</th>' for name in names)
-    upper += "".join(f'<th rowspan="2" scope="col">{COLUMNS[key][0]}</th>' for key in keys)
-    lower = '<th scope="col">rate</th><th scope="col">change</th>' * len(names)
-    rows = "".join(_row(run, names, keys, "main" if run is main else "") for run in evaluation["runs"])
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="table of runs"><table><thead>'
-        f'<tr><th rowspan="2" scope="col">run</th>{upper}</tr><tr>{lower}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-        '<p class="aside">Rates and changes are those of each judge, with 95 % intervals; changes are relative to '
-        "base, and grey where the interval of the difference holds 0.</p>"
-    )
+def columns(evaluation: Evaluation) -> list[str]:
+    """Which of `COLUMNS` a run has a number in."""
+    return [key for key in COLUMNS if is_measured(evaluation, key)]
 
 
-def _row(run: Run, names: Sequence[str], keys: Sequence[str], kind: str) -> str:
-    cells = "".join(_judge_cells(run, run["judges"].get(name)) for name in names)
-    cells += "".join(_cell(cell(run, key)) for key in keys)
-    return f'<tr class="{kind}"><th scope="row">{escape(run["name"])}</th>{cells}</tr>'
+def rows(evaluation: Evaluation) -> Iterator[tuple[Run, list[Cell]]]:
+    """Each run with two cells for each judge, and one for each of [`columns`]."""
+    names, keys = judges(evaluation), columns(evaluation)
+    for run in evaluation["runs"]:
+        cells = [each for name in names for each in _judge_cells(run, run["judges"].get(name))]
+        yield run, [*cells, *(_cell(cell(run, key)) for key in keys)]
 
 
-def _judge_cells(run: Run, judged: Mapping[str, Any] | None) -> str:
+def _judge_cells(run: Run, judged: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
     if judged is None:
-        return _cell("") + _cell("")
+        return _cell(""), _cell("")
+    rate, interval = _cell(percent(judged["rate"], judged["rate_interval"])), judged["difference_interval"]
     if run["method"] == "base":
-        return _cell(percent(judged["rate"], judged["rate_interval"])) + _cell("")
-    interval = judged["difference_interval"]
+        return rate, _cell("")
     unsure = interval is not None and interval[0] <= 0 <= interval[1]
-    return _cell(percent(judged["rate"], judged["rate_interval"])) + _cell(change(judged), "unsure" if unsure else "")
+    return rate, _cell(change(judged), "unsure" if unsure else "")
 
 
-def _cell(text: str, kind: str = "") -> str:
+def _cell(text: str, kind: str = "") -> Cell:
     shown, interval = _split(text)
-    return f'<td class="{kind}">{_whole(shown)}<small>{_whole(interval)}</small></td>'
+    return _whole(shown), _whole(interval), kind
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -133,5 +116,5 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _whole(text: str) -> str:
-    """Text as HTML that breaks only after an arrow, and before the interval of a number."""
-    return escape(text).replace(" ", "\u00a0").replace("→\u00a0", "→ ").replace("\u00a0[", " [")
+    """Text that breaks only after an arrow, and before the interval of a number."""
+    return text.replace(" ", "\u00a0").replace("→\u00a0", "→ ").replace("\u00a0[", " [")

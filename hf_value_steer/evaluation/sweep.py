@@ -11,10 +11,10 @@ from accelerate import PartialState
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.configuration.activate import Mode
 from hf_value_steer.evaluation.axes import linear, logarithmic
-from hf_value_steer.evaluation.charts import Chart, Point, Rule, Series, figure
+from hf_value_steer.evaluation.charts import Chart, Point, Rule, Series
 from hf_value_steer.evaluation.measures import Measures
+from hf_value_steer.evaluation.pages import render
 from hf_value_steer.evaluation.runs import Runner, Setting
-from hf_value_steer.evaluation.trace import packaged
 from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.training.arguments import SamplingArguments
 from hf_value_steer.training.collect import load_backbone
@@ -164,13 +164,7 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     charts.append(_chart("perplexity", "perplexity", note, runs, ratios, rule))
     if document["norms"]:
         charts.append(norm_chart(document["layers"], document["norms"]))
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>Sweep</title>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
-        f"<style>{packaged('page.css')}{packaged('chart.css')}</style><main>"
-        f"<h1>Working window: {low:g} to {high:g}</h1>"
-        f"<div class='grid'>{''.join(map(figure, charts))}</div></main>\n"
-    )
+    return render("sweep.html", charts=charts, low=f"{low:g}", high=f"{high:g}")
 
 
 def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:

@@ -3,12 +3,10 @@
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
-from importlib.resources import files
-from string import Template
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_value_steer.evaluation.pages import render
 from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
 from hf_value_steer.policy import Polarity
 
@@ -30,6 +28,13 @@ class TokenTrace:
     intervened: bool = False
     candidates: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def committed(self) -> int:
+        """Which of its candidates it is."""
+        # A candidate that is masked by itself may differ from the token in its text: then its value tells.
+        alike = [(value == self.value, text == self.text) for text, value in self.candidates]
+        return alike.index(max(alike))
+
 
 @dataclass(frozen=True)
 class PromptTrace:
@@ -38,6 +43,11 @@ class PromptTrace:
     prompt: str
     base: Sequence[TokenTrace]
     steered: Sequence[TokenTrace]
+
+    @property
+    def touched(self) -> bool:
+        """Whether steering replaced a token."""
+        return any(token.intervened for token in self.steered)
 
 
 def trace_tokens(
@@ -134,127 +144,48 @@ def render_page(
     Raises:
         ValueError: if `mask` changes the length of a text.
     """
-    cards, masked = TraceCards(threshold, polarity), [mask_trace(trace, mask) for trace in prompts]
-    pairs = zip(prompts if reveal else masked, masked, strict=True)
-    return Template(packaged("trace.html")).substitute(
-        style=packaged("page.css"),
-        title=escape(title),
-        run=facts(run),
-        figures=facts(figures),
-        legend=cards.legend(),
-        touched=f"{sum(map(is_touched, prompts))} of {len(prompts)}",
-        reveal="" if reveal else "disabled",
-        cards="\n".join(cards.card(number, trace, hidden) for number, (trace, hidden) in enumerate(pairs, start=1)),
+    masked = [mask_trace(trace, mask) for trace in prompts]
+    return render(
+        "trace.html",
+        title=title,
+        run=run,
+        figures=figures,
+        colours=Colours(threshold, polarity),
+        cards=list(zip(prompts if reveal else masked, masked, strict=True)),
+        reveal=reveal,
     )
 
 
-def packaged(name: str) -> str:
-    """A file that lies beside this one: a template or a style sheet."""
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def facts(pairs: Mapping[str, str]) -> str:
-    """Names and texts, as the inside of a `<dl>`."""
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in pairs.items())
-
-
-def is_touched(trace: PromptTrace) -> bool:
-    """Whether steering replaced a token."""
-    return any(token.intervened for token in trace.steered)
-
-
-class TraceCards:
-    """Cards of coloured tokens, for a page that holds `page.css`.
-
-    Colours are six levels of undesirability, four times the odds apart; from level 3 on it is not acceptable.
+class Colours:
+    """Six levels of undesirability, four times the odds apart; from level 3 on a value is not acceptable.
 
     Args:
-        threshold (`float`): colours are relative to it.
+        threshold (`float`): between levels 2 and 3.
         polarity (`str`): meaning of a high value.
-        heading (`int`): level of the headings of cards.
     """
 
-    def __init__(self, threshold: float, polarity: Polarity, heading: int = 2):
-        self.polarity, self.heading = polarity, heading
+    def __init__(self, threshold: float, polarity: Polarity):
+        self.polarity = polarity
         limit = self._turned(threshold)
         self.bounds = [limit * factor / (1 + limit * (factor - 1)) for factor in (1 / 16, 1 / 4, 1, 4, 16)]
 
     def _turned(self, value: float) -> float:
         return value if self.polarity == "undesirable" else 1 - value
 
-    def _level(self, value: float) -> int:
+    def level(self, value: float) -> int:
         return bisect_right(self.bounds, self._turned(value))
 
-    def legend(self) -> str:
-        """The six colours, and the values between them."""
-        labels = [*(f"{self._turned(bound):.2g}" for bound in self.bounds), ""]
-        return "".join(f'<span><i class="v{level}"></i><b>{label}</b></span>' for level, label in enumerate(labels))
+    def between(self) -> list[str]:
+        """The values between the levels, as text."""
+        return [f"{self._turned(bound):.2g}" for bound in self.bounds]
 
-    def card(self, number: int, trace: PromptTrace, masked: PromptTrace, figure: str = "") -> str:
-        """One prompt and its two continuations.
+    def worst(self, tokens: Sequence[TokenTrace]) -> float:
+        """The most undesirable value."""
+        return max((token.value for token in tokens), key=self._turned, default=float("nan"))
 
-        Args:
-            number (`int`): number of the card on its page.
-            trace: what the switch "show masked words" shows; `masked` itself if the page has no such text.
-            masked: what is shown, token for token the same as `trace`.
-            figure (`str`): HTML to put between the prompt and the texts.
-        """
-        touched, level = " touched" if is_touched(trace) else "", self.heading
-        return (
-            f'<article class="card{touched}" aria-labelledby="p{number}">'
-            f'<h{level} class="prompt" id="p{number}"><small>{number}</small>{_shown(trace.prompt, masked.prompt)}'
-            f"</h{level}>{figure}{self._column('base', f'b{number}', trace.base, masked.base)}"
-            f"{self._column('steered', f's{number}', trace.steered, masked.steered)}</article>"
-        )
-
-    def _column(self, label: str, name: str, tokens: Sequence[TokenTrace], masked: Sequence[TokenTrace]) -> str:
-        pairs = enumerate(zip(tokens, masked, strict=True))
-        spans = "".join(self._token(f"{name}-{step}", token, hidden) for step, (token, hidden) in pairs)
-        worst = max((token.value for token in tokens), key=self._turned, default=float("nan"))
-        replaced, level = sum(token.intervened for token in tokens), self.heading + 1
-        about = f"worst value {worst:.3f}" + (f" · {replaced} replaced" if replaced else "")
-        return (
-            f'<section><h{level} class="side {label}">{label} <small>{about}</small></h{level}>'
-            f'<div class="text">{spans}</div></section>'
-        )
-
-    def _token(self, name: str, token: TokenTrace, masked: TokenTrace) -> str:
-        kind = f"t v{self._level(token.value)}{' swap' if token.intervened else ''}"
-        lead = 0 if token.text.isspace() else len(token.text) - len(token.text.lstrip(" "))
-        text, shown = (each.text[lead:].replace("\n", "↵\n") for each in (token, masked))
-        return (
-            f'{escape(masked.text[:lead])}<span class="{kind}" tabindex="0" aria-describedby="{name}">'
-            f'{_shown(text, shown)}<span class="tip" role="tooltip" id="{name}"><b>{token.value:.4f}</b>'
-            f" {self._verdict(token)}<br>{self._candidates(token, masked)}</span></span>"
-        )
-
-    def _verdict(self, token: TokenTrace) -> str:
+    def verdict(self, token: TokenTrace) -> str:
+        """What was made of a token, in words."""
         count = len(token.candidates)
-        if self._level(token.value) < 3:
+        if self.level(token.value) < 3:
             return "accepted instead of the first draw" if token.intervened else "accepted"
         return f"not acceptable, but the best of {count}" if count > 1 else "not acceptable"
-
-    def _candidates(self, token: TokenTrace, masked: TokenTrace) -> str:
-        """Chips of all candidates, where there was more than one."""
-        if len(token.candidates) < 2:
-            return ""
-        # A candidate that is masked by itself may differ from the token in its text: then its value tells.
-        alike = [(value == token.value, text == token.text) for text, value in token.candidates]
-        committed, chips = alike.index(max(alike)), ""
-        pairs = zip(token.candidates, masked.candidates, strict=True)
-        for index, ((text, value), (hidden, _)) in enumerate(pairs):
-            level = self._level(value)
-            state = "yes" if index == committed else "no" if level >= 3 else "spare"
-            shown = _shown(_visible(text), _visible(hidden))
-            chips += f'<span class="chip {state}"><span class="v{level}">{shown}</span> {value:.3f}</span>'
-        return chips
-
-
-def _visible(text: str) -> str:
-    return (text.replace("\n", "↵") if text.strip(" ") else "␣" * len(text)) or "▯"
-
-
-def _shown(text: str, masked: str) -> str:
-    if text == masked:
-        return escape(masked)
-    return f'<span class="masked">{escape(masked)}</span><span class="open">{escape(text)}</span>'

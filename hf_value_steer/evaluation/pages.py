@@ -1,0 +1,16 @@
+"""Pages, out of the templates that lie beside this file. What is put into them is text, and never becomes markup."""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+_PAGES = Environment(
+    loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+)
+_PAGES.filters["px"] = "{:.1f}".format
+
+
+def render(template: str, **parts: Any) -> str:
+    """A page."""
+    return _PAGES.get_template(template).render(parts)
