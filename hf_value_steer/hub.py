@@ -43,33 +43,6 @@ def generate(model, value_steer=None, **kwargs):
     return value_steer_generate(model, value_steer=value_steer, **kwargs)
 '''
 
-_GENERATE_CARD = """---
-library_name: transformers
-license: apache-2.0
-tags:
-- custom_generate
-- value-steering
----
-
-# Value-filtered decoding and dynamic abstention
-
-Decoding strategy for any causal language model: a learned value of the hidden state decides, while text is generated,
-which tokens are kept ([2605.14746](https://arxiv.org/abs/2605.14746), [2604.18419](https://arxiv.org/abs/2604.18419)).
-Needs `pip install hf-value-steer`.
-
-```python
-out = model.generate(
-    **inputs, custom_generate="org/value-steer", trust_remote_code=True, do_sample=True,
-    value_steer={"method": "filter", "value_head": "org/head", "threshold": 0.3, "num_candidates": 8},
-)
-```
-
-**Arguments**: those of `generate` for greedy search and sampling, and `value_steer`: the dict form of a
-`ValueFilterConfig` or an `AbstentionConfig`, or a list of both.
-**Output**: that of `generate`; with `return_dict_in_generate=True` also `token_values`, `prompt_values`,
-`interventions`, `candidates_evaluated`, `abstained`, `abstention_step` and `abstention_value`.
-"""
-
 
 def head_card(head: ValueHead, *known: Any, **said: Any) -> ModelCard:
     """The card of a head, with what else is known of it; see [`~hf_value_steer.cards.head.head_card`]."""
@@ -223,5 +196,5 @@ def export_custom_generate(folder: str | os.PathLike[str]) -> Path:
     (root / "custom_generate" / "generate.py").write_text(_GENERATE, encoding="utf-8")
     requirement = f"{LIBRARY_NAME}>={version(LIBRARY_NAME)}\n"
     (root / "custom_generate" / "requirements.txt").write_text(requirement, encoding="utf-8")
-    (root / "README.md").write_text(_GENERATE_CARD, encoding="utf-8")
+    shutil.copyfile(Path(cards.__file__).with_name("custom_generate.md"), root / "README.md")
     return root

@@ -8,16 +8,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_value_steer.cards.document import check_evaluation, main_run
-from hf_value_steer.cards.parts import (
-    LIBRARY_NAME,
-    LIMITS_PLACEHOLDER,
-    NOT_RECORDED,
-    UNNAMED,
-    Facts,
-    training_markdown,
-)
+from hf_value_steer.cards.parts import LIBRARY_NAME, LIMITS_PLACEHOLDER, Facts, filled, recorded, training_markdown
 from hf_value_steer.cards.results import calibration_markdown, model_index, results_markdown
-from hf_value_steer.files.markup import code, literal, plain, table
+from hf_value_steer.files.markup import literal, plain, table
 from hf_value_steer.files.upload import LIMITS, is_generated
 from hf_value_steer.files.writing import write_new
 
@@ -25,51 +18,6 @@ from hf_value_steer.files.writing import write_new
 NO_LIMITS = "Its author has added nothing to what follows."
 
 _MARKER = re.compile(r"^<!-- /?limits", re.MULTILINE)
-
-_HEAD_CARD = """---
-{{ card_data }}
----
-
-# {{ title }}
-
-A value head for {{ backbone }}: a {{ architecture }} of {{ parameters }} parameters that reads the feature of each
-token (final layer, after the final norm, {{ hidden_size }} wide) and answers with a value in (0, 1).
-A high value is **{{ polarity }}**. {{ threshold }}
-{% if attributes %}
-{{ attributes }}
-{% endif %}
-## How to use
-
-```python
-from transformers import AutoModelForCausalLM
-from hf_value_steer import {{ runtime }}, enable_value_steer
-
-model = enable_value_steer(AutoModelForCausalLM.from_pretrained({{ backbone_literal }}))
-cfg = {{ runtime }}(value_head={{ repo_id }})
-out = model.generate(**inputs, value_steer=cfg, do_sample=True)
-```
-
-Backbone fingerprint: {{ fingerprint }}. Prompt format: {{ chat_template }}. Features: {{ feature_dtype }}.
-{% if results %}
-## Results
-
-{{ results }}{% endif %}{% if guarantee %}
-## Threshold and guarantee
-
-{{ threshold }} {{ guarantee }}{% endif %}{% if training %}
-## Training
-
-{{ training }}
-{% endif %}
-## Limits
-
-<!-- limits: written by a person, and kept when the rest of this card is generated again -->
-{{ limits }}
-<!-- /limits -->
-
-- A value says nothing about text of another backbone, another prompt format or another sampler.
-{% for limit in known_limits %}- {{ limit }}
-{% endfor %}"""
 
 
 def head_card(
@@ -102,9 +50,10 @@ def head_card(
     if evaluation is not None:
         check_same_head(facts.config, evaluation)
     _check_limits(limits)
-    card: ModelCard = ModelCard.from_template(
+    return filled(
+        Path(__file__).with_suffix(".md"),
         _metadata(facts.config, evaluation, datasets, license),
-        template_str=_HEAD_CARD,
+        facts.config,
         **_described(facts),
         runtime=_runtime(facts.config["polarity"], evaluation),
         repo_id=literal(repo_id),
@@ -113,7 +62,6 @@ def head_card(
         limits=(limits or LIMITS_PLACEHOLDER).strip(),
         known_limits=_known_limits(evaluation, calibration),
     )
-    return card
 
 
 def write_card(facts: Facts, folder: Path) -> None:
@@ -220,21 +168,17 @@ def _metadata(
 
 def _described(facts: Facts) -> dict[str, Any]:
     """What the head itself says, for the template."""
-    config = facts.config
-    backbone, threshold = config["backbone"] or UNNAMED, config["threshold"]
+    config, threshold = facts.config, facts.config["threshold"]
     return {
         "title": plain(_title(config)),
-        "backbone": code(backbone),
-        "backbone_literal": literal(backbone),
         "architecture": {"mlp": "three-layer MLP", "linear": "linear map"}[config["architecture"]],
         "parameters": f"{facts.parameters:,}",
         "hidden_size": config["hidden_size"],
         "polarity": config["polarity"],
         "threshold": f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.",
         "attributes": _attributes_markdown(config) if config.get("attributes") else "",
-        "fingerprint": code(config["backbone_fingerprint"] or NOT_RECORDED),
-        "chat_template": code(config["chat_template"] or NOT_RECORDED),
-        "feature_dtype": code(config["feature_dtype"] or NOT_RECORDED),
+        "chat_template": recorded(config["chat_template"]),
+        "feature_dtype": recorded(config["feature_dtype"]),
         "training": training_markdown(config["training"]),
     }
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from hf_value_steer.cards.document import flat
-from hf_value_steer.files.markup import plain, table
+from hf_value_steer.files.markup import code, literal, plain, table
 
 
 LIBRARY_NAME = "hf-value-steer"
@@ -14,8 +17,6 @@ LIBRARY_NAME = "hf-value-steer"
 LIMITS_PLACEHOLDER = (
     "This card was generated. Where this head fails, and where it must not be used, is for its author to add here."
 )
-# What stands for what a config does not say.
-UNNAMED, NOT_RECORDED = "an unnamed backbone", "not recorded"
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,22 @@ def training_markdown(training: Mapping[str, Any] | None) -> str:
     """A table of what is recorded of a training; nothing if nothing is."""
     rows = [[plain(name), plain(text)] for name, text in flat(training or {}).items()]
     return table(["", ""], rows) if rows else ""
+
+
+def recorded(text: str | None) -> str:
+    """What a config says, as a span of code; it may not say it."""
+    return code(text or "not recorded")
+
+
+def filled(template: Path, data: ModelCardData, config: Mapping[str, Any], **texts: Any) -> ModelCard:
+    """A card out of a template and what every `config` says of its backbone."""
+    backbone = config["backbone"] or "an unnamed backbone"
+    card: ModelCard = ModelCard.from_template(
+        data,
+        str(template),
+        backbone=code(backbone),
+        backbone_literal=literal(backbone),
+        fingerprint=recorded(config["backbone_fingerprint"]),
+        **texts,
+    )
+    return card

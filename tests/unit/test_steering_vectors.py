@@ -201,7 +201,8 @@ def test_bad_pairs():
         vectors_from_pairs(model, Words(), ["5 6"], ["5 6"])
 
 
-DOCUMENTS = [Path("README.md"), *sorted(Path("docs").glob("*.md")), *sorted(Path("hf_value_steer").rglob("*.py"))]
+LIBRARY = [path for kind in ("*.py", "*.md") for path in sorted(Path("hf_value_steer").rglob(kind))]
+DOCUMENTS = [Path("README.md"), *sorted(Path("docs").glob("*.md")), *LIBRARY]
 NUMBER = r"-?[0-9]+(?:\.[0-9]+)?"
 
 
@@ -222,7 +223,7 @@ def shown(text):
 def test_every_example_steers_as_much_as_the_table_shows_to_be_good():
     found = {str(path): shown(path.read_text()) for path in DOCUMENTS}
     assert len(found["docs/activation.md"]) == 5 and all(
-        len(found[f"hf_value_steer/{file}.py"]) == 1 for file in ("cards/vectors", "activation/steering_vectors")
+        len(found[f"hf_value_steer/{file}"]) == 1 for file in ("cards/vectors.md", "activation/steering_vectors.py")
     )
     ratios = measured()
     assert max(ratios.values()) > 70 and all(ratios[m] <= 1.1 for numbers in found.values() for m in numbers)
