@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +12,12 @@ def check_probability(value: Any, name: str) -> None:
     """Raise a `ValueError` unless `value` is a number in (0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
         raise ValueError(f"`{name}` has to be a number in (0, 1), got {value!r}.")
+
+
+def check_choice(choice: Any, kind: Any, name: str) -> None:
+    """Raise a `ValueError` unless `choice` is one of those of the `Literal` that `kind` is."""
+    if choice not in get_args(kind):
+        raise ValueError(f"`{name}` has to be one of {', '.join(get_args(kind))}, got {choice!r}.")
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:

@@ -1,13 +1,12 @@
 """`calibration.json`: calibration scores, the thresholds they give, and what those promise."""
 
-import json
 import math
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,8 +21,9 @@ from hf_value_steer.calibration.filtering import (
     value_threshold,
 )
 from hf_value_steer.calibration.promises import CONFIDENT, Method, Mode, promise
+from hf_value_steer.checks import check_choice
 from hf_value_steer.files.reading import read_object, reading
-from hf_value_steer.files.writing import write_atomically
+from hf_value_steer.files.writing import write_json
 from hf_value_steer.policy import Polarity
 
 
@@ -75,9 +75,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", Mode), ("method", Method), ("polarity", Polarity)):
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise ValueError(f"`{name}` has to be one of {known}, got {getattr(self, name)!r}.")
+            check_choice(getattr(self, name), choices, name)
         if (self.mode == "martingale" and self.method == "abstain") or (
             self.mode == "selective" and self.method == "filter"
         ):
@@ -277,8 +275,7 @@ class Calibration:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `calibration.json` into a folder and return its path."""
         path = Path(folder) / FILE_NAME
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
-        write_atomically(path, f"{text}\n".encode())
+        write_json(path, self.to_dict())
         return path
 
     @classmethod

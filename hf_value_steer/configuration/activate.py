@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_value_steer.checks import check_choice
 from hf_value_steer.configuration.methods import SteeringConfig
 
 
@@ -87,6 +88,5 @@ def check_choices(multiplier: float | Sequence[float], mode: str, tokens: str) -
     numbers = multiplier if isinstance(multiplier, list | tuple) else [multiplier]
     if not numbers or not all(isinstance(number, int | float) and abs(number) < float("inf") for number in numbers):
         raise ValueError(f"`multiplier` has to be a finite number, or one for each row; got {multiplier!r}.")
-    for name, choice, choices in (("mode", mode, get_args(Mode)), ("tokens", tokens, get_args(Tokens))):
-        if choice not in choices:
-            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {choice!r}.")
+    check_choice(mode, Mode, "mode")
+    check_choice(tokens, Tokens, "tokens")

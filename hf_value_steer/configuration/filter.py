@@ -53,10 +53,6 @@ class ValueFilterConfig(SteeringConfig):
         self._check_integer("num_candidates", 1)
         if self.num_candidates > MOST_CANDIDATES:
             raise ValueError(f"`num_candidates` has to be at most {MOST_CANDIDATES}, got {self.num_candidates}.")
-        self._check_choice("proposal", ("sample", "topk"))
-        self._check_choice("evaluation", ("lazy", "eager"))
-        self._check_choice("fallback", ("argmin", "args", "abstain"))
-        self._check_choice("lookahead", ("auto", "shared_prefix", "masked", "expanded"))
         if type(self.prob_weight) not in (int, float) or not 0 <= self.prob_weight < math.inf:
             raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
         if self.max_interventions is not None:

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_origin
 
 from transformers import PreTrainedModel
 
-from hf_value_steer.checks import as_python, check_probability, check_threshold
+from hf_value_steer.checks import as_python, check_choice, check_probability, check_threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,13 @@ class MethodConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
+            if get_origin(field.type) is Literal:
+                check_choice(getattr(self, field.name), field.type, field.name)
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"`{name}` has to be an integer of at least {minimum}, got {value!r}.")
-
-    def _check_choice(self, name: str, choices: Sequence[str]) -> None:
-        if getattr(self, name) not in choices:
-            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
 
     def with_value_head(self, _value_head: PreTrainedModel) -> "MethodConfig":
         """This config with a value head where it needs one and names none."""

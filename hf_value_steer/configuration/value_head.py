@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from hf_value_steer.checks import check_probability, check_threshold, refuse_unknown
+from hf_value_steer.checks import check_choice, check_probability, check_threshold, refuse_unknown
 from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig, check_schema
 from hf_value_steer.policy import Polarity
 
@@ -24,8 +24,7 @@ def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:
         name, polarity, weight = attribute.get("name"), attribute.get("polarity"), attribute.get("weight", 1.0)
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"`{place}.name` has to be a text, got {name!r}.")
-        if polarity not in get_args(Polarity):
-            raise ValueError(f"`{place}.polarity` has to be one of {', '.join(get_args(Polarity))}, got {polarity!r}.")
+        check_choice(polarity, Polarity, f"{place}.polarity")
         check_probability(attribute.get("threshold"), f"{place}.threshold")
         if type(weight) not in (int, float) or not 0 < weight < math.inf:
             raise ValueError(f"`{place}.weight` has to be a finite number above 0, got {weight!r}.")
