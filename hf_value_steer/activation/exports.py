@@ -93,12 +93,10 @@ def _llama_config(config: PreTrainedConfig, activation: str, **changes: Any) -> 
     return LlamaConfig(**{**shared, "hidden_act": activation, "mlp_bias": True, "dtype": config.dtype, **changes})
 
 
-def _from_mistral(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export:
-    return Export("llama", _llama_config(config, config.hidden_act), state)
-
-
-def _from_qwen2(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export:
-    return Export("llama", _llama_config(config, config.hidden_act, attention_bias=True), state)
+def _as_it_is(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export:
+    """Mistral and Qwen2, whose queries, keys and values have biases."""
+    llama = _llama_config(config, config.hidden_act, attention_bias=config.model_type == "qwen2")
+    return Export("llama", llama, state)
 
 
 def _from_phi3(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export:
@@ -135,8 +133,8 @@ def _from_gemma(config: PreTrainedConfig, state: Mapping[str, Tensor]) -> Export
 
 _AS_LLAMA: dict[str, Callable[[PreTrainedConfig, Mapping[str, Tensor]], Export]] = {
     "gemma": _from_gemma,
-    "ministral": _from_mistral,
-    "mistral": _from_mistral,
+    "ministral": _as_it_is,
+    "mistral": _as_it_is,
     "phi3": _from_phi3,
-    "qwen2": _from_qwen2,
+    "qwen2": _as_it_is,
 }

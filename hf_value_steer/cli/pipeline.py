@@ -14,27 +14,20 @@ from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments
-from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.training.train import train
+from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.vllm.start import vllm_engine
 
 
 def add_pipeline(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands."""
-    add_command(
-        commands,
-        "collect",
-        "continue prompts, keep the features, and let judges label them",
-        _collect,
-        CollectArguments,
-        LabelArguments,
-    )
+    summary = "continue prompts, keep the features, and let judges label them"
+    add_command(commands, "collect", summary, _collect, CollectArguments, LabelArguments)
     add_command(commands, "train", "train a value head on a labelled collection", _train, TrainArguments)
-    add_command(
-        commands, "calibrate", "thresholds from generations that training never saw", _calibrate, CalibrateArguments
-    )
-    add_command(
-        commands, "evaluate", "base against steered, on unseen prompts, by other judges", _evaluate, EvaluateArguments
-    )
+    summary = "thresholds from generations that training never saw"
+    add_command(commands, "calibrate", summary, _calibrate, CalibrateArguments)
+    summary = "base against steered, on unseen prompts, by other judges"
+    add_command(commands, "evaluate", summary, _evaluate, EvaluateArguments)
     _add_push(commands)
     parser = commands.add_parser("run", help="all of it from one recipe", description=run_recipe.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

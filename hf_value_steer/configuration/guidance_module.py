@@ -11,26 +11,13 @@ from hf_value_steer.checks import check_threshold, refuse_unknown
 from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig, check_schema
 
 
-# The backbones of the paper, with the hyperparameters of its code.
+_LARGE = {"num_bridges": 7, "value_width": 256, "value_heads": 16, "bridge_heads": 16}
+# The backbones of the paper, with the hyperparameters of its code; the small ones are as by default.
 PRESETS: dict[str, dict[str, Any]] = {
-    "gpt2": {"hidden_size": 768, "layer": 7, "num_bridges": 5, "value_width": 128, "value_heads": 4},
-    "qwen2-1.5b": {"hidden_size": 1536, "layer": 20, "num_bridges": 5, "value_width": 128, "value_heads": 4},
-    "llama-3.2-3b-instruct": {
-        "hidden_size": 3072,
-        "layer": 20,
-        "num_bridges": 7,
-        "value_width": 256,
-        "value_heads": 16,
-        "bridge_heads": 16,
-    },
-    "mistral-7b-instruct-v0.2": {
-        "hidden_size": 4096,
-        "layer": 22,
-        "num_bridges": 7,
-        "value_width": 256,
-        "value_heads": 16,
-        "bridge_heads": 16,
-    },
+    "gpt2": {"hidden_size": 768, "layer": 7},
+    "qwen2-1.5b": {"hidden_size": 1536, "layer": 20},
+    "llama-3.2-3b-instruct": {"hidden_size": 3072, "layer": 20, **_LARGE},
+    "mistral-7b-instruct-v0.2": {"hidden_size": 4096, "layer": 22, **_LARGE},
 }
 
 
