@@ -1,7 +1,7 @@
 """Directions of an attribute: from contrastive texts, from labelled generations, from the gradient of a value head."""
 
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
+from hf_value_steer.checks import check_choice
 from hf_value_steer.generation.scorer import check_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.judges.base import import_optional
@@ -20,6 +21,7 @@ from hf_value_steer.training.shards import Collection
 
 Method: TypeAlias = Literal["mean_difference", "pca", "logistic"]
 Pooling: TypeAlias = Literal["last", "mean"]
+Side: TypeAlias = tuple[list[list[int]], list[int]]  # token ids of each text, and where in it reading begins
 
 
 def vectors_from_pairs(
@@ -55,15 +57,12 @@ def vectors_from_pairs(
     """
     model = underlying(model)
     _check(method, pooling, positive, negative)
-    encoded = [[tokenizer(text)["input_ids"] for text in side] for side in (positive, negative)]
-    starts = [[_first_read(len(row), pooling, read_token_index) for row in side] for side in encoded]
-    layers = _layers(model, layers)
-    pooled = [
-        _pooled(model, rows, begin, pooling, layers, batch_size) for rows, begin in zip(encoded, starts, strict=True)
-    ]
+    sides: list[Side] = []
+    for texts in (positive, negative):
+        rows = [tokenizer(text)["input_ids"] for text in texts]
+        sides.append((rows, [_first_read(len(row), pooling, read_token_index) for row in rows]))
     how = {"source": "pairs", "method": method, "pooling": pooling, "read_token_index": read_token_index}
-    counts = {"positive": len(positive), "negative": len(negative)}
-    return _vectors(model, layers, pooled[0], pooled[1], method, attribute, {**how, **counts})
+    return _vectors(model, sides, _layers(model, layers), batch_size, attribute, how)
 
 
 def vectors_from_collection(
@@ -103,7 +102,7 @@ def vectors_from_collection(
     rows, above = collection.rows, Labels(collection, judge).responses() > threshold
     known = {index for index, each in enumerate(collection.prompts) if prompts is None or each.text in prompts}
     mixed = {p for p in known if len(set(above[rows.prompt == p].tolist())) == 2}
-    sides: list[tuple[list[list[int]], list[int]]] = [([], []), ([], [])]
+    sides: list[Side] = [([], []), ([], [])]
     for row, (prompt, positive) in enumerate(zip(rows.prompt.tolist(), above.tolist(), strict=True)):
         tokens = collection.read("tokens", row).tolist()
         if prompt in mixed and tokens:
@@ -111,11 +110,9 @@ def vectors_from_collection(
             sides[not positive][0].append(text + tokens)
             sides[not positive][1].append(len(text) if pooling == "mean" else len(text) + len(tokens) - 1)
     _check(method, pooling, sides[0][0], sides[1][0])
-    layers = _layers(model, layers)
-    pooled = [_pooled(model, sequences, begin, pooling, layers, batch_size) for sequences, begin in sides]
     how = {"source": "collection", "judge": judge, "threshold": threshold, "method": method, "pooling": pooling}
-    counts = {"positive": len(sides[0][0]), "negative": len(sides[1][0]), "collection": collection.digest()}
-    return _vectors(model, layers, pooled[0], pooled[1], method, attribute, {**how, **counts})
+    how["collection"] = collection.digest()
+    return _vectors(model, sides, _layers(model, layers), batch_size, attribute, how)
 
 
 def vectors_from_value_head(
@@ -167,9 +164,8 @@ def _layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
 
 
 def _check(method: str, pooling: str, positive: Sequence[Any], negative: Sequence[Any]) -> None:
-    for name, choice, choices in (("method", method, get_args(Method)), ("pooling", pooling, get_args(Pooling))):
-        if choice not in choices:
-            raise ValueError(f"`{name}` has to be one of {', '.join(choices)}, got {choice!r}.")
+    check_choice(method, Method, "method")
+    check_choice(pooling, Pooling, "pooling")
     if not positive or not negative:
         raise ValueError(f"There are {len(positive)} positive and {len(negative)} negative texts: both are needed.")
     if method == "pca" and len(positive) != len(negative):
@@ -190,16 +186,11 @@ def _first_read(length: int, pooling: Pooling, read_token_index: int) -> int:
 
 @torch.no_grad()
 def _pooled(
-    model: PreTrainedModel,
-    sequences: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    pooling: Pooling,
-    layers: Sequence[int],
-    batch_size: int,
+    model: PreTrainedModel, side: Side, pooling: Pooling, layers: Sequence[int], batch_size: int
 ) -> dict[int, Tensor]:
     """What stands for each text, by layer: `(texts, width)`, float32."""
     parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    first = 0
+    (sequences, starts), first = side, 0
     for residuals, _, mask in read_residuals(model, sequences, layers, batch_size):
         begin = torch.tensor(starts[first : first + len(mask)], device=mask.device)[:, None]
         where = torch.arange(mask.shape[1], device=mask.device)
@@ -213,20 +204,22 @@ def _pooled(
 
 def _vectors(
     model: PreTrainedModel,
+    sides: Sequence[Side],
     layers: Sequence[int],
-    positive: dict[int, Tensor],
-    negative: dict[int, Tensor],
-    method: Method,
+    batch_size: int,
     attribute: str | None,
-    provenance: dict[str, Any],
+    how: dict[str, Any],
 ) -> SteeringVectors:
+    """From the texts of the second side to those of the first; `how` is recorded, and holds method and pooling."""
     find: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pca": _principal, "logistic": _logistic}
+    positive, negative = (_pooled(model, side, how["pooling"], layers, batch_size) for side in sides)
     difference = {layer: positive[layer].mean(dim=0) - negative[layer].mean(dim=0) for layer in layers}
     found = difference
-    if method in find:
-        found = {layer: find[method](positive[layer], negative[layer]) for layer in layers}
+    if how["method"] in find:
+        found = {layer: find[how["method"]](positive[layer], negative[layer]) for layer in layers}
         found = {layer: vector * (vector @ difference[layer]).sign() for layer, vector in found.items()}
-    return SteeringVectors.from_tensors(found, **_backbone(model, attribute, provenance))
+    counts = {"positive": len(sides[0][0]), "negative": len(sides[1][0])}
+    return SteeringVectors.from_tensors(found, **_backbone(model, attribute, {**how, **counts}))
 
 
 def _principal(positive: Tensor, negative: Tensor) -> Tensor:
