@@ -22,7 +22,8 @@ from hf_value_steer.files.writing import write_json
 from hf_value_steer.training.label import labels_folder
 from hf_value_steer.training.prompts import Prompt, write_prompts
 from hf_value_steer.training.shards import FORMAT, Collection, shard_path, write_tensors
-from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.training.train import train
+from hf_value_steer.training.train_arguments import TrainArguments
 
 
 WIDTH, ROW, ROWS = 4096, 100, 200  # width of a feature, tokens in a generation, generations in a shard

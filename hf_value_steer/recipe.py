@@ -22,7 +22,8 @@ from hf_value_steer.training.guidance.train import GuidanceTrainArguments, train
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.prompts import Prompt, load_prompts
 from hf_value_steer.training.targets import check_target, parse_attributes
-from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.training.train import train
+from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.vllm.start import vllm_engine
 
 

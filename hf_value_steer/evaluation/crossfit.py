@@ -11,7 +11,8 @@ from hf_value_steer.evaluation.evaluate import Evaluator
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import TrainArguments, split_rows, train
+from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.train_arguments import TrainArguments
 
 
 def evaluate_crossfitted(

@@ -11,7 +11,7 @@ from hf_value_steer.evaluation.metrics import Array, Bootstrap, compare_perplexi
 from hf_value_steer.evaluation.runs import Setting, Texts
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.judges import Judge
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter, Prompt, join
 
 
 ROWS = 8  # in one forward pass
@@ -25,15 +25,12 @@ def negative_log_likelihood(
     totals = []
     for first in range(0, len(ids), ROWS):
         rows = [torch.tensor(row) for row in ids[first : first + ROWS]]
-        inputs = formatter(prompts[first : first + ROWS], model.device)
-        new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(new.device)
-        mask = torch.cat([inputs["attention_mask"], real], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        tokens = torch.cat([inputs["input_ids"], new], dim=1)
-        logits = model(
-            tokens, attention_mask=mask, position_ids=positions, logits_to_keep=new.shape[1] + 1, use_cache=False
-        ).logits[:, :-1]
+        inputs = {
+            name: each.to(model.device) for name, each in join(formatter, prompts[first : first + ROWS], rows).items()
+        }
+        length = int(inputs.pop("prompt_length"))
+        new, real = inputs["input_ids"][:, length:], inputs["attention_mask"][:, length:]
+        logits = model(**inputs, logits_to_keep=new.shape[1] + 1, use_cache=False).logits[:, :-1]
         chosen = logits.float().log_softmax(dim=-1).gather(2, new[:, :, None]).squeeze(2)
         totals += (-chosen * real).sum(dim=1).tolist()
     return np.array(totals)

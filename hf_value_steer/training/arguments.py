@@ -42,6 +42,14 @@ def check_least(arguments: Any, least: int, *names: str) -> None:
 
 
 @dataclass(kw_only=True)
+class BackboneArguments:
+    """The model that reads or writes."""
+
+    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
+
+
+@dataclass(kw_only=True)
 class SamplingArguments:
     """How tokens are drawn, in `collect` and in `evaluate`."""
 
@@ -58,20 +66,32 @@ class SamplingArguments:
 
 
 @dataclass(kw_only=True)
-class CollectArguments(SamplingArguments):
+class GenerationArguments(BackboneArguments, SamplingArguments):
+    """What several generations of some prompts are made of."""
+
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
+    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
+    max_new_tokens: int = field(default=128, metadata={"help": "length of a generation"})
+    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate"})
+    seed: int = field(default=0, metadata={"help": "of all generation"})
+
+    def sizes(self) -> dict[str, Any]:
+        """Arguments of a [`~hf_value_steer.evaluation.runs.Runner`]."""
+        return {name: getattr(self, name) for name in ("samples", "max_new_tokens", "batch_size", "seed")}
+
+
+@dataclass(kw_only=True)
+class CollectArguments(GenerationArguments):
     """What to generate. Every field is recorded; a folder holds one collection for good."""
 
     output: str = field(metadata={"help": "folder of the collection; a collection that is there is completed"})
-    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
     backbone: str | None = field(default=None, metadata={"help": "Hub id to record, if `model` is not it"})
     prompts: str = field(
         metadata={"help": "a .txt file (one prompt a line), a .jsonl file, a data set, or python:module:function"}
     )
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
-    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
-    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
     max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
     forced_samples: int = field(
         default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
@@ -81,7 +101,6 @@ class CollectArguments(SamplingArguments):
     )
     next_tokens: int = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
     batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
     seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
     engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
     engine_args: str | None = field(

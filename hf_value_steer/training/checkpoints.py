@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
@@ -12,6 +14,39 @@ from hf_value_steer.files.writing import write_json
 
 
 MARK = "complete.json"  # names and sizes of the files of a checkpoint, written after all of them
+
+
+def training_arguments(folder: Path, rows: int, seed: int, further: Sequence[str], **own: Any) -> TrainingArguments:
+    """What the trainings here have in common: an evaluation and a checkpoint after each epoch, and no reports.
+
+    Args:
+        folder: of the checkpoints.
+        rows: in one step.
+        further: `name=value`, where the value is JSON or text; they go before all others.
+        own: what is not the same in all trainings.
+    """
+    shared = {
+        "output_dir": str(folder),
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "seed": seed,
+    }
+    parted = (entry.partition("=") for entry in further)
+    return TrainingArguments(**shared | own | {name: _json_or_text(choice) for name, _, choice in parted})
+
+
+def _json_or_text(choice: str) -> Any:
+    try:
+        return json.loads(choice)
+    except json.JSONDecodeError:
+        return choice
 
 
 def train_on(trainer: Trainer) -> None:

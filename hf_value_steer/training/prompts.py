@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hf_value_steer.files.writing import read_utf8
@@ -146,6 +147,27 @@ class Formatter:
         if self.system_prompt:
             messages = [{"role": "system", "content": self.system_prompt}, *messages]
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def join(formatter: Formatter, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Prompts and their responses as one batch: prompts padded on the left, responses on the right.
+
+    Args:
+        responses (sequence of `torch.LongTensor` of shape `(tokens,)`): one for each prompt.
+
+    Returns:
+        `input_ids`, `attention_mask` and `position_ids`, `(rows, length)` each, and `prompt_length`, `()`.
+    """
+    inputs = formatter(prompts)
+    new = nn.utils.rnn.pad_sequence([response.long() for response in responses], batch_first=True)
+    real = nn.utils.rnn.pad_sequence([torch.ones(len(response)).long() for response in responses], batch_first=True)
+    mask = torch.cat([inputs["attention_mask"], real], dim=1)
+    return {
+        "input_ids": torch.cat([inputs["input_ids"], new], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "prompt_length": torch.tensor(inputs["input_ids"].shape[1]),
+    }
 
 
 def share(text: str) -> float:

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from hf_value_steer.policy import Polarity
 from hf_value_steer.training.label import Labels
@@ -114,6 +115,16 @@ class Targets:
             return hazard(prefixes)
         following = (self.collection.read(name, row) for name in ("tokens", "next_tokens", "next_probabilities"))
         return expected_hazard(prefixes, labels.read("next", row), *following)
+
+
+class TargetRows(Dataset[dict[str, Tensor]]):
+    """Some rows of a collection with their targets, one item a row, read when asked for."""
+
+    def __init__(self, targets: Targets, rows: Sequence[int]):
+        self.targets, self.rows = targets, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def _side_by_side(columns: list[Tensor]) -> Tensor:

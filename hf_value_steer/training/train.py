@@ -16,7 +16,7 @@ from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
 from hf_value_steer.training.chance import METRICS, chance_report
-from hf_value_steer.training.checkpoints import train_on
+from hf_value_steer.training.checkpoints import train_on, training_arguments
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
@@ -29,9 +29,6 @@ from hf_value_steer.training.trainer import (
     ValueHeadTrainer,
     feature_moments,
 )
-
-
-__all__ = ["SplitArguments", "TrainArguments", "fit", "further_arguments", "split_rows", "train"]
 
 
 def split_rows(collection: Collection, arguments: SplitArguments) -> dict[str, list[int]]:
@@ -212,39 +209,18 @@ def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
 
 def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArguments:
     preset = arguments.preset()
-    defaults = {
-        "output_dir": str(work),
-        "num_train_epochs": preset.epochs,
-        "learning_rate": preset.learning_rate,
-        "weight_decay": preset.weight_decay,
-        "warmup_steps": 0.1,
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": 1.0,
-        "per_device_train_batch_size": arguments.batch_rows,
-        "per_device_eval_batch_size": arguments.batch_rows,
-        "eval_strategy": "epoch",
-        "save_strategy": "epoch",
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        "greater_is_better": False,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "seed": arguments.seed,
-    }
-    return TrainingArguments(**defaults | further_arguments(arguments.trainer))
-
-
-def further_arguments(entries: Sequence[str]) -> dict[str, Any]:
-    """Read `name=value`, where the value is JSON or text."""
-    parted = (entry.partition("=") for entry in entries)
-    return {name: _json_or_text(choice) for name, _, choice in parted}
-
-
-def _json_or_text(choice: str) -> Any:
-    try:
-        return json.loads(choice)
-    except json.JSONDecodeError:
-        return choice
+    return training_arguments(
+        work,
+        arguments.batch_rows,
+        arguments.seed,
+        arguments.trainer,
+        num_train_epochs=preset.epochs,
+        learning_rate=preset.learning_rate,
+        weight_decay=preset.weight_decay,
+        warmup_steps=0.1,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=False,
+        label_names=["labels"],
+    )

@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.chance import at_chance, discrimination
 from hf_value_steer.training.losses import Loss, coherence, token_loss
-from hf_value_steer.training.targets import Targets
+from hf_value_steer.training.targets import TargetRows
 
 
 STATISTICS_TOKENS = 100_000  # enough to know mean and scale of every feature
@@ -20,14 +19,8 @@ BINS = 10  # of values, in which they are compared with labels
 CHANCE_STEPS = 300  # for which a training may be at chance and go on
 
 
-class TokenRows(Dataset[dict[str, Tensor]]):
-    """Features and targets of some rows of a collection, one item a row, read when asked for."""
-
-    def __init__(self, targets: Targets, rows: Sequence[int]):
-        self.targets, self.rows = targets, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+class TokenRows(TargetRows):
+    """Features and targets of each token."""
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         features, labels = self.targets.row(self.rows[index])

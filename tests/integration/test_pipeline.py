@@ -23,7 +23,8 @@ from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments, Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
-from hf_value_steer.training.train import TrainArguments, split_rows, train
+from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.training.trainer import ValueHeadTrainer
 from tests.families import random_head
 from tests.tiny_text import BAD, save_tiny_model, write_lexicon, write_world

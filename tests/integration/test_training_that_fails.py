@@ -19,7 +19,8 @@ from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import LabelArguments, labels_folder
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.training.train import train
+from hf_value_steer.training.train_arguments import TrainArguments
 from tests.tiny_text import write_world
 
 

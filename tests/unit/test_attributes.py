@@ -18,7 +18,7 @@ from hf_value_steer.policy import acceptable
 from hf_value_steer.training.calibrate import CalibrateArguments
 from hf_value_steer.training.losses import coherence, token_loss
 from hf_value_steer.training.targets import JudgedAttribute, parse_attributes
-from hf_value_steer.training.train import TrainArguments
+from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.training.trainer import HeadInTraining, token_metrics
 
 

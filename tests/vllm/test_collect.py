@@ -16,7 +16,8 @@ from hf_value_steer.training import collect as collecting
 from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import Collection, shard_path
-from hf_value_steer.training.train import TrainArguments, train
+from hf_value_steer.training.train import train
+from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.vllm.start import vllm_engine
 from tests.vllm.runners import INTERPRETED, avoid_what_cannot_be_interpreted
 from tests.vllm.test_identity import counted

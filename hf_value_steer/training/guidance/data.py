@@ -4,24 +4,21 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from hf_value_steer.training.guidance.states import States, join
-from hf_value_steer.training.prompts import Formatter
-from hf_value_steer.training.targets import Targets
+from hf_value_steer.training.guidance.states import States
+from hf_value_steer.training.prompts import Formatter, join
+from hf_value_steer.training.targets import TargetRows, Targets
 
 
 RISE = 0.5  # of the judge's score, at a token that is to be avoided
 
 
-class LabelledStates(Dataset[dict[str, Tensor]]):
-    """States and labels of some rows of a collection, one item a row; for the first two stages."""
+class LabelledStates(TargetRows):
+    """States and labels of some rows of a collection; for the first two stages."""
 
     def __init__(self, states: States, targets: Targets, rows: Sequence[int]):
-        self.states, self.targets, self.rows = states, targets, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        super().__init__(targets, rows)
+        self.states = states
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
@@ -44,19 +41,13 @@ def join_states(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-class Responses(Dataset[dict[str, Tensor]]):
+class Responses(TargetRows):
     """Texts for the third stage: of each step, which of the likely next tokens the judge dislikes.
 
     Args:
         targets: of the kind `"hazard"`.
         rows: of the collection.
     """
-
-    def __init__(self, targets: Targets, rows: Sequence[int]):
-        self.targets, self.rows = targets, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row, collection = self.rows[index], self.targets.collection

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.training.guidance.states import ROWS, join
-from hf_value_steer.training.prompts import Formatter
+from hf_value_steer.training.guidance.states import ROWS
+from hf_value_steer.training.prompts import Formatter, join
 from hf_value_steer.training.targets import Targets
 
 

@@ -1,43 +1,22 @@
 """States of a collection: what a guidance module reads, computed once from the tokens that `collect` kept."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.backbone.points import layer_point
 from hf_value_steer.files.writing import claim
 from hf_value_steer.progress import progress
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter, join
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
 
 ROWS = 32  # in one forward pass
-
-
-def join(formatter: Formatter, prompts: Sequence[Prompt], responses: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Prompts and their responses as one batch: prompts padded on the left, responses on the right.
-
-    Args:
-        responses (sequence of `torch.LongTensor` of shape `(tokens,)`): one for each prompt.
-
-    Returns:
-        `input_ids`, `attention_mask` and `position_ids`, `(rows, length)` each, and `prompt_length`, `()`.
-    """
-    inputs = formatter(prompts)
-    new = nn.utils.rnn.pad_sequence([response.long() for response in responses], batch_first=True)
-    real = nn.utils.rnn.pad_sequence([torch.ones(len(response)).long() for response in responses], batch_first=True)
-    mask = torch.cat([inputs["attention_mask"], real], dim=1)
-    return {
-        "input_ids": torch.cat([inputs["input_ids"], new], dim=1),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-        "prompt_length": torch.tensor(inputs["input_ids"].shape[1]),
-    }
 
 
 class _Enough(Exception):

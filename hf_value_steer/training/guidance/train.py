@@ -15,8 +15,9 @@ from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.configuration.guidance_module import GuidanceModuleConfig
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.guidance.module import GuidanceModule
+from hf_value_steer.training.arguments import BackboneArguments
 from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
-from hf_value_steer.training.checkpoints import train_on
+from hf_value_steer.training.checkpoints import train_on, training_arguments
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.guidance.data import (
     LabelledStates,
@@ -39,18 +40,18 @@ from hf_value_steer.training.guidance.states import States
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Target, Targets
-from hf_value_steer.training.train import SplitArguments, further_arguments, split_rows
+from hf_value_steer.training.train import split_rows
+from hf_value_steer.training.train_arguments import SplitArguments
 
 
 STAGES = ("text", "pair", "bridge")
 
 
 @dataclass(kw_only=True)
-class GuidanceTrainArguments(SplitArguments):
+class GuidanceTrainArguments(SplitArguments, BackboneArguments):
     """What to train. Learning rates, epochs and loss weights are those of the paper's code unless said otherwise."""
 
     collection: str = field(metadata={"help": "folder of a labelled collection"})
-    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
     output: str = field(metadata={"help": "folder of the module"})
     judge: str = field(metadata={"help": "the judge whose labels are learned"})
     attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
@@ -87,7 +88,6 @@ class GuidanceTrainArguments(SplitArguments):
     keep: float = field(
         default=0.0, metadata={"help": "weight of the divergence from the backbone among other tokens"}
     )
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone"})
     seed: int = field(default=0, metadata={"help": "of weights and order"})
     trainer: list[str] = field(
         default_factory=list, metadata={"help": "further TrainingArguments as name=value, for all stages"}
@@ -248,27 +248,19 @@ class _Training:
         self.module.config.threshold = min(max(threshold, 1e-4), 1 - 1e-4)
 
     def _training_arguments(self, stage: str, rate: float, epochs: int) -> TrainingArguments:
-        defaults = {
-            "output_dir": str(self.work / stage),
-            "num_train_epochs": epochs,
-            "learning_rate": rate,
-            "weight_decay": 1e-5,
-            "warmup_steps": 0.05,
-            "lr_scheduler_type": "linear",
-            "max_grad_norm": 1.0,
-            "per_device_train_batch_size": self.arguments.batch_rows,
-            "per_device_eval_batch_size": self.arguments.batch_rows,
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "save_total_limit": 1,
-            "logging_steps": 10,
-            "remove_unused_columns": False,
-            "label_names": ["labels"] if stage != "bridge" else ["input_ids"],
-            "report_to": "none",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "seed": self.arguments.seed,
-        }
-        return TrainingArguments(**defaults | further_arguments(self.arguments.trainer))
+        return training_arguments(
+            self.work / stage,
+            self.arguments.batch_rows,
+            self.arguments.seed,
+            self.arguments.trainer,
+            num_train_epochs=epochs,
+            learning_rate=rate,
+            weight_decay=1e-5,
+            warmup_steps=0.05,
+            save_total_limit=1,
+            logging_steps=10,
+            label_names=["labels"] if stage != "bridge" else ["input_ids"],
+        )
 
 
 def statistics(dataset: LabelledStates, most: int = 1000) -> tuple[Tensor, Tensor]:
