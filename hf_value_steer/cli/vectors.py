@@ -16,7 +16,7 @@ from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.cli.command import add_command
 from hf_value_steer.evaluation.sweep import SweepArguments, sweep
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.training.arguments import SamplingArguments
+from hf_value_steer.training.arguments import BackboneArguments, SamplingArguments
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.training.shards import Collection
@@ -24,11 +24,9 @@ from hf_value_steer.training.vectors import vectors_from_collection, vectors_fro
 
 
 @dataclass(kw_only=True)
-class BackboneArguments:
+class ModelArguments(BackboneArguments):
     """The model that the vectors are of."""
 
-    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
     chat: bool = field(default=False, metadata={"help": "put texts into the model's chat template"})
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -41,7 +39,7 @@ class BackboneArguments:
 
 
 @dataclass(kw_only=True)
-class ExtractArguments(BackboneArguments):
+class ExtractArguments(ModelArguments):
     """From `positive` and `negative`, from a labelled `collection`, from a `value_head`, or from a file of vectors."""
 
     output: str = field(metadata={"help": "folder of the vectors"})
@@ -59,7 +57,7 @@ class ExtractArguments(BackboneArguments):
 
 
 @dataclass(kw_only=True)
-class CalibrateVectorsArguments(BackboneArguments):
+class CalibrateVectorsArguments(ModelArguments):
     """Strengths that follow the norm of the residual stream; the folder is changed in place."""
 
     vectors: str = field(metadata={"help": "folder of the vectors"})
@@ -70,7 +68,7 @@ class CalibrateVectorsArguments(BackboneArguments):
 
 
 @dataclass(kw_only=True)
-class ApplyArguments(BackboneArguments, SamplingArguments):
+class ApplyArguments(ModelArguments, SamplingArguments):
     """Continue prompts with and without the vectors."""
 
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
@@ -82,7 +80,7 @@ class ApplyArguments(BackboneArguments, SamplingArguments):
 
 
 @dataclass(kw_only=True)
-class BakeArguments(BackboneArguments):
+class BakeArguments(ModelArguments):
     """Write a checkpoint that is steered by itself."""
 
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})

@@ -3,18 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hf_value_steer.training.arguments import SamplingArguments, check_kinds, check_least
+from hf_value_steer.training.arguments import GenerationArguments, check_kinds, check_least
 
 
 BASELINES = ("best_of_n", "args", "bad_words", "system_prompt")
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(SamplingArguments):
+class EvaluateArguments(GenerationArguments):
     """What to evaluate, on what, and by whom."""
 
     output: str = field(metadata={"help": "folder of the results"})
-    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
     value_head: str = field(metadata={"help": "folder or Hub id of the head"})
     prompts: str = field(metadata={"help": "prompts that training and calibration never saw, as for `collect`"})
     judges: list[str] = field(
@@ -23,10 +22,6 @@ class EvaluateArguments(SamplingArguments):
     label_judge: str | None = field(default=None, metadata={"help": "the judge that gave the labels, for comparison"})
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
-    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
-    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
-    max_new_tokens: int = field(default=128, metadata={"help": "length of a generation"})
     method: Literal["filter", "abstain"] = field(default="filter", metadata={"help": "what the head is for"})
     num_candidates: list[int] = field(default_factory=lambda: [8], metadata={"help": "grid of K"})
     thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
@@ -41,8 +36,6 @@ class EvaluateArguments(SamplingArguments):
     )
     best_of: int = field(default=4, metadata={"help": "N, for best_of_n"})
     batch_size: int = field(default=8, metadata={"help": "prompts in one call of generate"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
-    seed: int = field(default=0, metadata={"help": "of all generation"})
 
     def __post_init__(self) -> None:
         check_kinds(self)

@@ -102,10 +102,7 @@ class Evaluator:
             self.formatter,
             prompts,
             arguments.sampling(),
-            samples=arguments.samples,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
+            **arguments.sizes(),
             folder=folder,
             conditions=_conditions(arguments, head),
         )

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Setting:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
 class Runner:
     """Runs settings on the same prompts, and remembers what they generated.
 
@@ -80,26 +81,26 @@ class Runner:
         ValueError: if the folder holds runs that were made under other conditions.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        formatter: Formatter,
-        prompts: Sequence[Prompt],
-        sampling: dict[str, Any],
-        *,
-        samples: int,
-        max_new_tokens: int,
-        batch_size: int,
-        seed: int,
-        folder: Path,
-        conditions: dict[str, Any],
-    ):
-        sizes = {"samples": samples, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-        of = {"prompts": prompts_digest(prompts), "backbone": fingerprint(model), "chat": formatter.chat}
-        claim(folder / "runs.json", {**of, **sizes, "sampling": sampling, **conditions})
-        self.model, self.formatter, self.prompts, self.sampling = model, formatter, prompts, sampling
-        self.samples, self.max_new_tokens, self.batch_size = samples, max_new_tokens, batch_size
-        self.seed, self.folder = seed, folder
+    model: PreTrainedModel
+    formatter: Formatter
+    prompts: Sequence[Prompt]
+    sampling: dict[str, Any]
+    _: KW_ONLY
+    samples: int
+    max_new_tokens: int
+    batch_size: int
+    seed: int
+    folder: Path
+    conditions: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        names = ("samples", "max_new_tokens", "batch_size", "seed", "sampling")
+        of = {
+            "prompts": prompts_digest(self.prompts),
+            "backbone": fingerprint(self.model),
+            "chat": self.formatter.chat,
+        }
+        claim(self.folder / "runs.json", {**of, **{name: getattr(self, name) for name in names}, **self.conditions})
 
     def run(self, setting: Setting, samples: int | None = None) -> Texts:
         """Generate under `setting`, or read what was generated before."""

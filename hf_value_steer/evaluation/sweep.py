@@ -16,7 +16,7 @@ from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.pages import render
 from hf_value_steer.evaluation.runs import Runner, Setting
 from hf_value_steer.files.writing import write_atomically, write_json
-from hf_value_steer.training.arguments import SamplingArguments
+from hf_value_steer.training.arguments import GenerationArguments
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, load_prompts
@@ -27,24 +27,17 @@ REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this 
 
 
 @dataclass(kw_only=True)
-class SweepArguments(SamplingArguments):
+class SweepArguments(GenerationArguments):
     """Which multipliers, on what, by whom, at which price."""
 
     output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
-    model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
     judges: list[str] = field(metadata={"help": "judges, by whose first the window is described"})
     multipliers: list[float] = field(default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"})
     budget: float = field(default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"})
     mode: str = field(default="broadcast", metadata={"help": "broadcast or last_token"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
-    chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
-    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
     max_new_tokens: int = field(default=64, metadata={"help": "length of a generation"})
-    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
-    seed: int = field(default=0, metadata={"help": "of all generation"})
 
 
 def sweep(arguments: SweepArguments) -> dict[str, Any]:
@@ -59,16 +52,13 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
     model, tokenizer = load_backbone(arguments.model, arguments.dtype, PartialState().device)
     vectors = SteeringVectors.from_pretrained(arguments.vectors)
     vectors.check_fit(model)
-    prompts = load_prompts(arguments.prompts, limit=arguments.limit)
+    prompts, formatter = load_prompts(arguments.prompts, limit=arguments.limit), Formatter(tokenizer, arguments.chat)
     runner = Runner(
         model,
-        Formatter(tokenizer, arguments.chat),
+        formatter,
         prompts,
         arguments.sampling(),
-        samples=arguments.samples,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        seed=arguments.seed,
+        **arguments.sizes(),
         folder=folder / "runs",
         conditions={"vectors": vectors.fingerprint()},
     )
