@@ -1,6 +1,6 @@
 """The three stages of training (arXiv 2605.11712) as `transformers.Trainer`s."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -81,27 +81,30 @@ def discrimination(prediction: EvalPrediction) -> dict[str, float]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LossWeights:
     """Of the third stage, as in the paper's code; `avoid` and `keep` are ours, and 0 there.
 
     Args:
         ce: cross-entropy of the next tokens of safe natural responses.
-        safe: `softplus(s) + alpha * relu(s)` of guided tokens, read one layer above l*.
-        manifold: how far the norm of bridges is from that of the states they were made from, beyond `tau`.
+        safe: `softplus(s) + ALPHA * relu(s)` of guided tokens, read one layer above l*.
+        manifold: how far the norm of bridges is from that of the states they were made from, beyond `TAU`.
         avoid: `-log(1 - p)`, with the probability of all next tokens that the judge dislikes.
         keep: divergence from the backbone among the other next tokens.
     """
 
-    ce: float = 0.5
-    safe: float = 2.0
-    manifold: float = 0.1
-    avoid: float = 0.0
-    keep: float = 0.0
-    alpha: float = 2.0
-    tau: float = 0.2
+    ce: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of safe responses"})
+    safe: float = field(default=2.0, metadata={"help": "weight of the dense safety loss"})
+    manifold: float = field(default=0.1, metadata={"help": "weight of the manifold loss"})
+    avoid: float = field(
+        default=0.0, metadata={"help": "weight of -log(1 - p) of next tokens that the judge dislikes"}
+    )
+    keep: float = field(
+        default=0.0, metadata={"help": "weight of the divergence from the backbone among other tokens"}
+    )
 
 
+ALPHA, TAU = 2.0, 0.2
 PARTS = ("ce", "safe", "manifold", "avoid", "keep")
 
 
@@ -146,8 +149,8 @@ class BridgeStage(nn.Module):
         unsafe = self.module.discriminator(guided.later)
         parts = {
             "ce": -_mean(log_p.gather(-1, drawn[:, None]).squeeze(-1), natural[moment].bool()),
-            "safe": (F.softplus(unsafe) + self.weights.alpha * unsafe.relu()).mean(),
-            "manifold": manifold_loss(guided.bridges, guided.states, self.weights.tau),
+            "safe": (F.softplus(unsafe) + ALPHA * unsafe.relu()).mean(),
+            "manifold": manifold_loss(guided.bridges, guided.states, TAU),
             "avoid": avoidance(log_p, disliked).mean(),
             "keep": divergence(log_p, log_q, disliked).mean(),
         }

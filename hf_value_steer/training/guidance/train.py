@@ -48,7 +48,7 @@ STAGES = ("text", "pair", "bridge")
 
 
 @dataclass(kw_only=True)
-class GuidanceTrainArguments(SplitArguments, BackboneArguments):
+class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
     """What to train. Learning rates, epochs and loss weights are those of the paper's code unless said otherwise."""
 
     collection: str = field(metadata={"help": "folder of a labelled collection"})
@@ -79,15 +79,6 @@ class GuidanceTrainArguments(SplitArguments, BackboneArguments):
     batch_rows: int = field(default=8, metadata={"help": "generations in one step"})
     moments: int = field(default=64, metadata={"help": "tokens that are guided in one step of stage three"})
     bridge_rows: int | None = field(default=None, metadata={"help": "generations of stage three, at most"})
-    ce: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of safe responses"})
-    safe: float = field(default=2.0, metadata={"help": "weight of the dense safety loss"})
-    manifold: float = field(default=0.1, metadata={"help": "weight of the manifold loss"})
-    avoid: float = field(
-        default=0.0, metadata={"help": "weight of -log(1 - p) of next tokens that the judge dislikes"}
-    )
-    keep: float = field(
-        default=0.0, metadata={"help": "weight of the divergence from the backbone among other tokens"}
-    )
     seed: int = field(default=0, metadata={"help": "of weights and order"})
     trainer: list[str] = field(
         default_factory=list, metadata={"help": "further TrainingArguments as name=value, for all stages"}
@@ -217,7 +208,6 @@ class _Training:
 
     def _bridge_trainer(self) -> Trainer:
         arguments = self.arguments
-        weights = LossWeights(**{name: getattr(arguments, name) for name in PARTS})
         moments = GuidedMoments(self.model, self.module, arguments.moments, arguments.neutral_when_safe)
         with torch.no_grad():
             self.module.generator.raw_gate.fill_(arguments.gate)
@@ -226,7 +216,7 @@ class _Training:
         order = torch.randperm(len(self.rows["train"]), generator=torch.Generator().manual_seed(arguments.seed))
         rows = [self.rows["train"][index] for index in order[: arguments.bridge_rows].tolist()]
         return BridgeStageTrainer(
-            model=BridgeStage(moments, weights, disliked),
+            model=BridgeStage(moments, arguments, disliked),
             collate=ResponseBatch(self.targets, self.formatter),
             args=self._training_arguments("bridge", arguments.bridge_rate, arguments.bridge_epochs),
             train_dataset=Responses(judged, rows),
