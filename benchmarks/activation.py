@@ -37,7 +37,7 @@ from hf_value_steer.training.vectors import vectors_from_collection
 
 FOLD, FOLDS, LABELS = 1, 5, "python:examples.toxicity:profanity"
 JUDGES = ["python:examples.toxicity:word_list", "python:examples.toxicity:cuss"]
-BUDGET, TEXTS, CALIBRATION_TEXTS, SAMPLES = 1.5, 60, 60, 3
+BUDGET, TEXTS, SCALING_TEXTS, SAMPLES = 1.5, 60, 60, 3
 RUN, WORK = Path("runs/smollm2-toxicity"), Path("runs/activation-toxicity")
 MULTIPLIERS, STRONG = (-1, -0.5, -0.25, 0.25, 0.5, 1, 2), 0.5  # that which is compared with its negative
 THRESHOLDS = (0.02, 0.05)  # of the gate
@@ -53,8 +53,8 @@ def make_vectors(model: PreTrainedModel, tokenizer: Any, sequences: Sequences) -
         vectors = vectors_from_collection(
             model, tokenizer, collection, LABELS, prompts=set(known), attribute="toxicity", batch_size=32
         )
-        calibrated = vectors.calibrate(model, sequences)
-        dataclasses.replace(calibrated, backbone=BACKBONE_ID).save_pretrained(folder)
+        scaled = vectors.scale(model, sequences)
+        dataclasses.replace(scaled, backbone=BACKBONE_ID).save_pretrained(folder)
     return SteeringVectors.from_pretrained(folder)
 
 
@@ -69,7 +69,7 @@ def unseen_prompts() -> list[str]:
 
 
 def influence(model: PreTrainedModel, vectors: SteeringVectors, sequences: Sequences) -> dict[str, Any]:
-    """Relative influence on some texts; calibrated, and with one strength for all layers."""
+    """Relative influence on some texts; scaled by the norms, and with one strength for all layers."""
     flat = dataclasses.replace(vectors, strengths=torch.full_like(vectors.strengths, vectors.strengths[0].item()))
     ends = flat.only([vectors.layers[0], vectors.layers[-1]])
     rho = vectors.rho[0].item()
@@ -162,11 +162,11 @@ def main() -> None:
         [prompt for prompt in every if unseen(prompt)],
         [prompt for prompt in every if not unseen(prompt)],
     )
-    sequences, calibration = (
+    sequences, scaling = (
         [tokenizer(prompt.text)["input_ids"] for prompt in some]
-        for some in (prompts, others[TEXTS : TEXTS + CALIBRATION_TEXTS])
+        for some in (prompts, others[TEXTS : TEXTS + SCALING_TEXTS])
     )
-    vectors = make_vectors(model, tokenizer, calibration)
+    vectors = make_vectors(model, tokenizer, scaling)
     exact = load_backbone(torch.float32)[0]
     document: dict[str, Any] = {
         "command": command(),
@@ -174,7 +174,7 @@ def main() -> None:
         "prompts": len(prompts),
         "generations": len(prompts) * SAMPLES,
         "vectors": vectors.provenance,
-        "influence_on_calibration_texts": influence(exact, vectors, calibration),
+        "influence_on_calibration_texts": influence(exact, vectors, scaling),
         "influence_on_other_texts": influence(exact, vectors, sequences),
     }
     print(document, flush=True)

@@ -20,7 +20,7 @@ from hf_value_steer.files.schema import SCHEMA, VersionedConfig, check_schema, r
 from hf_value_steer.files.upload import push
 from hf_value_steer.generate import generate
 from hf_value_steer.generation.decoding import configured
-from hf_value_steer.generation.scorer import check_fit
+from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
 
 
@@ -111,7 +111,7 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, backbone: PreTrainedModel, value_head: ValueHead, value_steer: ValueSteer | None = None):
         methods = parse_configs(value_steer or {"method": "filter"}).values()
-        check_fit(value_head, backbone, any(method.allow_backbone_mismatch for method in methods))
+        require_fit(value_head, backbone, any(method.allow_backbone_mismatch for method in methods))
         super().__init__(
             ValueSteerConfig(
                 backbone=backbone.name_or_path or None, value_steer=[method.to_dict() for method in methods]
@@ -174,8 +174,7 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
         if value_steer is None:
             given = [kwargs.get("generation_config"), *args[1:2], self.generation_config]
             value_steer = configured(each for each in given if isinstance(each, GenerationConfig))
-        methods = parse_value_steer(value_steer or self.config.value_steer).values()
-        head = self.value_head
+        head, methods = self.value_head, parse_value_steer(value_steer or self.config.value_steer).values()
         steer = [each.with_value_head(head) if isinstance(each, MethodConfig) else each for each in methods]
         return generate(self.backbone, *args, value_steer=steer, **kwargs)
 

@@ -19,7 +19,7 @@ from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
 
 
-class Steering:
+class Injection:
     """What is added to a model at the moment.
 
     Args:
@@ -49,7 +49,7 @@ class Steering:
         self.mode, self.tokens, self.here, self.copies, self.told = mode, tokens, here, 1, False
         self.used = self.elsewhere = False
         self.number = torch.tensor(id(self))
-        _steerings[id(self)] = self
+        _injections[id(self)] = self
         self.gate: Tensor | None = None
         one = isinstance(multiplier, int | float)
         self.common: float = multiplier if one else 1.0  # type: ignore[assignment]
@@ -120,13 +120,13 @@ class Steering:
 
 
 # By `id`, for compiled graphs, which hold numbers and no objects.
-_steerings: WeakValueDictionary[int, Steering] = WeakValueDictionary()
+_injections: WeakValueDictionary[int, Injection] = WeakValueDictionary()
 
 
 @torch.library.custom_op("hf_value_steer::offset_here", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _offset_here(offset: Tensor, number: Tensor) -> Tensor:
-    """`offset` where the steering of that number steers the thread that runs the graph, else zeros."""
-    return offset.clone() if _steerings[int(number)].asked_here() else torch.zeros_like(offset)
+    """`offset` where the injection of that number steers the thread that runs the graph, else zeros."""
+    return offset.clone() if _injections[int(number)].asked_here() else torch.zeros_like(offset)
 
 
 @_offset_here.register_fake
@@ -134,32 +134,32 @@ def _(offset: Tensor, _number: Tensor) -> Tensor:
     return torch.empty_like(offset)
 
 
-class _Injection:
+class _LayerInjection:
     """What one layer adds to its output: a watcher of its point."""
 
-    def __init__(self, steering: Steering, vector: Tensor):
-        self.steering, self.vector, self.width = steering, steering.common * vector, len(vector)
+    def __init__(self, injection: Injection, vector: Tensor):
+        self.injection, self.vector, self.width = injection, injection.common * vector, len(vector)
         self.added: Tensor | None = None
 
     def __call__(self, state: Tensor) -> Tensor | None:
-        steering, compiling = self.steering, torch.compiler.is_compiling()
-        if compiling and steering.positional and not steering.told:
+        injection, compiling = self.injection, torch.compiler.is_compiling()
+        if compiling and injection.positional and not injection.told:
             raise ScoringError('Compiled models are steered with mode="broadcast" and tokens="all" only.')
-        if not compiling and not steering.asked_here():
+        if not compiling and not injection.asked_here():
             return None
         hidden = residual(state, self.width)
         offset = self._offset(hidden)
-        if compiling and steering.here is not None:
-            offset = _offset_here(offset, steering.number)
+        if compiling and injection.here is not None:
+            offset = _offset_here(offset, injection.number)
         return hidden + offset
 
     def _offset(self, hidden: Tensor) -> Tensor:
-        weight, rows, positions = self.steering.weight, hidden.shape[0], hidden.shape[1]
+        weight, rows, positions = self.injection.weight, hidden.shape[0], hidden.shape[1]
         if weight is None:
             if self.added is None or self.added.device != hidden.device or self.added.dtype != hidden.dtype:
                 self.added = self.vector.to(hidden.device, hidden.dtype)
             return self.added
-        fits = weight.shape[0] in (1, rows / self.steering.copies) and weight.shape[1] in (1, positions)
+        fits = weight.shape[0] in (1, rows / self.injection.copies) and weight.shape[1] in (1, positions)
         if not fits:
             raise ValueError(
                 f"Steering is set up for {weight.shape[0]} row(s) and {weight.shape[1]} position(s), but the model "
@@ -168,14 +168,14 @@ class _Injection:
         if self.vector.device != hidden.device:
             self.vector = self.vector.to(hidden.device)
         if weight.shape[0] > 1:
-            weight = weight.repeat_interleave(self.steering.copies, dim=0)
+            weight = weight.repeat_interleave(self.injection.copies, dim=0)
         return (weight.to(hidden.device) * self.vector).to(hidden.dtype)
 
 
 def is_steered(model: PreTrainedModel) -> bool:
     """Whether vectors are applied to `model` now, here."""
     return any(
-        isinstance(watcher, _Injection) and watcher.steering.acts_here()
+        isinstance(watcher, _LayerInjection) and watcher.injection.acts_here()
         for point in layer_points(model)
         for watcher in point.watchers
     )
@@ -189,7 +189,7 @@ def steered(
     mode: Mode = "broadcast",
     tokens: Tokens = "all",
     allow_backbone_mismatch: bool = False,
-) -> Iterator[Steering]:
+) -> Iterator[Injection]:
     """Steer `model` inside a `with` block. Afterwards, also after an exception, it is what it was.
 
     Works with whatever calls the model in this thread: `generate` in all its modes, pipelines, training loops. Other
@@ -211,10 +211,11 @@ def steered(
             In a forward of which it cannot be told whether it reads prompt or generated tokens, where that matters.
         ScoringError: in the end, if only other threads used the model.
     """
-    with Here() as here, injected(model, vectors, multiplier, mode, tokens, allow_backbone_mismatch, here) as steering:
-        yield steering
+    how = (multiplier, mode, tokens, allow_backbone_mismatch)
+    with Here() as here, injected(model, vectors, *how, here) as injection:
+        yield injection
         left_here = here()
-    steering.refuse_unused(left_here)
+    injection.refuse_unused(left_here)
 
 
 @contextmanager
@@ -226,30 +227,30 @@ def injected(
     tokens: Tokens,
     allow_backbone_mismatch: bool = False,
     here: Here | None = None,
-) -> Iterator[Steering]:
+) -> Iterator[Injection]:
     """[`steered`] in the context of `here` alone or, if it is `None`, everywhere: for the shadow of one call."""
     model, multiplier = underlying(model), as_python(multiplier)
     check_choices(multiplier, mode, tokens)
     vectors.check_fit(model, allow_backbone_mismatch)
     if is_steered(model):
         raise ValueError("This model is steered by vectors already: leave that `with` block first.")
-    steering, points = Steering(multiplier, mode, tokens, model.device, here), layer_points(model)
+    injection, points = Injection(multiplier, mode, tokens, model.device, here), layer_points(model)
     with ExitStack() as undo:
         for layer, vector in zip(vectors.layers, vectors.strengths[:, None] * vectors.directions, strict=True):
-            undo.callback(points[layer].attach(_Injection(steering, vector)))
-        if steering.positional:
-            undo.callback(on_call(model, _reader(steering, model)))
-        yield steering
+            undo.callback(points[layer].attach(_LayerInjection(injection, vector)))
+        if injection.positional:
+            undo.callback(on_call(model, _reader(injection, model)))
+        yield injection
 
 
-def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[nn.Module, dict[str, Any]], None]:
+def _reader(injection: Injection, model: PreTrainedModel) -> Callable[[nn.Module, dict[str, Any]], None]:
     """What finds out from the arguments of a forward what it reads, unless the decoding engine has said so."""
     use_cache = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
 
     def read(_model: nn.Module, arguments: dict[str, Any]) -> None:
-        if steering.told or torch.compiler.is_compiling():  # in a graph the injections refuse
+        if injection.told or torch.compiler.is_compiling():  # in a graph the injections refuse
             return
-        if not steering.acts_here():
+        if not injection.acts_here():
             return
         ids = arguments.get("input_ids")
         length = (arguments["inputs_embeds"] if ids is None else ids).shape[1]
@@ -264,9 +265,9 @@ def _reader(steering: Steering, model: PreTrainedModel) -> Callable[[nn.Module, 
         if stage == "prompt" or (stage is None and (cache is None or not holds_text(cache))):
             mask = arguments.get("attention_mask")
             mask = mask[:, -length:] if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            steering.read_prompt(mask, length)
+            injection.read_prompt(mask, length)
         elif length == 1:
-            steering.read_generated()
+            injection.read_generated()
         else:
             raise ValueError(
                 f"This forward reads {length} tokens after others in a cache: whether they are prompt or generated "

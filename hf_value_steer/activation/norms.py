@@ -22,7 +22,7 @@ def mean_norms(
     times the others' there (an attention sink), so that a mean with it would say how long the texts are.
 
     Args:
-        model: as it is: unsteered for a calibration.
+        model: as it is: unsteered, where vectors are scaled by the norms.
         sequences: token ids of each text; a few dozen are enough.
         batch_size (`int`): texts in one forward pass.
         skip (`int`): tokens at the beginning of each text that do not count.

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_value_steer.activation.apply import Steering, steered
+from hf_value_steer.activation.apply import Injection, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.vectors import Directions
@@ -22,12 +22,12 @@ class SteeringVectors(Directions):
     [`Directions`], which is how they are held, saved and loaded.
     """
 
-    def calibrate(
+    def scale(
         self, model: PreTrainedModel, sequences: Sequence[Sequence[int]], rho: float | None = None
     ) -> "SteeringVectors":
-        """[`mean_norms`] of the model on some texts (token ids), then [`calibrated`]."""
+        """[`mean_norms`] of the model on some texts (token ids), then [`scaled_to`]: strengths follow these norms."""
         self.check_fit(model)
-        return self.calibrated(mean_norms(model, sequences), rho, texts=len(sequences))
+        return self.scaled_to(mean_norms(model, sequences), rho, texts=len(sequences))
 
     def apply(
         self,
@@ -36,7 +36,7 @@ class SteeringVectors(Directions):
         mode: Mode = "broadcast",
         tokens: Tokens = "all",
         allow_backbone_mismatch: bool = False,
-    ) -> AbstractContextManager[Steering]:
+    ) -> AbstractContextManager[Injection]:
         """Steer everything that `model` does inside a `with` block; see [`~hf_value_steer.activation.apply.steered`].
 
         ```python

@@ -45,7 +45,8 @@ class Directions:
         layers (`tuple` of `int`): the steered layers, counted from 0, ascending.
         directions (`torch.FloatTensor` of shape `(len(layers), width)`): of norm 1.
         strengths (`torch.FloatTensor` of shape `(len(layers),)`): what a multiplier of 1 adds, as a norm.
-        norms (`torch.FloatTensor` of shape `(len(layers),)`, *optional*): mean norm of the residual, once calibrated.
+        norms (`torch.FloatTensor` of shape `(len(layers),)`, *optional*): mean norm of the residual, once they are
+            scaled.
         attribute (`str`, *optional*): what a positive multiplier brings more of.
         backbone (`str`, *optional*), backbone_fingerprint (`str`, *optional*), num_layers (`int`, *optional*): the
             model that the directions are of; what is `None` is not checked.
@@ -83,7 +84,7 @@ class Directions:
 
     @classmethod
     def from_tensors(cls, vectors: Mapping[int, Tensor], **recorded: Any) -> Self:
-        """From a vector for each layer, of any length: its length becomes the strength, until it is calibrated.
+        """From a vector for each layer, of any length: its length becomes the strength, until it is scaled.
 
         Args:
             vectors (`dict` from `int` to `torch.Tensor` of shape `(width,)`): by layer.
@@ -128,7 +129,7 @@ class Directions:
             self, layers=chosen, directions=self.directions[rows], strengths=self.strengths[rows], norms=norms
         )
 
-    def calibrated(self, norms: Tensor, rho: float | None = None, **recorded: Any) -> Self:
+    def scaled_to(self, norms: Tensor, rho: float | None = None, **recorded: Any) -> Self:
         r"""The same directions with strengths that follow the norm of the residual stream.
 
         Args:
@@ -136,7 +137,7 @@ class Directions:
             rho (`float`, *optional*): relative influence of a multiplier of 1, the same at every layer. By default
                 `1 / sqrt(width)`, the share that a random direction has in a vector, so that one multiplier means the
                 same in models of any width; `rho=1.0` leaves the root out.
-            recorded: what is to be recorded under `provenance["calibration"]`.
+            recorded: what is to be recorded under `provenance["calibration"]`: files of older versions have that name.
         """
         if self.layers[-1] >= len(norms):
             raise ValueError(f"`norms` are of {len(norms)} layers, but layer {self.layers[-1]} is steered.")

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -25,10 +25,15 @@ def add_command(
     function: Callable[..., None],
     *kinds: type[Any],
     description: str | None = None,
+    aliases: Sequence[str] = (),
 ) -> None:
-    """Add a command that calls `function` with one dataclass of each of `kinds`, read from the command line."""
+    """Add a command that calls `function` with one dataclass of each of `kinds`, read from the command line.
+
+    It also runs under its `aliases`: names that it had before.
+    """
     parser = commands.add_parser(
         name,
+        aliases=aliases,
         help=summary,
         description=description or f"{summary[0].upper()}{summary[1:]}.",
         parents=[HfArgumentParser(kinds, add_help=False)],

@@ -1,4 +1,4 @@
-"""`hf-value-steer vectors extract | calibrate | sweep | apply | bake`: steering vectors, one command a step."""
+"""`hf-value-steer vectors extract | scale | sweep | apply | bake`: steering vectors, one command a step."""
 
 import argparse
 import json
@@ -57,7 +57,7 @@ class ExtractArguments(ModelArguments):
 
 
 @dataclass(kw_only=True)
-class CalibrateVectorsArguments(ModelArguments):
+class ScaleArguments(ModelArguments):
     """Strengths that follow the norm of the residual stream; the folder is changed in place."""
 
     vectors: str = field(metadata={"help": "folder of the vectors"})
@@ -96,12 +96,13 @@ def add_vectors(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     steps = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary, function, kind in (
         ("extract", "directions from texts, labelled generations or a value head", _extract, ExtractArguments),
-        ("calibrate", "strengths from the norms of the model", _calibrate, CalibrateVectorsArguments),
+        ("scale", "strengths from the norms of the model", _scale, ScaleArguments),
         ("sweep", "which multipliers work, by judges and perplexity", _sweep, SweepArguments),
         ("apply", "texts with and without the vectors", _apply, ApplyArguments),
         ("bake", "a checkpoint that carries the vectors in its weights", _bake, BakeArguments),
     ):
-        add_command(steps, name, summary, function, kind, description=kind.__doc__)
+        aliases = ("calibrate",) if name == "scale" else ()
+        add_command(steps, name, summary, function, kind, description=kind.__doc__, aliases=aliases)
 
 
 def _extract(arguments: ExtractArguments) -> None:
@@ -126,13 +127,13 @@ def _extract(arguments: ExtractArguments) -> None:
                 "Pass --positive and --negative, --collection and --judge, --value-head and --texts, or --vectors."
             )
     vectors.save_pretrained(arguments.output)
-    print(f"{arguments.output}: layers {vectors.layers[0]} to {vectors.layers[-1]}, not calibrated yet")
+    print(f"{arguments.output}: layers {vectors.layers[0]} to {vectors.layers[-1]}, not scaled yet")
 
 
-def _calibrate(arguments: CalibrateVectorsArguments) -> None:
+def _scale(arguments: ScaleArguments) -> None:
     model, tokenizer = arguments.load()
     sequences = arguments.encoded(tokenizer, arguments.texts)
-    vectors = SteeringVectors.from_pretrained(arguments.vectors).calibrate(model, sequences, arguments.rho)
+    vectors = SteeringVectors.from_pretrained(arguments.vectors).scale(model, sequences, arguments.rho)
     vectors.save_pretrained(arguments.vectors)
     for layer, strength in zip(vectors.layers, vectors.strengths.tolist(), strict=True):
         print(f"layer {layer:<4}strength at m = 1 {strength:.4g}")

@@ -19,7 +19,7 @@ from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
 from hf_value_steer.evaluation.settings import filter_runs, filter_thresholds, forbidden_words
 from hf_value_steer.files.writing import write_atomically, write_json
-from hf_value_steer.generation.scorer import check_fit
+from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.collect import load_backbone
@@ -90,7 +90,7 @@ class Evaluator:
     def part(self, head: ValueHead, prompts: Sequence[Prompt], folder: Path) -> Part:
         """Generate for some prompts under every setting; `folder` keeps the runs."""
         arguments = self.arguments
-        check_fit(head, self.model)
+        require_fit(head, self.model)
         if arguments.method == "filter":
             filter_thresholds(head, arguments)
         for judge in self.judges.values():

@@ -1,1 +1,1 @@
-"""The engines: the decoding loop for `transformers` and the logits processors."""
+"""Steered decoding for `transformers`: the loop of `generate`, and the logits processors."""

@@ -18,6 +18,10 @@ from hf_value_steer.policy import acts, next_of_ending, watch
 class Abstention(Method):
     """The state of abstention in one `generate` call; every tensor has one entry a row.
 
+    The loop calls [`observe`] after each token, which changes the counts. Then it calls [`prescribe`]: in rows that
+    are to end, a token of the ending takes the place of the natural sample. The logits processor calls
+    [`observe_values`] and [`next_tokens`] instead.
+
     Args:
         config: runtime configuration.
         scorer: head and thresholds, bound to the model.
@@ -56,15 +60,18 @@ class Abstention(Method):
         values = moment.values_of(self)
         if moment.step == 0:
             self.scorer.start(values)
-        self.look(values, moment.step, moment.unfinished)
+        self.observe_values(values, moment.step, moment.unfinished)
 
-    def look(self, values: Tensor, step: int, unfinished: Tensor) -> None:
-        """The same from values of texts with `step` new tokens, some of them `unfinished`; `(batch,)` each."""
+    def observe_values(self, values: Tensor, step: int, unfinished: Tensor) -> None:
+        """Decide it from the values `(batch,)` of texts with `step` new tokens.
+
+        Rows that are not `unfinished` `(batch,)` do not begin to end.
+        """
         self.step, self.latest = step, values
         threshold, polarity, config = self.scorer.threshold, self.scorer.polarity, self.config
         acting = acts(self.streak, step, config.min_new_tokens)
         self.streak, due = watch(self.streak, values, threshold, polarity, acting, config.patience)
-        self.due = due & unfinished & (self.written < 0)
+        self.due = due & unfinished & (self.written < 0)  # an ending that has begun goes on by itself
 
     def prescribe(self, draw: Draw) -> None:
         """Put the message and EOS in place of the natural samples of rows that stop."""
@@ -72,8 +79,11 @@ class Abstention(Method):
         draw.forced = draw.forced | forced
 
     def next_tokens(self, tokens: Tensor, permitted: Tensor) -> tuple[Tensor, Tensor]:
-        """From natural samples `(batch,)` and the scores `(batch, vocab)` of what the call permits to the tokens to
-        write, and which of them are prescribed, both `(batch,)`.
+        """The tokens to write, and which of them are prescribed; `(batch,)` each.
+
+        Args:
+            tokens (`torch.LongTensor` of shape `(batch,)`): natural samples.
+            permitted (`torch.FloatTensor` of shape `(batch, vocab)`): scores of what the call permits.
         """
         begins, place, forced = next_of_ending(self.due, self.written, permitted[:, self.ending])
         self.stops.mark(begins, self.step, self.latest)
@@ -82,4 +92,5 @@ class Abstention(Method):
 
     def reorder(self, parents: Tensor) -> None:
         """Row `i` continues what was row `parents[i]`, as after a step of beam search."""
+        # `due` is made anew before it is read again.
         self.streak, self.written = self.streak[parents], self.written[parents]

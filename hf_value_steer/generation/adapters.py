@@ -1,6 +1,7 @@
 """PEFT's `adapter_names`: an adapter for each row, also in a forward of some rows or of several candidates of each.
 
-PEFT gives each of its layers the names of the whole batch, by a hook that holds them.
+PEFT gives each of its layers the names of the whole batch, by a hook that holds them. A forward of other rows needs
+other names.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from transformers import PreTrainedModel
 def unmerge_what_is_off(model: PreTrainedModel) -> None:
     """Take adapters that are merged and switched off out of the weights, as PEFT does in the next forward.
 
-    It notes that on the modules. In a shadow of them the weights, which are shared, would change alone.
+    PEFT notes on a module what it has done to its weights. If a shadow did it, the weights would change for the model,
+    too, as they are shared, but the note would be on the shadow alone. Called before the shadow is made.
     """
     for module in model.modules():
         if getattr(module, "disable_adapters", False) and getattr(module, "merged", False):
@@ -24,6 +26,9 @@ def unmerge_what_is_off(model: PreTrainedModel) -> None:
 
 class AdaptersOfRows:
     """Gives the layers of a shadow the names of the rows that a forward reads.
+
+    It puts a hook of its own in the place of PEFT's. The engine enters [`reading`] around each forward that does not
+    read the batch as it is: inside, every row of that forward has the name of the row that it stands for.
 
     Args:
         model: a shadow, which belongs to one call.
@@ -41,7 +46,7 @@ class AdaptersOfRows:
 
     @contextmanager
     def reading(self, rows: Tensor | None, copies: int) -> Iterator[None]:
-        """A forward inside the `with` block has `copies` batch rows for each of `rows`, all if `None`."""
+        """A forward inside the `with` block has `copies` batch rows for each of `rows`; `None` means all rows."""
         chosen = range(len(self.names)) if rows is None or not self.names else rows.tolist()
         self.present = [self.names[row] for row in chosen for _ in range(copies)]
         try:
@@ -50,7 +55,7 @@ class AdaptersOfRows:
             self.present = self.names
 
     def go_on_with_one(self, copies: int) -> None:
-        """In mid-forward, one of the `copies` of each row is left: for the layer that has its names already, too."""
+        """Keep one of the `copies` of each row in mid-forward: in place, as a layer may hold the list already."""
         self.present[:] = self.present[::copies]
 
     def _give(

@@ -17,8 +17,9 @@ MASKABLE_ATTENTION = ("sdpa", "eager")
 def tidied(model_kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
     """Arguments of a forward with mask and positions in the one form that look-aheads know.
 
-    `generate` takes masks of any dtype, and masks and positions of one row for all. Look-aheads choose rows of them,
-    and compare neighbours: 0 where there is padding or a hole, 1 elsewhere, one row each.
+    `generate` takes masks of any dtype. It also takes masks and positions of one row that are meant for all rows.
+    Look-aheads choose rows, and compare neighbours. So masks become 0 where there is padding or a hole, and 1
+    elsewhere, and masks and positions get a row for each row of the batch.
 
     Args:
         model_kwargs: as `generate` keeps them; they are left alone.

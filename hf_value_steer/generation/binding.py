@@ -1,4 +1,4 @@
-"""From what a call asks for to the methods that take part in it: the one place that knows them all."""
+"""Makes the methods of a call out of what it asks for. No other file knows all methods."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from hf_value_steer.generation.method import Bindable, Call, Method
 from hf_value_steer.generation.vectors import Vectors
 
 
-# In the order in which they act, whatever the order of the call: the values of the first one are reported.
+# Methods act in this order, whatever the order of the call. The values of the first one that has values are reported.
 _BINDERS: Mapping[type[MethodConfig], Callable[[Any, Call], list[Method]]] = {
     ValueFilterConfig: ValueFilter.bind,
     AbstentionConfig: Abstention.bind,

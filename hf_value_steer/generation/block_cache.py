@@ -15,7 +15,7 @@ class BlockLayer(DynamicLayer):  # type: ignore[misc]
 
     `DynamicLayer` copies all it holds at every step. Here a step writes its own slot, a crop shortens the view, and
     anything else that replaces `keys` and `values` (reordering, selecting rows) makes the next step start new buffers.
-    Two copies of a layer that share storage must not both grow.
+    Two copies of a layer that share storage must not both grow. The model calls [`update`] in each forward.
     """
 
     keys: Tensor
@@ -41,6 +41,7 @@ def _extend(held: Tensor, buffer: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """`held` followed by `new` along the second to last dimension, as a view of a buffer; and that buffer."""
     length = held.shape[-2]
     end = length + new.shape[-2]
+    # Whoever replaces `keys` and `values` knows nothing of the buffer: then it does not hold them any more.
     is_view = held.data_ptr() == buffer.data_ptr() and held.stride() == buffer.stride()
     if not is_view or end > buffer.shape[-2]:
         buffer = new.new_empty(*new.shape[:-2], -(-end // BLOCK) * BLOCK, new.shape[-1])

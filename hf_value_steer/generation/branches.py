@@ -1,6 +1,6 @@
-"""What stands beside the text: tokens of a few rows that were forwarded over its cache and are not part of it.
+"""Tokens of some rows that were forwarded over the cache of the text, but are not part of the text.
 
-They are dropped, or take their place in the live cache. The engine makes them, a step or the loop commits them.
+The engine makes them. Then a step, or the rewriting of tokens, puts them into the live cache or drops them.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from hf_value_steer.generation.state import State
 
 @dataclass
 class Branch:
-    """Some rows with a borrowed prefix and tokens of their own.
+    """Some rows with a borrowed prefix and tokens of their own; what the two kinds below have in common.
 
     Args:
-        reached: what their forward has left.
+        reached: features and logits of the tokens.
         cache: the prefix, and the keys, values and states of the tokens.
     """
 
@@ -30,6 +30,9 @@ class Branch:
 
 class Alternatives(Branch):
     """K candidates of each row, all at the position after its text.
+
+    Made by [`Engine.look_ahead`]. A step reads the features, and commits one candidate of each row: with [`append`] if
+    the live cache does not hold a token for this position yet, else with [`replace`].
 
     Args:
         features (`torch.FloatTensor` of shape `(rows, K, width)`): of the candidates.
@@ -41,7 +44,7 @@ class Alternatives(Branch):
         self.features, self.kernel = features, kernel
 
     def chosen(self, columns: Tensor) -> Reached:
-        """What candidate `columns[row]` of every row has left, at one position."""
+        """Feature, logits and states of candidate `columns[row]` of every row, at one position."""
         reached, logits = self.reached, self.reached.logits
         if logits is not None:
             logits = pick(logits.reshape(*self.features.shape[:2], -1), columns)
@@ -54,16 +57,19 @@ class Alternatives(Branch):
         )
 
     def append(self, columns: Tensor) -> None:
-        """Add candidate `columns[row]` of every row to the live cache, which is one token shorter."""
+        """Add candidate `columns[row]` of every row at the end of the live cache."""
         self.cache.append(columns)
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:
-        """Put candidate `columns[row]` in the place of the last token in the live cache, in rows that `keep` it."""
+        """Put candidate `columns[row]` in the place of the live cache's last token, in rows where `keep` is true."""
         self.cache.replace(keep, columns)
 
 
 class Chain(Branch):
-    """The last tokens of one row, as they would be after an earlier part of its text.
+    """Tokens of one row that follow one another, after an earlier part of its text.
+
+    Made by [`Engine.chain`]. The rewriting of tokens reads what they have left, and puts them in the place of the last
+    tokens of the row.
 
     Args:
         row (`int`): of the batch.
@@ -75,16 +81,16 @@ class Chain(Branch):
 
     @property
     def logits(self) -> Tensor:
-        """After each of its tokens, `(tokens, vocab)`, raw and float32."""
+        """Logits after each token, `(tokens, vocab)`, raw and float32."""
         assert self.reached.logits is not None  # all of them are computed
         return self.reached.logits[0].float()
 
     def hidden_states(self, place: int) -> tuple[Tensor, ...]:
-        """Of one of its tokens, `(1, width)` each; empty where they are not asked for."""
+        """Hidden states of the token at `place`, `(1, width)` for each layer; empty if nobody asked for them."""
         return tuple(states[0, place : place + 1] for states in self.reached.hidden_states or ())
 
     def put_last(self, state: State) -> None:
-        """Let the row go on from the last of its tokens."""
+        """Write what the last token has left into `state`, from which the row goes on."""
         last = len(self.logits) - 1
         pairs = [(state.logits, self.logits[last]), (state.feature, self.reached.feature[0, last])]
         pairs += zip(state.hidden_states or (), self.hidden_states(last), strict=True)
@@ -92,7 +98,8 @@ class Chain(Branch):
             mine[self.row] = own.to(mine)
 
     def overwrite(self) -> None:
-        """Put them in the place of as many tokens at the end of the live cache."""
+        """Put the tokens in the place of as many tokens at the end of the live cache."""
+        # `replace` asks which candidate each row keeps: a chain has none to choose from.
         nothing = torch.zeros(1, dtype=torch.long)
         self.cache.replace(torch.ones(1, dtype=torch.bool), nothing)
 

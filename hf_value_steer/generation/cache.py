@@ -1,7 +1,7 @@
-"""What a look-ahead needs of the live cache, for every kind of cache layer of `transformers`.
+"""The cache of the text, and how to undo and overwrite steps in every kind of cache layer of `transformers`.
 
 Keys and values grow by one slot a token: a step is undone by dropping the slot. Recurrent states (convolutions, state
-spaces, linear attention) are overwritten: they are remembered before each step.
+spaces, linear attention) are overwritten by each step: a step is undone by putting back a copy of what was before.
 """
 
 from collections.abc import Iterator
@@ -77,10 +77,13 @@ def make_room(cache: Cache, config: PreTrainedConfig) -> None:
 class LiveCache:
     """The cache of the text so far.
 
+    The engine calls [`remember`] and [`advance`] around each step, and then [`settle`], or at the end [`remove_last`].
+    A look-ahead reads the layers, and writes what is kept with [`overwrite_last`] and [`overwrite_states`].
+
     Args:
         cache (`transformers.Cache`): a cache with one slot a token, all rows in step.
         config (`PreTrainedConfig`): config of the model, for the sliding windows.
-        back (`int`): how many tokens may be taken back: windows keep so many more.
+        back (`int`): how many tokens may be taken back; sliding windows keep this many slots more.
     """
 
     def __init__(self, cache: Cache, config: PreTrainedConfig, back: int = 0):
@@ -91,7 +94,7 @@ class LiveCache:
         self.measure()
 
     def measure(self) -> None:
-        """Learn how many tokens the cache holds."""
+        """Learn how many tokens the cache holds; recurrent states alone do not tell."""
         has_slots = any(isinstance(layer, CacheLayerMixin) for layer in self.cache.layers)
         self.length = int(self.cache.get_seq_length()) if has_slots else 0
 
@@ -99,7 +102,7 @@ class LiveCache:
         """The prompt is in: from now on each step can be undone."""
         self.measure()
         self._refuse_going_back()
-        for layer in self._sliding():
+        for layer in self._sliding():  # else they drop the slots that leave the window in the forward itself
             layer.activate_past_recording()
 
     def _refuse_going_back(self) -> None:

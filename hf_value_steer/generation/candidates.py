@@ -1,4 +1,4 @@
-"""Where candidate tokens come from: the natural sample, its alternatives, and which of them are distinct."""
+"""Where candidate tokens come from: the natural sample and its alternatives."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def natural_sample(scores: Tensor, do_sample: bool) -> tuple[Tensor, Tensor]:
         return tokens, scores.gather(1, tokens[:, None]).squeeze(1) > -torch.inf
     probabilities = scores.softmax(dim=-1)
     possible = ~probabilities[:, 0].isnan()
-    if possible.device.type != "cpu" or not possible.all():  # elsewhere the host would have to wait for the answer
+    if possible.device.type != "cpu" or not possible.all():  # on a GPU the host would wait for `all`
         probabilities.masked_fill_(~possible[:, None], 1.0)
     return torch.multinomial(probabilities, num_samples=1).squeeze(1), possible
 
@@ -44,7 +44,7 @@ def _generator_state(device: torch.device) -> Tensor:
     """State of the generator from which `generate` draws on this device."""
     if device.type == "cpu":
         return torch.get_rng_state()
-    if device.type == "mps":  # there is one
+    if device.type == "mps":  # it has one generator, whose state is asked for without a device
         return torch.mps.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
@@ -68,7 +68,7 @@ def sampled_alternatives(scores: Tensor, uniform: Tensor) -> Tensor:
         scores (`torch.FloatTensor` of shape `(rows, vocab)`): processed scores.
         uniform (`torch.DoubleTensor` of shape `(rows, count)`): numbers in [0, 1).
     """
-    exact = scores.cpu() if scores.device.type == "mps" else scores  # which has no float64
+    exact = scores.cpu() if scores.device.type == "mps" else scores  # MPS has no float64
     cumulative = exact.double().softmax(dim=-1).cumsum(dim=-1)
     tokens = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
     return tokens.to(scores.device)
@@ -80,23 +80,3 @@ def likely_alternatives(scores: Tensor, natural: Tensor, count: int) -> Tensor:
     top, ids = others.topk(min(count, scores.shape[-1] - 1), dim=-1)
     ids = ids.masked_fill(top == -torch.inf, -1)
     return torch.nn.functional.pad(ids, (0, count - ids.shape[1]), value=-1)
-
-
-def first_occurrence(candidates: Tensor) -> Tensor:
-    """For each candidate the column in which its token stands first, shape `(rows, K)`."""
-    return (candidates[:, :, None] == candidates[:, None, :]).int().argmax(dim=-1)
-
-
-def compact(needed: Tensor) -> tuple[Tensor, Tensor]:
-    """Move the needed columns to the front, in order.
-
-    Args:
-        needed (`torch.BoolTensor` of shape `(rows, K)`).
-
-    Returns:
-        `(columns, slots)`: `columns` of shape `(rows, width)` are the columns to forward, padded where a row needs
-        fewer than the widest; `slots` of shape `(rows, K)` says at which of them each needed column then stands.
-    """
-    width = int(needed.sum(dim=-1).max())
-    columns = (~needed).int().argsort(dim=-1, stable=True)[:, :width]
-    return columns, needed.int().cumsum(dim=-1) - 1

@@ -22,7 +22,7 @@ from hf_value_steer.hosts.transformers import compile_config
 
 
 class _Kept:
-    """A watcher that keeps the state that passed last."""
+    """A watcher of a point that keeps the last state that passed it; a compiled function returns that state."""
 
     state: Tensor | None = None
 
@@ -46,6 +46,8 @@ def _look_ahead(model: PreTrainedModel, kept: _Kept, inputs: dict[str, Any]) -> 
 class Compiled(Whole):
     """`model(**inputs)` under `torch.compile`, for static caches.
 
+    The engine calls [`run_to`] with the arguments of a forward, and gets feature and logits of every position.
+
     Args:
         model: a shadow, which belongs to one call.
         function: a compiled one, which returns the output of the model and the feature.
@@ -61,13 +63,13 @@ class Compiled(Whole):
             outputs, feature = self.function(self.model, kept, inputs)
         if feature is None:
             raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
-        feature = feature.clone()  # no later replay of a graph overwrites it
+        feature = feature.clone()  # a CUDA graph writes its next result into the same memory
         return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), outputs.logits)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What was compiled with one config, for all models and calls."""
+    """Two functions, compiled with one config; [`compiled_forwards`] uses them for all models and calls."""
 
     config: CompileConfig
     step: _Function

@@ -19,7 +19,7 @@ from hf_value_steer.hosts.transformers import CACHE, cache_of, holds_text, lengt
 
 @dataclass
 class Decoded:
-    """The forward whose scores are being processed.
+    """The forward whose scores are being processed; a logits processor gets it from [`DecodeTap.read`].
 
     Args:
         feature (`torch.FloatTensor` of shape `(rows, width)`): of the last token.
@@ -50,7 +50,7 @@ class Decoded:
 
 
 class _Seen(threading.local):
-    """What the forwards of one thread have left behind."""
+    """What the last forward of one thread has left: the hooks of a [`DecodeTap`] write it, its [`read`] takes it."""
 
     watching = False
     cache: weakref.ref[Cache] | None = None
@@ -62,7 +62,10 @@ class _Seen(threading.local):
 
 
 class _Followed:
-    """A watcher on the feature of a model, whose output embedding may be replaced at any time."""
+    """A watcher on the feature of a model, whose output embedding may be replaced at any time.
+
+    [`DecodeTap`] makes one, and calls [`follow`] before every forward.
+    """
 
     def __init__(self, model: PreTrainedModel, watcher: Watcher):
         self.model, self.watcher = weakref.ref(model), watcher
@@ -85,7 +88,9 @@ class _Followed:
 class DecodeTap:
     """Remembers the last ordinary forward of a model (no look-ahead) in each thread, until it is read.
 
-    The model's modules hold no reference to the tap, so that an inline `logits_processor=[...]` leaves nothing behind.
+    A logits processor makes one for its model, and calls [`read`] each time it is called. The hooks on the model hold
+    no reference to the tap, and are taken off when it is gone, so that an inline `logits_processor=[...]` leaves
+    nothing behind.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -98,7 +103,7 @@ class DecodeTap:
             if seen.watching:
                 stage = stage_of_generate()
                 seen.prefill = cache is not None and (stage in ("prompt", "chunk") if stage else not holds_text(cache))
-                # The cache is what `generate` holds while processors are called, and it is not to be held any longer.
+                # `generate` holds the cache while processors are called. A strong reference would hold it after that.
                 seen.arguments = {name: value for name, value in arguments.items() if value is not cache}
                 seen.cache = None if cache is None else weakref.ref(cache)
                 seen.cache_argument = next((name for name, value in arguments.items() if value is cache), CACHE)
@@ -109,7 +114,7 @@ class DecodeTap:
 
         followed = _Followed(model, on_feature)
         weakref.finalize(self, on_call(model, on_forward))
-        weakref.finalize(self, lambda: followed.leave())  # the last of them
+        weakref.finalize(self, lambda: followed.leave())  # looked up then: `follow` puts another one there
 
     def read(self, input_ids: Tensor) -> Decoded:
         """The forward that made the scores of `input_ids` `(rows, length)`; it is forgotten here.

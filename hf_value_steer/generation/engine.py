@@ -18,7 +18,7 @@ from hf_value_steer.generation.branches import Alternatives, Chain
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import compiled_forwards
 from hf_value_steer.generation.forwards import Reached, passed, watched
-from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, Look, Whole, compilable_kernel, rows_of
+from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, LookAhead, Whole, compilable_kernel, rows_of
 from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, select_rows
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.state import Reading, State
@@ -33,7 +33,8 @@ Around = Callable[[Reading], AbstractContextManager[Any]]
 class Engine:
     """One backbone, one live cache, and the mask and positions of the token that is forwarded next.
 
-    Uses the preparation of `GenerationMixin` itself, so that an ordinary step is the step of plain `generate`.
+    The loop and its steps give it token ids, and get features and logits: [`Reached`], [`State`], or a branch. It uses
+    the preparation of `GenerationMixin` itself: an ordinary step is the step of plain `generate`.
 
     Args:
         prepared: a shadow of the backbone, which belongs to this call.
@@ -57,6 +58,7 @@ class Engine:
         self.around: Around = around or (lambda _: nullcontext())
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], self.model.config, back)
         self.point, self.longest_row, self.adapters = prepared.point, prepared.longest_row, prepared.adapters
+        # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
         self.steps = self.looks = self.plain = prepared.forwards
 
     # The prompt.
@@ -87,12 +89,12 @@ class Engine:
         return State(logits, passed(features)[:, -1], outputs.get("hidden_states"), outputs.get("attentions"))
 
     def _without_last(self) -> dict[str, Tensor]:
-        """Mask and positions of the prompt but for its last token."""
+        """Mask and positions of the prompt without its last token."""
         given = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
         return {name: tensor[:, :-1] for name, tensor in given.items() if tensor is not None}
 
     def _start(self, config: GenerationConfig) -> None:
-        """Begin with what the forward of the prompt has left: its cache may be another one than it was given."""
+        """Begin with the cache that the forward of the prompt has left; it may be another one than it was given."""
         cache = cache_of(self.model_kwargs)
         refuse_cache(cache, config.max_length)
         if cache is not None and cache is not self.live.cache:
@@ -127,7 +129,7 @@ class Engine:
         return reached
 
     def state(self, reached: Reached, device: torch.device) -> State:
-        """What a step leaves behind, once it is certain what is kept: logits are computed here, and go to `device`."""
+        """What a step leaves behind, once it is decided what is kept: logits are computed here, and go to `device`."""
         logits = reached.logits if reached.logits is not None else self.steps.resume_from(reached)
         logits = logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
         return State(logits, reached.feature[:, -1], reached.hidden_states, reached.attentions)
@@ -141,7 +143,7 @@ class Engine:
         """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token."""
         self.live.remove_last()
 
-    # What stands beside it.
+    # Tokens beside the text.
 
     def look_ahead(
         self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None = None, most: int | None = None
@@ -153,15 +155,16 @@ class Engine:
             candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
             rows (`torch.LongTensor`, *optional*): which rows these are, after [`read`]: the live cache holds their
                 natural sample, which the candidates do not see. Without it: all rows, instead of [`read`].
-            most (`int`, *optional*): the most candidates that a look-ahead of this generation has: a compiled one
-                always forwards so many, in all rows.
+            most (`int`, *optional*): the most candidates that a look-ahead of this generation has. A compiled one
+                always forwards this number of them, in all rows.
         """
         if rows is None:
             self.live.remember()
         if isinstance(self.kernel, Whole):
             return self._look_at_all(input_ids, candidates, rows, most)
-        look = self._look(input_ids, candidates, rows)
+        look = self._new_look_ahead(input_ids, candidates, rows)
         copies = candidates.shape[1] if isinstance(self.kernel, Expanded) else 1
+        # Some position embeddings depend on the longest row of a forward, also on one that is not looked at.
         everybody = None if rows is None else self.model_kwargs.get("position_ids")
         with self.adapters.reading(rows, copies), self.longest_row.reaching(everybody):
             reached = self._forward(look, Reading(look.cache, rows, copies, begins=rows is None))
@@ -171,12 +174,12 @@ class Engine:
     def _look_at_all(
         self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None, most: int | None
     ) -> Alternatives:
-        """The same with shapes that never change: all rows, always as many candidates, and logits of all of them."""
+        """The same with shapes that never change, for a compiled forward: all rows, `most` candidates, all logits."""
         looked_at = torch.arange(len(input_ids), device=input_ids.device) if rows is None else rows
         count = candidates.shape[1]
         padded = candidates.new_zeros(len(input_ids), most or count)
         padded[looked_at, :count] = candidates
-        look = self._look(input_ids, padded, rows)
+        look = self._new_look_ahead(input_ids, padded, rows)
         reached = self._forward(look, Reading(look.cache, begins=rows is None))
         look.cache.keep_rows(looked_at)
         for name in ("feature", "logits"):
@@ -186,11 +189,11 @@ class Engine:
                 setattr(reached, name, tuple(select_rows(each, rows) for each in states))
         return Alternatives(reached, look.cache, reached.feature, self.kernel)
 
-    def _look(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> Look:
+    def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
-        return Look(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
+        return LookAhead(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
 
-    def _forward(self, look: Look, reading: Reading) -> Reached:
+    def _forward(self, look: LookAhead, reading: Reading) -> Reached:
         inputs = self.kernel.inputs(look)
         self._require_cache(inputs, look.cache)
         with self.around(reading), self.kernel.attention(look):
@@ -223,7 +226,7 @@ class Engine:
         return Chain(reached, cache, row)
 
     def put(self, reached: Reached, rows: Tensor, keep: Tensor, other: Reached) -> None:
-        """Let some rows go on with what another forward has left.
+        """Let some rows go on with what another forward has left: it overwrites their part of `reached`.
 
         Args:
             reached: of the whole batch.
@@ -233,14 +236,14 @@ class Engine:
         """
         pairs = [(reached.feature, other.feature)]
         if reached.logits is not None:
-            with self.adapters.reading(rows, 1):
+            with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
                 logits = other.logits if other.logits is not None else self.looks.resume_from(other)
             pairs.append((reached.logits, logits))
         pairs += zip(reached.hidden_states or (), other.hidden_states or (), strict=True)
         for mine, theirs in zip(reached.attentions or (), other.attentions or (), strict=True):
             # A static cache's slots that hold nothing have weights, too, in an ordinary step.
             pairs.append((mine, nn.functional.pad(theirs, (0, mine.shape[-1] - theirs.shape[-1]))))
-        for mine, theirs in pairs:
+        for mine, theirs in pairs:  # which may be on several devices
             mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)].to(mine.dtype)
 
     def _require_cache(self, inputs: Mapping[str, Any], cache: Cache) -> None:

@@ -18,6 +18,9 @@ from hf_value_steer.policy import Candidates, Decision, acts, decide, may_insert
 class ValueFilter(Method):
     """The filter of one `generate` call. A step asks it; it forwards nothing itself.
 
+    A lazy step asks [`accepts`] about the values of the natural samples, and goes on for the rows that are rejected.
+    An eager step goes on for all rows. Then [`propose`] gives candidates, and [`decide`] chooses by their values.
+
     Args:
         config: runtime configuration.
         scorer: head and thresholds, bound to the model.
@@ -31,7 +34,7 @@ class ValueFilter(Method):
     def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
         self.config, self.scorer, self.sampled, self.eos = config, scorer, sampled, eos
         self.eager, self.lookahead = config.evaluation == "eager", config.lookahead
-        self.most = config.num_candidates + (eos is not None)
+        self.most = config.num_candidates + (eos is not None)  # the ending is forwarded beside the candidates
         device = scorer.threshold.device
         self.key = random_key(device, config.seed)
         self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)

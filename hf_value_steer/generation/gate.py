@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_value_steer.activation.apply import Steering
+from hf_value_steer.activation.apply import Injection
 from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.policy import acts
@@ -14,29 +14,31 @@ from hf_value_steer.policy import acts
 class Gate(Method):
     """Opens for a row when its value is not acceptable, and closes when it is acceptable again.
 
+    The loop calls [`observe`] with the values of the texts. The injection reads the gate in the next forward.
+
     Args:
         scorer: head and thresholds, bound to the model.
-        steering: what is let through.
-        min_new_tokens (`int`): the gate stays closed for so many new tokens.
+        injection: the vectors on the model, which the gate holds back or lets through.
+        min_new_tokens (`int`): number of new tokens for which the gate stays closed.
     """
 
     values_texts = True
-    follows = False  # several tokens that are read at once have one gate
+    follows = False  # a chain of tokens is read in one forward, which has one gate a row
     rowwise: ClassVar[tuple[str, ...]] = ("open",)
 
-    def __init__(self, scorer: Scorer, steering: Steering, min_new_tokens: int):
-        self.scorer, self.steering, self.min_new_tokens = scorer, steering, min_new_tokens
+    def __init__(self, scorer: Scorer, injection: Injection, min_new_tokens: int):
+        self.scorer, self.injection, self.min_new_tokens = scorer, injection, min_new_tokens
         self.open = torch.zeros_like(scorer.threshold, dtype=torch.bool)
 
     @property
     def open(self) -> Tensor:
         """The rows `(batch,)` that are steered when their next token is read."""
-        assert self.steering.gate is not None
-        return self.steering.gate
+        assert self.injection.gate is not None
+        return self.injection.gate
 
     @open.setter
     def open(self, rows: Tensor) -> None:
-        self.steering.gate = rows
+        self.injection.gate = rows
 
     def values(self, features: Tensor) -> Tensor:
         return self.scorer.values(features)

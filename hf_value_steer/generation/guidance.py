@@ -75,6 +75,9 @@ def load_module(config: GuidanceConfig, model: PreTrainedModel) -> GuidanceModul
 class Guidance(Method):
     """The state of guidance in one `generate` call.
 
+    The engine enters [`around_forward`] around every forward. Inside, the module reads the states behind one layer and
+    makes a bridge of them, which the layers above see.
+
     Args:
         model: the backbone.
         module: a module that fits it.
@@ -107,7 +110,7 @@ class Guidance(Method):
         return [cls(call.model, load_module(config, call.model), config)]
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:
-        """Read the prompt but for its last token, or guide the next token, or candidates, each by its own bridge."""
+        """Read a prompt (without its last token), or guide the next token, or candidates, each by its own bridge."""
         if reading.prompt is not None:
             self.mask = reading.mask
             return self.point.watched(self._read)
@@ -118,7 +121,7 @@ class Guidance(Method):
         return self._guiding(reading.cache)
 
     def values(self, features: Tensor) -> Tensor:
-        """Those of the module, of the last token that it has read."""
+        """The values that the module has given the last token that it has read."""
         assert self.state is not None  # the prompt's last token was a step
         return self.state.values.to(features.device)
 
@@ -196,6 +199,7 @@ class Guidance(Method):
     def _read(self, states: Tensor) -> None:
         """Take in some states of the prompt; what the module remembers of them is smaller than they are."""
         if self.module.device != states.device:
+            # A copy: the weights of the shadow are those of the user's module, which stays where it is.
             self.module = copy.deepcopy(self.module).to(states.device)
         self.read.append(self.module.read_prompt(states))
 

@@ -1,4 +1,4 @@
-"""The last few steps of a generation, and going back in them: one row at a time, as if it had never been elsewhere."""
+"""The last steps of a generation, and how to take one row back to an earlier step."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from hf_value_steer.generation.output import Stops
 
 @dataclass
 class Past:
-    """What was, after a step or after the prompt.
+    """What [`History`] has kept of one step, or of the prompt.
 
     Args:
         moment: what the methods were told.
-        states (`list` of `dict`): of each method, an entry a row.
-        stops: as they were.
+        states (`list` of `dict`): for each method its tensors, which have an entry a row.
+        stops: which rows had been ended then.
     """
 
     moment: Moment
@@ -28,6 +28,9 @@ class Past:
 
 class History:
     """Keeps the last steps, as many as may be taken back.
+
+    The loop calls [`keep`] after each step. The rewriting of tokens calls [`undo`] for a row, and then [`replay`] for
+    each of its new tokens.
 
     Args:
         methods: whose state is kept.
@@ -40,7 +43,7 @@ class History:
         self.pasts = deque[Past](maxlen=back + 1)
 
     def keep(self, moment: Moment) -> None:
-        """Remember what is now."""
+        """Remember the present state, if steps may be taken back."""
         if self.back:
             self.pasts.append(self._now(moment))
 
@@ -48,7 +51,7 @@ class History:
         return Past(moment, [method.snapshot() for method in self.methods], self.stops.copy())
 
     def refuse_beyond(self, row: int, tokens: int) -> None:
-        """Raise a `ValueError` unless so many tokens of a row can be taken back, all of which count."""
+        """Raise a `ValueError` unless the last `tokens` tokens of a row can be taken back, and all of them count."""
         known = list(self.pasts)[-1 - tokens :]
         if not 0 < tokens < len(self.pasts) or not all(bool(past.moment.live[row]) for past in known[1:]):
             raise ValueError(
@@ -57,7 +60,7 @@ class History:
             )
 
     def undo(self, row: int, tokens: int) -> None:
-        """Let the methods be, in one row, where they were `tokens` tokens ago."""
+        """Put one row of every method back to where it was `tokens` tokens ago."""
         self._put(torch.tensor([row]), self.pasts[-1 - tokens])
 
     def replay(self, row: int, ago: int, moment: Moment) -> None:
@@ -69,7 +72,7 @@ class History:
         """
         past = self.pasts[-ago]
         others = torch.arange(len(moment.live)) != row
-        for method in self.methods:
+        for method in self.methods:  # which observe the whole batch: the other rows are put back after it
             method.observe(moment)
         self._put(others.nonzero().squeeze(1), past)
         self.pasts[-ago] = self._now(moment)

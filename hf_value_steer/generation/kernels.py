@@ -80,8 +80,8 @@ def _maskable(model: PreTrainedModel) -> bool:
 
 
 @dataclass(frozen=True)
-class Look:
-    """One look-ahead.
+class LookAhead:
+    """What one look-ahead is about; the engine makes one, and a kernel makes the arguments of a forward out of it.
 
     Args:
         model: the backbone.
@@ -122,14 +122,18 @@ def _dimension(name: str) -> int:
 
 
 class Kernel(Protocol):
-    """How a look-ahead becomes one forward, and how to read what comes out."""
+    """How a look-ahead becomes one forward, and how to read what comes out.
+
+    The engine calls [`inputs`], and runs the forward inside [`attention`]. [`Alternatives`] calls the other two, which
+    find one candidate of each row in what the model returns.
+    """
 
     layer: type[LookaheadLayer]
 
-    def inputs(self, look: Look) -> dict[str, Any]:
+    def inputs(self, look: LookAhead) -> dict[str, Any]:
         """Arguments of the forward."""
 
-    def attention(self, look: Look) -> AbstractContextManager[None]:
+    def attention(self, look: LookAhead) -> AbstractContextManager[None]:
         """A context in which the model attends as this kernel needs."""
 
     def pick_hidden(self, states: Tensor, columns: Tensor) -> Tensor:
@@ -144,13 +148,13 @@ class Masked:
 
     layer: type[LookaheadLayer] = LookaheadLayer
 
-    def inputs(self, look: Look) -> dict[str, Any]:
+    def inputs(self, look: LookAhead) -> dict[str, Any]:
         shape = (look.candidates.shape[0], look.candidates.shape[1])
         mask = look.model_kwargs.get("attention_mask")
         if mask is None:
             mask = torch.ones(shape[0], look.cache.length, device=look.candidates.device)
         else:
-            mask = select_rows(mask[:, :-1], look.rows)
+            mask = select_rows(mask[:, :-1], look.rows)  # the last column is that of the candidates
         inputs = look.step(look.input_ids, look.model_kwargs)
         for name in (name for name in BY_TOKEN if inputs.get(name) is not None):
             last = rows_of(name, inputs[name][..., -1:], look.rows)
@@ -159,11 +163,11 @@ class Masked:
             "input_ids": look.candidates,
             "attention_mask": candidate_masks(look.model, look.cache, mask, shape),
         }
-        if "logits_to_keep" in inputs:
+        if "logits_to_keep" in inputs:  # `generate` keeps those of one position
             inputs["logits_to_keep"] = shape[1]
         return inputs
 
-    def attention(self, _look: Look) -> AbstractContextManager[None]:
+    def attention(self, _look: LookAhead) -> AbstractContextManager[None]:
         return nullcontext()
 
     def pick_hidden(self, states: Tensor, columns: Tensor) -> Tensor:
@@ -177,20 +181,20 @@ class Masked:
 
 
 class Whole(Masked):
-    """`Masked` in all rows, over the whole buffers of static layers: one shape, which can be compiled."""
+    """`Masked` in all rows, over the whole buffers of static layers: one shape, as compiling needs it."""
 
     layer = WholeLayer
 
-    def inputs(self, look: Look) -> dict[str, Any]:
+    def inputs(self, look: LookAhead) -> dict[str, Any]:
         return super().inputs(replace(look, rows=None))
 
 
 class Expanded:
-    """Candidates along the batch dimension: an ordinary decoding step of `rows * K` rows, whatever the family does."""
+    """Candidates along the batch dimension: an ordinary decoding step of `rows * K` rows, as every family can."""
 
     layer: type[LookaheadLayer] = ExpandedLayer
 
-    def inputs(self, look: Look) -> dict[str, Any]:
+    def inputs(self, look: LookAhead) -> dict[str, Any]:
         def expand(name: str, value: Any) -> Any:
             if name not in BY_ROW or value is None:
                 return value
@@ -199,7 +203,7 @@ class Expanded:
         kwargs = {name: expand(name, value) for name, value in look.model_kwargs.items()}
         return look.step(expand("input_ids", look.input_ids), kwargs, look.candidates.reshape(-1, 1))
 
-    def attention(self, _look: Look) -> AbstractContextManager[None]:
+    def attention(self, _look: LookAhead) -> AbstractContextManager[None]:
         return nullcontext()
 
     def pick_hidden(self, states: Tensor, columns: Tensor) -> Tensor:
@@ -214,12 +218,12 @@ class SharedPrefix(Expanded):
 
     layer = SharedPrefixLayer
 
-    def inputs(self, look: Look) -> dict[str, Any]:
+    def inputs(self, look: LookAhead) -> dict[str, Any]:
         mask = look.model_kwargs.get("attention_mask")
         padding = look.candidates.new_zeros(len(look.input_ids)) if mask is None else (mask == 0).sum(dim=-1)
         look.cache.row_numbers = list(range(len(padding))) if look.rows is None else look.rows.tolist()
         look.cache.padding = select_rows(padding, look.rows).tolist()
         return super().inputs(look)
 
-    def attention(self, look: Look) -> AbstractContextManager[None]:
+    def attention(self, look: LookAhead) -> AbstractContextManager[None]:
         return shared_prefix(look.model, look.cache)

@@ -19,7 +19,7 @@ from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.scorer import Scorer, bind, check_fit, load_head, refuse_broken, require_finite
+from hf_value_steer.generation.scorer import Scorer, bind, load_head, refuse_broken, require_finite, require_fit
 from hf_value_steer.generation.validation import (
     ending_tokens,
     eos_token,
@@ -61,6 +61,7 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self.head = load_head(config, model)
         self._ending()
         self.tap = DecodeTap(model)
+        # By cache: nobody tells a processor when a generation ends, and there may be several at once.
         self.texts = WeakKeyDictionary[Cache, _AbstainingText]()
 
     def _ending(self) -> list[int]:
@@ -72,7 +73,7 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
-            check_fit(self.head, self.model, self.config.allow_backbone_mismatch)
+            require_fit(self.head, self.model, self.config.allow_backbone_mismatch)
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             stops = Stops.none(len(input_ids), input_ids.device)
             abstention = Abstention(self.config, scorer, stops, self._ending())
@@ -84,14 +85,14 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         step, everyone = input_ids.shape[1] - text.prompt_length, torch.ones_like(input_ids[:, 0], dtype=torch.bool)
         values = abstention.scorer.values(decoded.feature)
         require_finite(values, everyone, step)
-        abstention.look(values, step, everyone)
+        abstention.observe_values(values, step, everyone)
         tokens, forced = abstention.next_tokens(input_ids[:, -1], scores)
         prescribed = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
         return torch.where(forced[:, None], prescribed, scores)
 
 
 def _text_of(cache: Cache, texts: WeakKeyDictionary[Cache, T]) -> T:
-    """The generation that has this cache, which it does not outlive.
+    """What a processor knows of the generation that has this cache; it is forgotten with the cache.
 
     Raises:
         ScoringError: if it has not been seen from its prompt on.
@@ -104,7 +105,7 @@ def _text_of(cache: Cache, texts: WeakKeyDictionary[Cache, T]) -> T:
 
 @dataclass
 class _AbstainingText:
-    """One generation.
+    """One generation as the abstention processor knows it: made at the prompt, changed at each call.
 
     Args:
         abstention: the count of each row.
@@ -121,7 +122,7 @@ class _AbstainingText:
         if self.input_ids.shape[1] != input_ids.shape[1] - 1:
             raise ScoringError("Abstention has to see every step of a generation; this decoding method skipped one.")
         same = (self.input_ids[None] == input_ids[:, None, :-1]).all(dim=-1)
-        stays = torch.arange(len(same), device=same.device)  # rows of one text may have others before it in the cache
+        stays = torch.arange(len(same), device=same.device)  # equal texts: each row keeps its own count
         self.abstention.reorder(torch.where(same.diagonal(), stays, same.int().argmax(dim=-1)))
         self.input_ids = input_ids
 
@@ -157,13 +158,13 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self.head = load_head(config, model)
         self._eos()
         self.tap = DecodeTap(model)
-        self.texts = WeakKeyDictionary[Cache, _FilteredText]()
+        self.texts = WeakKeyDictionary[Cache, _FilteredText]()  # as above
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`(rows, length)` ids and `(rows, vocab)` scores to new scores; the given ones are left alone."""
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
-            check_fit(self.head, self.model, self.config.allow_backbone_mismatch)
+            require_fit(self.head, self.model, self.config.allow_backbone_mismatch)
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
             scorer.start(scorer.values(decoded.feature))
             prepared = PreparedModel(self.model)
@@ -176,6 +177,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         keep = torch.where(decision.found[:, None], decision.passed, _only(decision.column, decision.passed))
         keep &= ~decision.ends[:, None]
         kept = torch.full_like(scores, -torch.inf)
+        # One column at a time: the same token may stand in a column that is kept and in one that is not.
         for tokens, wanted in zip(candidates.tokens.T.clamp(min=0)[:, :, None], keep.T[:, :, None], strict=True):
             kept = torch.where(wanted, kept.scatter(1, tokens, scores.gather(1, tokens)), kept)
         if text.eos is not None:
@@ -223,7 +225,7 @@ def _only(column: Tensor, like: Tensor) -> Tensor:
 
 @dataclass
 class _FilteredText:
-    """One generation.
+    """One generation as the filter processor knows it: made at the prompt, used at each call.
 
     Args:
         prepared: a shadow of the model, for its look-aheads.

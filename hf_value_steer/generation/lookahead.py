@@ -19,7 +19,8 @@ from hf_value_steer.generation.cache import LiveCache, States, recurrent_states
 class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
     """A borrowed prefix of `(rows, heads, prefix, dim)` and the candidates' own keys and values.
 
-    Candidates stand along the query dimension: own states of `(rows, heads, K, dim)`.
+    Candidates stand along the query dimension: own states of `(rows, heads, K, dim)`. The model calls [`update`] in
+    the forward; [`LookaheadCache`] reads [`own`] when a candidate is kept.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, span: tuple[int, int], sequence_length: int, rows: Tensor | None):
@@ -30,7 +31,7 @@ class LookaheadLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def ran(self) -> bool:
-        """Whether the forward has come to this layer: others have nothing to commit."""
+        """Whether the forward has reached this layer; a layer that it has not reached has nothing to commit."""
         return self.keys is not None
 
     def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], rows: Tensor | None) -> None:
@@ -96,7 +97,7 @@ class ChainLayer(LookaheadLayer):
 
 
 class WholeLayer(LookaheadLayer):
-    """The whole buffer of a static layer, whatever it holds: shapes that a compiled graph sees never change."""
+    """The whole buffer of a static layer, empty slots too, so that a compiled graph always sees the same shapes."""
 
     def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], _rows: Tensor | None) -> None:
         self.prefix_keys, self.prefix_values, self.span = keys, values, span
@@ -147,13 +148,16 @@ class HybridLayer(RecurrentLayer, CacheLayerMixin):  # type: ignore[misc]
 class LookaheadCache(Cache):  # type: ignore[misc]
     """Cache for one forward of K candidates a row, all at the position after the text so far.
 
+    The engine makes one for each such forward, and gives it to the model instead of the live cache. A branch commits
+    what is kept with [`append`] or [`replace`].
+
     Args:
         live ([`LiveCache`]): the cache of the text.
         count (`int`): K.
         kind (`type`): class of the layers that hold keys and values.
         rows (`torch.LongTensor`, *optional*): the rows to look ahead in, all if left out.
-        hidden (`int`, *optional*): the last tokens of the live cache that are not seen; by default 1 with `rows`,
-            their natural sample, else 0.
+        hidden (`int`, *optional*): number of tokens at the end of the live cache that are not seen. By default 1 with
+            `rows` (the natural sample of each), else 0.
 
     Attributes:
         on_commit (`Callable`, *optional*): told which rows `(n,)` of the batch go on with which of the `rows * K`
@@ -185,7 +189,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         layer = self.live.cache.layers[index]
         attention = self._attention(index, layer) if isinstance(layer, CacheLayerMixin) else None
         if not isinstance(layer, LinearAttentionLayer):
-            return layer if attention is None else attention  # a layer that holds nothing stands for itself
+            return layer if attention is None else attention  # a layer without any state is used as it is
         states = self.live.before[index]
         batch = next(iter(states.values())).shape[0] if states else 0
         rows = torch.arange(batch) if self.rows is None else self.rows
@@ -219,10 +223,10 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self.live.advance()
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:
-        """Overwrite what the live cache has in the place of the own tokens, for those looked-at rows that `keep` them.
+        """Overwrite tokens at the end of the live cache with our own ones.
 
         Args:
-            keep (`torch.BoolTensor` of shape `(rows,)`).
+            keep (`torch.BoolTensor` of shape `(rows,)`): in which of the looked-at rows.
             columns (`torch.LongTensor` of shape `(rows,)`): the candidate that each row goes on with.
         """
         for index, layer in enumerate(self.layers):

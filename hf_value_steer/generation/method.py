@@ -55,19 +55,20 @@ class Call:
 
 
 class Bindable(Protocol):
-    """What `value_steer` takes beside configs: a method of one's own, by its name."""
+    """What `value_steer` takes beside configs: a method of the user's own. [`bind`] is called once in each call."""
 
     method: str
 
     def bind(self, call: Call) -> Sequence["Method"]:
-        """What takes part in this call."""
+        """The methods that take part in this call."""
 
 
 class Method:
     """A way to steer, bound to one call. The loop calls its hooks, none of which does anything by default.
 
     Attributes:
-        needs_loop (`bool`): whether more is to do than [`around_forward`]; else the loop of `generate` is enough.
+        needs_loop (`bool`): whether it uses other hooks than [`around_forward`]; else the loop of `generate` is
+            enough.
         values_texts (`bool`): whether [`values`] answers. The first method that does is the one whose values are
             reported.
         judges (`bool`): whether it decides which tokens are kept, by [`acting`], [`accepts`], [`propose`] and
@@ -77,7 +78,7 @@ class Method:
         lookahead (`str`): how candidates are to be forwarded, or `"auto"`.
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
         back (`int`): how many tokens it may take back by [`rewrite`].
-        follows (`bool`): whether its state is right again once other tokens are taken back, by [`undo`].
+        follows (`bool`): whether [`undo`] brings its state back to that of an earlier token.
         rowwise (`tuple` of `str`): its attributes that have one entry a row: its state, which can be taken back.
     """
 
@@ -93,7 +94,7 @@ class Method:
     rowwise: ClassVar[tuple[str, ...]] = ()
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:  # noqa: ARG002
-        """A context in which a forward runs that reads this. Called by the engine."""
+        """A context in which the forward that reads this is run. Called by the engine."""
         return nullcontext()
 
     def values(self, features: Tensor) -> Tensor:
@@ -146,6 +147,9 @@ class Method:
 class Moment:
     """Every row has committed a token, or its prompt was read.
 
+    The loop makes one after each step, and gives it to every method: [`Method.observe`], [`Method.record`],
+    [`Method.rewrite`].
+
     Args:
         step (`int`): number of new tokens; 0 is the prompt.
         feature (`torch.FloatTensor` of shape `(batch, width)`): of the last token of each row.
@@ -162,10 +166,10 @@ class Moment:
     outcome: Outcome | None = None
 
     def __post_init__(self) -> None:
-        self.known: dict[int, Tensor] = {}
+        self.known: dict[int, Tensor] = {}  # values, by `id` of the method that has them
 
     def values_of(self, method: Method) -> Tensor:
-        """Values `(batch,)` of the texts by a method, asked once; NaN in rows whose token does not count.
+        """Values `(batch,)` of the texts by a method, computed once; NaN in rows whose token does not count.
 
         Raises:
             ScoringError: if there is none for a row whose token counts.

@@ -58,7 +58,10 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
 
 @dataclass
 class Stops:
-    """When and why rows were ended: `step` (`(batch,)`, -1 if not) and `value` (`(batch,)`, NaN if not)."""
+    """When and why rows were ended: `step` (`(batch,)`, -1 if not) and `value` (`(batch,)`, NaN if not).
+
+    Methods and the loop call [`mark`]; the loop puts both tensors into the output.
+    """
 
     step: Tensor
     value: Tensor
@@ -74,7 +77,7 @@ class Stops:
         self.value = torch.where(rows, values, self.value)
 
     def copy(self) -> "Stops":
-        """As it is now: what is marked later is not in it."""
+        """The present state. The tensors are shared: nothing writes into them, [`mark`] and [`put`] make new ones."""
         return Stops(self.step, self.value)
 
     def put(self, rows: Tensor, other: "Stops") -> None:
@@ -88,10 +91,13 @@ _OF_GENERATE = ("scores", "logits", "attentions", "hidden_states")
 
 
 class Record:
-    """What a call has asked to be told of, a list entry a step. The loop writes it, and the output is made of it.
+    """Collects what a call returns beside the text: for each field of the output a list with an entry for each step.
+
+    The loop calls [`add`] in each step and [`fields`] at the end. The rewriting of tokens changes earlier entries.
 
     Args:
-        config: of the call: whether anything is returned beside the text, and what of plain `generate`'s fields.
+        config: of the call. It says whether anything is returned beside the text, and what of plain `generate`'s
+            fields.
     """
 
     def __init__(self, config: GenerationConfig):
@@ -107,7 +113,7 @@ class Record:
                 self.steps.setdefault(name, []).append(entry)
 
     def rewrite(self, row: int, ago: int, **fields: Tensor) -> None:
-        """Put other entries `(...)` into one row of an earlier step: 1 is the last one, 2 that before it."""
+        """Put other entries `(...)` into one row of an earlier step: 1 is the last step, 2 the one before."""
         for name, entry in fields.items():
             if name in self.steps:
                 changed = self.steps[name][-ago] = self.steps[name][-ago].clone()
@@ -123,7 +129,7 @@ class Record:
 
     @property
     def scores(self) -> tuple[Tensor, ...] | None:
-        """What stopping criteria are told."""
+        """The scores of all steps, for stopping criteria; `None` if they are not kept."""
         return tuple(self.steps.get("scores", ())) or None
 
     def fields(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A shadow of the backbone, and what forwards have to know of its modules: looked for once a text."""
+"""A shadow of the backbone, and what forwards have to know of its modules."""
 
 from transformers import PreTrainedModel
 
@@ -10,7 +10,10 @@ from hf_value_steer.generation.rope import LongestRow
 
 
 class PreparedModel:
-    """What an engine runs.
+    """A shadow of the backbone, ready to be run by an engine.
+
+    `generate` makes one for each call, and a logits processor one for each text: modules are searched once, and not at
+    every step.
 
     Args:
         model: the backbone, which stays as it is.

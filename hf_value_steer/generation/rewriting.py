@@ -1,4 +1,7 @@
-"""Other tokens in the place of a row's last ones: cache, methods, record and stream as if they had been committed."""
+"""Puts other tokens in the place of the last tokens of a row.
+
+Cache, methods, record and stream are then as if these tokens had been committed from the start.
+"""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +48,7 @@ class Rewriting:
             row (`int`): of the batch.
             tokens (`torch.LongTensor` of shape `(n,)`): they take the place of the last n tokens of the row.
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text; it is left alone.
-            state: what its last tokens have left behind; in the row, what the new ones leave is put in its place.
+            state: what the last tokens have left behind. In this row it is overwritten.
         """
         count, length = len(tokens), input_ids.shape[1]
         self.history.refuse_beyond(row, count)
@@ -65,7 +68,7 @@ class Rewriting:
         return input_ids
 
     def _moment(self, chain: Chain, place: int, ago: int, text: Tensor, same: bool) -> Moment:
-        """What there is to tell of one token of the chain; other rows are as they were.
+        """What the methods are told of one token of the chain; other rows are as they were.
 
         Args:
             place (`int`), ago (`int`): of the token, counted in the chain, and from the end of the text.
@@ -106,7 +109,7 @@ class Rewriting:
             "token_values": outcome.values[row],
             "interventions": outcome.tokens[row] != draw.tokens[row],
         }
-        if place > 0:  # what the token before it has left
+        if place > 0:  # scores and states of the token before it: those before the first one have not changed
             fields |= {"scores": draw.scores[row], "logits": chain.logits[place - 1]}
             self.record.rewrite_states(row, ago, chain.hidden_states(place - 1))
         self.record.rewrite(row, ago, **fields)

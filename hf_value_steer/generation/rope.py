@@ -1,7 +1,7 @@
 """Position embeddings that follow the longest row of a forward: rope of type "longrope" and "dynamic".
 
-They change their frequencies with the largest position that a forward reads. A look-ahead in some rows would so embed
-its positions otherwise than the step of the whole batch does.
+Their frequencies depend on the largest position that a forward reads. A look-ahead in some rows does not read the
+longest row, and would embed positions in another way than the step of the whole batch.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 
 class LongestRow:
-    """Embeds the positions of some rows as those of a forward of all rows.
+    """Embeds the positions of some rows as a forward of all rows would.
+
+    The engine enters [`reaching`] around forwards of some rows, with the positions of the whole batch.
 
     Args:
         model: a shadow, which belongs to one call.
@@ -23,7 +25,7 @@ class LongestRow:
 
     def __init__(self, model: PreTrainedModel):
         self.modules = [module for module in model.modules() if _follows(getattr(module, "rope_type", None))]
-        for module in self.modules:  # which writes into them
+        for module in self.modules:  # a shadow shares buffers with its model, and these modules write into them
             module._buffers = {name: None if each is None else each.clone() for name, each in module._buffers.items()}
 
     @contextmanager

@@ -23,9 +23,11 @@ from hf_value_steer.policy import Polarity, acceptable, answered
 class Scorer:
     """A head with one threshold a row.
 
+    Methods and the vLLM adapter make one with [`bind`]. Features go into [`values`], and values into [`accepts`].
+
     Args:
         head: the head.
-        threshold (`torch.FloatTensor` of shape `(batch,)`): NaN, which accepts nothing, as long as it is not known.
+        threshold (`torch.FloatTensor` of shape `(batch,)`): NaN, which accepts nothing, until [`start`] sets it.
         least_growth (`float`, *optional*): from a calibration of mode `"martingale"`: growth of the log odds since the
             prompt that is not acceptable any more.
     """
@@ -48,8 +50,8 @@ class Scorer:
     def values(self, features: Tensor) -> Tensor:
         """Values in (0, 1), or NaN, of features `(..., width)`, on the device of the thresholds.
 
-        A copy of the head goes to where the features are, if it is elsewhere: with `device_map` or offloading, no
-        weight tells that beforehand, and the head itself may be in use by others.
+        If the head is on another device than the features, a copy of it is moved there. With `device_map` or
+        offloading, that device is not known before the first forward; and the head itself may be in use by others.
         """
         if self.head.device != features.device:
             self.head = copy.deepcopy(self.head).to(features.device)
@@ -118,11 +120,11 @@ def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
     head = given_or_loaded(ValueHead.from_pretrained, config.value_head)
     if not isinstance(head, ValueHead):
         raise TypeError(f"`value_head` has to be a ValueHead, got a {type(head).__name__}.")
-    check_fit(head, model, config.allow_backbone_mismatch)
+    require_fit(head, model, config.allow_backbone_mismatch)
     return head
 
 
-def check_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch: bool = False) -> None:
+def require_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch: bool = False) -> None:
     """Refuse a head of another width, with weights that are not finite, or trained on another backbone."""
     width = feature_width(model)
     if head.config.hidden_size != width:

@@ -22,6 +22,7 @@ from hf_value_steer.hosts.transformers import attention_of, set_attention
 
 ATTENTION = "value_steer_shared_prefix"
 HARMLESS_TENSORS = frozenset({"position_ids", "cache_position"})
+# The cache of the forward: `transformers` does not hand it to attention functions.
 _active: ContextVar[LookaheadCache] = ContextVar("lookahead of the forward that is running")
 
 
@@ -31,6 +32,7 @@ class SharedPrefixLayer(ExpandedLayer):
     attended = False
 
     def borrow(self, keys: Tensor, values: Tensor, span: tuple[int, int], _rows: Tensor | None) -> None:
+        # Of all rows, so that these are views: `attend_prefix` goes through the rows one by one.
         self.prefix_keys, self.prefix_values = keys[:, :, slice(*span)], values[:, :, slice(*span)]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

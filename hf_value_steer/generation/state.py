@@ -9,7 +9,7 @@ from transformers import Cache
 
 @dataclass
 class State:
-    """What the last token left behind, for each row.
+    """What the last token left behind, for each row. A step returns it; the loop draws the next token from its logits.
 
     Args:
         logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw.
@@ -25,11 +25,11 @@ class State:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the forward that comes next reads; the engine tells every method.
+    """What the forward that comes next reads. The engine makes it, and gives it to [`Method.around_forward`].
 
     Args:
         rows (`torch.LongTensor`, *optional*): rows of the batch, all if `None`.
-        copies (`int`): how many rows the forward has for each of them.
+        copies (`int`): number of rows that the forward has for each of them.
         cache ([`~transformers.Cache`]): that of the forward.
         prompt (`int`, *optional*): number of tokens, if it reads a prompt.
         mask (`torch.Tensor` of shape `(batch, length)`, *optional*): padding mask of a prompt.
@@ -46,7 +46,7 @@ class Reading:
 
 @dataclass
 class Draw:
-    """What a step starts from, all of shape `(batch, ...)`.
+    """What a step starts from, all of shape `(batch, ...)`. The loop makes it, and methods may change its tokens.
 
     Args:
         step (`int`): number of new tokens so far.
@@ -83,6 +83,8 @@ class Draw:
 @dataclass
 class Outcome:
     """What a step committed, all of shape `(batch, ...)`; see [`ValueSteerDecoderOnlyOutput`] for the fields.
+
+    A step returns it, and the loop gives it to the methods and to the record.
 
     Args:
         ended (`torch.BoolTensor` of shape `(batch,)`): rows that the judge has ended.

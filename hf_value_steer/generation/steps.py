@@ -1,6 +1,7 @@
-"""One step of a steered generation: forward, judge, and say what is kept. Three ways, which commit the same tokens.
+"""One step of a steered generation: forward, judge, and say which tokens are kept.
 
-Nothing that is judged stands in the live cache before it is kept, but for natural samples, which are overwritten.
+Lazy and eager steps keep the same tokens. The live cache holds tokens that are kept, and for a part of a lazy step the
+natural samples; those that are not kept are overwritten.
 """
 
 from typing import Protocol
@@ -18,7 +19,7 @@ from hf_value_steer.policy import Candidates, Decision
 
 
 class Step(Protocol):
-    """From what was drawn to what the committed tokens leave behind, and which they are. Called by the loop."""
+    """Takes what was drawn; returns what the committed tokens leave behind, and which they are. Called by the loop."""
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]: ...
 
@@ -37,7 +38,7 @@ def choose_step(engine: Engine, judge: Method | None, reporter: Method | None) -
 
 
 class Plain:
-    """Forwards the drawn tokens and keeps them."""
+    """Forwards the drawn tokens and keeps them: for calls without a method that judges."""
 
     def __init__(self, engine: Engine, reporter: Method | None):
         self.engine, self.reporter = engine, reporter
@@ -62,6 +63,7 @@ class Lazy:
         values = self.judge.values(reached.feature[:, -1])
         outcome = _natural(draw, values, self.judge.most)
         rejected = self.judge.acting(draw) & ~self.judge.accepts(values)
+        # The host waits for the device here, once a step. All that is rare is behind this test.
         if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
             draw.refuse_impossible()
             require_finite(values, draw.live, draw.step)
@@ -69,7 +71,7 @@ class Lazy:
         return self.engine.state(reached, draw.tokens.device), outcome
 
     def _replace(self, draw: Draw, reached: Reached, outcome: Outcome, rows: Tensor) -> None:
-        """Look further in rows `(n,)`, and let them go on with what is chosen there."""
+        """Look ahead in rows `(n,)`, and let them go on with the candidates that are chosen."""
         everywhere = torch.ones_like(rows, dtype=torch.bool)
         candidates = self.judge.propose(draw, rows, everywhere, everywhere)
         ahead = _forward(self.engine, draw, candidates, rows, self.judge.most)
@@ -107,7 +109,7 @@ class Eager:
 def _forward(
     engine: Engine, draw: Draw, candidates: Candidates, rows: Tensor | None, most: int
 ) -> Alternatives | None:
-    """What of the candidates has to be forwarded, if anything."""
+    """Forward the candidates that have no value yet; `None` if there are none."""
     width = int(candidates.needed.sum(dim=-1).max())
     if width == 0:
         return None
@@ -136,7 +138,7 @@ def committed(candidates: Candidates, decision: Decision) -> Tensor:
 
 
 def _natural(draw: Draw, values: Tensor, most: int) -> Outcome:
-    """As if all natural samples were kept."""
+    """The outcome if all natural samples are kept."""
     shape = (len(draw.tokens), most)
     candidates = torch.full(shape, -1, device=draw.tokens.device)
     candidate_values = torch.full(shape, torch.nan, device=draw.tokens.device)
@@ -148,7 +150,7 @@ def _natural(draw: Draw, values: Tensor, most: int) -> Outcome:
 
 
 def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision) -> None:
-    """Put what was decided in rows `(n,)` into the outcome, as far as their tokens count."""
+    """Put what was decided in rows `(n,)` into the outcome, except in rows whose token does not count."""
     count, column = candidates.drawn.shape[1], committed(candidates, decision)[:, None]
     outcome.tokens = outcome.tokens.clone()
     for mine, decided in (

@@ -1,4 +1,4 @@
-"""A streamer whose reader is released, whatever happens to the call that writes to it."""
+"""Handing tokens to a streamer, so that its reader is never left waiting, also if the call fails."""
 
 from collections import deque
 from types import TracebackType
@@ -8,10 +8,10 @@ from transformers.generation import BaseStreamer
 
 
 class Streaming(BaseStreamer):  # type: ignore[misc]
-    """Hands tokens on, and ends the streamer once: when the text ends, or when the `with` block is left by an error.
+    """Hands tokens to a streamer, and ends it once: when the text ends, or when the `with` block is left by an error.
 
     Args:
-        streamer (`BaseStreamer`, *optional*): whose reader waits; nobody does if it is `None`.
+        streamer (`BaseStreamer`, *optional*): that of the call; without it nothing is done.
     """
 
     def __init__(self, streamer: BaseStreamer | None):
@@ -42,11 +42,11 @@ def streaming(streamer: BaseStreamer | None) -> Streaming:
 
 
 class Emission:
-    """Hands tokens on once they cannot be taken back.
+    """Hands tokens on once they cannot be taken back. The loop calls [`put`] once a step, and [`end`] at the end.
 
     Args:
-        streamer: of the call. On an error it is released without what is still held back.
-        lag (`int`): how many tokens are held back.
+        streamer: of the call. On an error it ends without the tokens that are still held back.
+        lag (`int`): number of tokens that are held back.
     """
 
     def __init__(self, streamer: Streaming, lag: int):
@@ -62,7 +62,7 @@ class Emission:
     def rewrite(self, row: int, tokens: Tensor) -> None:
         """Put other tokens `(n,)` in the place of the last n of a row."""
         for ago, token in zip(range(len(tokens), 0, -1), tokens, strict=True):
-            self.held[-ago] = self.held[-ago].clone()
+            self.held[-ago] = self.held[-ago].clone()  # it is also part of the step's outcome
             self.held[-ago][row] = token
 
     def end(self) -> None:

@@ -89,7 +89,7 @@ def refuse_adapters(*models: Any) -> None:
     """Raise an `UnsupportedError` for PEFT adapters that look-aheads do not know of.
 
     Args:
-        models: what is steered, and what is around it.
+        models: the model that is steered, and the models around it.
     """
     for model in models:
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):

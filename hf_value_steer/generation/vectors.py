@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from hf_value_steer.activation.apply import Steering, injected
+from hf_value_steer.activation.apply import Injection, injected
 from hf_value_steer.activation.steering_vectors import vectors_of
 from hf_value_steer.configuration.activate import ActivationConfig
 from hf_value_steer.generation.gate import Gate
@@ -15,14 +15,17 @@ from hf_value_steer.generation.state import Reading
 class Vectors(Method):
     """Vectors on the layers of a shadow, for as long as the call lasts.
 
+    The engine enters [`around_forward`] around every forward: it tells the injection which rows are read, and whether
+    they are prompt or generated.
+
     Args:
-        steering: what is added, which is asked at every layer.
+        injection: what is added; every layer asks it in each forward.
     """
 
     needs_loop = False
 
-    def __init__(self, steering: Steering):
-        self.steering = steering
+    def __init__(self, injection: Injection):
+        self.injection = injection
 
     @classmethod
     def bind(cls, config: ActivationConfig, call: Call) -> list[Method]:
@@ -33,19 +36,19 @@ class Vectors(Method):
                 f"`multiplier` has {len(multiplier)} entries, but the returned batch has {call.rows} rows."
             )
         how = (multiplier, config.mode, config.tokens, config.allow_backbone_mismatch)
-        steering = call.open.enter_context(injected(call.model, vectors_of(config.vectors), *how))
+        injection = call.open.enter_context(injected(call.model, vectors_of(config.vectors), *how))
         if config.mode == "last_token" and call.config.prefill_chunk_size is not None:
             raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
         if config.value_head is None:
-            return [cls(steering)]
+            return [cls(injection)]
         scorer = bind(config, load_head(config, call.model), call.rows, call.device)
-        return [cls(steering), Gate(scorer, steering, config.min_new_tokens)]
+        return [cls(injection), Gate(scorer, injection, config.min_new_tokens)]
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:
-        """Nothing has to be found out any more: say what is read."""
-        self.steering.told = True
+        """Tell the injection what is read, which it need not find out from the arguments of the forward then."""
+        self.injection.told = True
         if reading.prompt is not None:
-            self.steering.read_prompt(reading.mask, reading.prompt)
+            self.injection.read_prompt(reading.mask, reading.prompt)
         else:
-            self.steering.read_generated(reading.rows, reading.copies)
+            self.injection.read_generated(reading.rows, reading.copies)
         return nullcontext()

@@ -11,7 +11,7 @@ from hf_value_steer.activation.residual import layer_range, read_residuals, resi
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
 from hf_value_steer.checks import check_choice
-from hf_value_steer.generation.scorer import check_fit
+from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.judges.base import import_optional
 from hf_value_steer.training.label import Labels
@@ -132,7 +132,7 @@ def vectors_from_value_head(
         layers, batch_size: as in [`vectors_from_pairs`].
     """
     model = underlying(model)
-    check_fit(head, model)
+    require_fit(head, model)
     head, layers = head.to(model.device), _layers(model, layers)
     totals = {layer: torch.zeros(residual_width(model)) for layer in layers}
     with torch.enable_grad():

@@ -13,7 +13,7 @@ from hf_value_steer.vllm.request import Abstaining, SteeredRequest, stack_thresh
 
 @dataclass
 class Text:
-    """The text of a request up to its last emitted token.
+    """The text of a request up to its last emitted token. The runner makes them in each step, for [`observe`].
 
     Args:
         request: whose text it is.
@@ -31,10 +31,10 @@ class Text:
 
 
 def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
-    """Look at texts, once at each, and count what is not acceptable.
+    """Count unacceptable values, and note which requests are to end. A text counts once, also if it comes again.
 
     Args:
-        texts: of n requests; their state advances.
+        texts: of n requests; the state of their abstention is changed.
         values (`torch.FloatTensor` of shape `(n,)`): value of each text, finite.
         head: the head that they come from.
     """
@@ -47,7 +47,7 @@ def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
         if each.step == 0:
             each.request.start_at(each.abstaining.scorer, value)
         elif each.request.filtering is None:
-            each.request.record.value = float(value)
+            each.request.report.value = float(value)
     streaks, patience, steps, first, waiting = (
         torch.tensor(numbers)
         for numbers in zip(*((each.abstaining.streak, *_limits(each)) for each in texts), strict=True)
@@ -62,6 +62,6 @@ def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
 
 
 def _limits(text: Text) -> tuple[int, int, int, bool]:
-    """How long abstention waits, how long the text is, where it begins, and whether it has not fired yet."""
+    """The patience, the number of new tokens, the first one to count, and whether abstention still waits."""
     abstaining = text.abstaining
     return abstaining.config.patience, text.step, abstaining.config.min_new_tokens, abstaining.since is None

@@ -8,20 +8,21 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Proce
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2Processor
 
 from hf_value_steer.vllm.refusals import refuse_request
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.served import ServedMethods
 
 
 class Admission(V1Processor, V2Processor):  # type: ignore[misc]
     """A logits processor that processes nothing: vLLM asks its class about the parameters of every request.
 
-    Every engine has a class of its own, made by [`admission_for`]: there may be several in a process.
+    vLLM calls [`validate_params`] with the parameters, and refuses the request if it raises. Every engine has a class
+    of its own, made by [`admission_for`], because there may be several engines in a process.
 
     Attributes:
-        steering ([`Steering`], *optional*): of the engine, in the process in which its arguments were made. Without
-            it, overrides are checked in the engine, where a wrong one ends the request with an error.
+        served ([`ServedMethods`], *optional*): what the engine serves, in the process in which its arguments were
+            made. Without it, overrides are checked in the engine, where a wrong one ends the request with an error.
     """
 
-    steering: ClassVar[Steering | None] = None
+    served: ClassVar[ServedMethods | None] = None
 
     def __init__(self, *args: Any):
         pass
@@ -31,8 +32,8 @@ class Admission(V1Processor, V2Processor):  # type: ignore[misc]
         """Raise a `ValueError` for what cannot be steered as the request wants it."""
         if _is_of_a_beam(sampling_params):
             raise ValueError("Value steering under vLLM does not support beam search.")
-        if cls.steering is not None:
-            refuse_request(sampling_params, cls.steering.choose(sampling_params.extra_args)[0])
+        if cls.served is not None:
+            refuse_request(sampling_params, cls.served.choose(sampling_params.extra_args)[0])
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -51,10 +52,10 @@ _made: dict[str, type[Admission]] = {}
 _numbers = itertools.count()
 
 
-def admission_for(steering: Steering) -> str:
-    """The name, `"module:class"`, by which vLLM finds the admission of an engine that steers like this."""
+def admission_for(served: ServedMethods) -> str:
+    """Make the admission of an engine; returns the name, `"module:class"`, by which vLLM finds it."""
     name = f"{Admission.__name__}{next(_numbers)}"
-    _made[name] = type(name, (Admission,), {"steering": steering, "__module__": __name__})
+    _made[name] = type(name, (Admission,), {"served": served, "__module__": __name__})
     return f"{__name__}:{name}"
 
 

@@ -25,10 +25,10 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
         ValueError: if vLLM cannot honour the configuration, or an argument is one that steering sets.
     """
     from hf_value_steer.vllm.admission import admission_for
-    from hf_value_steer.vllm.steering import Steering
+    from hf_value_steer.vllm.served import ServedMethods
 
     configs = [config.to_dict() for config in parse_configs(value_steer).values()]
-    steering = Steering.load(configs)
+    served = ServedMethods.load(configs)
     ours = {
         "model": model,
         "worker_cls": WORKER,
@@ -39,6 +39,6 @@ def steered_engine_args(model: str, value_steer: ValueSteer, **engine_args: Any)
     if taken:
         raise ValueError(f"{', '.join(f'`{name}`' for name in taken)} cannot be given: value steering sets them.")
     additional = {**engine_args.pop("additional_config", {}), "value_steer": configs}
-    processors = [admission_for(steering), *(engine_args.pop("logits_processors", None) or ())]
+    processors = [admission_for(served), *(engine_args.pop("logits_processors", None) or ())]
     chosen = {"async_scheduling": False, **cpu_memory(), **engine_args}
     return {**ours, **chosen, "additional_config": additional, "logits_processors": processors}

@@ -22,15 +22,16 @@ from hf_value_steer.vllm.recording import ROW
 
 
 WORKER = "hf_value_steer.vllm.recording.RecordingWorker"
-# What makes another model of the checkpoint whose fingerprint is recorded.
+# These arguments change the model, but not the checkpoint, whose fingerprint is recorded.
 CHANGING = {"hf_overrides", "load_format", "quantization", "revision", "tokenizer", "tokenizer_revision"}
 
 
 class VllmEngine:
-    """An [`~hf_value_steer.training.continuation.Continuation`].
+    """Continues prompts with vLLM; an [`~hf_value_steer.training.continuation.Continuation`].
 
-    It runs in this process and without prefix caching, so that what a shard holds does not depend on the shards before
-    it. Every row is drawn to its full length and cut at its end, as the feature of an EOS appears one step after it.
+    `collect` calls [`tensors`] with a batch of prompts, and gets the tensors of a shard. The engine runs in this
+    process and without prefix caching, so that a shard does not depend on the shards before it. Every row is drawn to
+    its full length and cut at its end, as the feature of an EOS appears one step after it.
 
     Args:
         arguments: what to generate.
@@ -108,7 +109,7 @@ class VllmEngine:
             )
 
     def _params(self, batch: Batch, row: int) -> SamplingParams:
-        """What is asked for one row."""
+        """The sampling parameters of one row."""
         drawn = self.arguments.sampling()
         if not drawn.pop("do_sample"):
             drawn = {"temperature": 0.0}
@@ -131,7 +132,7 @@ class VllmEngine:
 
 
 def _eos(model: str) -> int | list[int] | None:
-    """What ends a text, as `generate` sees it."""
+    """The tokens that end a text for `generate`."""
     try:
         config = GenerationConfig.from_pretrained(model)
     except OSError:

@@ -25,7 +25,7 @@ MOST = 2**62  # interventions, where they are not limited
 
 @dataclass
 class Pending:
-    """A token that was drawn and forwarded, but not emitted.
+    """A token that was drawn and forwarded, but not emitted. The runner makes one for a row, and [`check`] judges it.
 
     Args:
         filtering: the filter of its request.
@@ -68,7 +68,7 @@ class Pending:
 
 @dataclass
 class Winner:
-    """An alternative that takes the place of a natural sample.
+    """An alternative that takes the place of a natural sample; part of a [`Verdict`].
 
     Args:
         job (`int`): which of the forwarded alternatives it is.
@@ -81,7 +81,7 @@ class Winner:
 
 @dataclass
 class Verdict:
-    """What becomes of a pending token.
+    """What becomes of a pending token. [`check`] returns one for each, and the runner carries it out.
 
     Args:
         token (`int`, *optional*): what to emit; `None` for EOS under `fallback="abstain"`.
@@ -111,12 +111,13 @@ def check(pending: Sequence[Pending], features: Tensor, head: ValueHead, forward
         pending: of n requests, each with its own threshold and number of candidates.
         features (`torch.FloatTensor` of shape `(n, width)`): of the pending tokens.
         head: the filter's head.
-        forward: called once, if there are alternatives to forward.
+        forward: called once with all alternatives, or not at all if there are none.
     """
     config = pending[0].filtering.config
     values = values_of(head, features)
     accepted = acceptable(values, _thresholds(pending), head.config.polarity)
     looked_at = (_acting(pending) & ~values.isnan() & (~accepted | (config.evaluation == "eager"))).nonzero().flatten()
+    # Most tokens stay as they are: their verdict is the token itself.
     verdicts = [
         Verdict(each.token, value, error=NOT_FINITE if math.isnan(value) else None)
         for each, value in zip(pending, values.tolist(), strict=True)
@@ -151,7 +152,7 @@ def _thresholds(pending: Sequence[Pending]) -> Tensor:
 
 
 def _choose(pending: Sequence[Pending], natural: Tensor, head: ValueHead, forward: Forward) -> list[Verdict]:
-    """Verdicts on tokens of value `natural` `(rows,)` after a look at their alternatives."""
+    """Verdicts on tokens of value `natural` `(rows,)`, from the values of their alternatives."""
     config = pending[0].filtering.config
     drawn = pad_sequence([each.candidates() for each in pending], batch_first=True, padding_value=-1)
     candidates = Candidates(drawn, known=torch.ones(len(drawn), dtype=torch.bool))

@@ -1,4 +1,4 @@
-"""The fingerprint of a backbone, read off its files: a serving engine holds its weights in another shape."""
+"""The fingerprint of a backbone, computed from its files: a serving engine keeps the weights in other shapes."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,8 +1,8 @@
 """Steering reports in the responses of vLLM's HTTP server, and as Prometheus metrics beside its own.
 
 A JSON response gets a field `value_steer`, a list with the report of each choice; a stream gets one more chunk,
-without choices, before `[DONE]`. vLLM begins a stream before it asks whether the request can be steered: so that what
-is refused is HTTP 400 there, too, its status waits for the first event.
+without choices, before `[DONE]`. vLLM begins a stream before it checks whether the request can be steered. So the
+status of a stream is held back until its first event: a request that is refused gets HTTP 400 there, too.
 """
 
 import json
@@ -17,7 +17,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
-# Of the response under way: a list for each prompt of the request.
+# The reports of the response that is being made: a list for each prompt of the request.
 _REPORTS: ContextVar[list[list[dict[str, Any]]]] = ContextVar("value_steer_reports")
 _DONE, _ERROR = b"data: [DONE]", b'data: {"error"'
 
@@ -41,7 +41,7 @@ def count(report: dict[str, Any]) -> None:
 
 
 class WatchedOutputs:
-    """`OutputProcessor.process_outputs`, which keeps the report of every choice of a request."""
+    """Stands in for `OutputProcessor.process_outputs`: it keeps the report of every choice of a request."""
 
     def __init__(self, processor: Any):
         self.processor, self.process = processor, processor.process_outputs
@@ -56,12 +56,12 @@ class WatchedOutputs:
         return self.process(outputs, *args, **kwargs)
 
     def take(self, request_id: str) -> list[dict[str, Any]]:
-        """Reports of a request in the order of its choices, once."""
+        """Reports of a request in the order of its choices. They are forgotten here."""
         return [report for _, report in sorted(self.reports.pop(request_id, {}).items())]
 
 
 class WatchedGenerate:
-    """`EngineClient.generate`, which hands the reports of a request to its response when it ends."""
+    """Stands in for `EngineClient.generate`: when a request ends, it adds its reports to the list of the response."""
 
     def __init__(self, generate: Any, outputs: WatchedOutputs):
         self.generate, self.outputs = generate, outputs
@@ -84,7 +84,10 @@ class WatchedGenerate:
 
 
 class SteeringReports:
-    """ASGI middleware: `--middleware hf_value_steer.vllm.http.SteeringReports`."""
+    """ASGI middleware: `--middleware hf_value_steer.vllm.http.SteeringReports`.
+
+    The server calls it for each HTTP request. At the first one it wraps the functions of the engine's client.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -104,7 +107,7 @@ class SteeringReports:
 
 
 class _Response:
-    """One response on its way out."""
+    """One response on its way out: the application calls [`send`], which passes messages on with the reports added."""
 
     def __init__(self, forward: Send, told: list[list[dict[str, Any]]]):
         self.forward, self.told = forward, told
@@ -114,7 +117,7 @@ class _Response:
 
     @property
     def reports(self) -> list[dict[str, Any]]:
-        """Of each choice, in the order of prompts."""
+        """The reports of all choices, in the order of the prompts."""
         return [report for reports in self.told for report in reports]
 
     async def send(self, message: Message) -> None:
@@ -176,4 +179,4 @@ class _Response:
 
 
 async def _drop(_message: Message) -> None:
-    """What comes after an error is nothing any more."""
+    """Send nothing: the error was the whole response."""

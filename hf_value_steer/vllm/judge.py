@@ -1,4 +1,4 @@
-"""Values of features, such that whatever goes wrong with a head ends requests instead of the engine."""
+"""Values of features. If a head fails, requests end with an error, and the engine lives on."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ logger = init_logger(__name__)
 def values_of(head: ValueHead, features: Tensor) -> Tensor:
     """Values of features `(rows, width)`, float32 on the CPU, NaN where there is none.
 
-    A head that raises has no values. With tensor parallelism all ranks go on with those of the first rank, so that
-    none of them decides otherwise than the rest.
+    If the head raises, all values are NaN. With tensor parallelism all ranks take the values of the first rank, so
+    that all of them decide alike.
     """
     try:
         values = answered(head(features).value)

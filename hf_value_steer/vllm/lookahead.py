@@ -1,4 +1,4 @@
-"""Forwards of single tokens beside the batch: in the place that the batch holds for them, or on scratch blocks."""
+"""Forwards of single tokens beside the step of the batch: at their own place in the cache, or on scratch blocks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +23,9 @@ def scratch_blocks(num_blocks: int) -> range:
 
 class Lookahead:
     """The extra forwards of a model runner, over a cache of one group.
+
+    The runner calls [`in_place`] for first tokens and [`commit`] for winners; the filter calls [`aside`] for
+    alternatives. Tokens go in, and features come out.
 
     Args:
         runner: the model runner; its block tables and cache are read when they are needed.
@@ -51,11 +54,11 @@ class Lookahead:
             blocks = scratch[: len(turn)]
             self._copy(self._blocks(rows, positions), blocks)
             features.append(self._forward(rows, [token for _, token in turn], positions, blocks))
-            self.held = {start + index: block for index, block in enumerate(blocks)}
+            self.held = {start + index: block for index, block in enumerate(blocks)}  # the turn before is lost
         return torch.cat(features)
 
     def commit(self, chosen: Sequence[int]) -> None:
-        """Put the keys and values of the chosen jobs into the place of their rows."""
+        """Put keys and values of the chosen jobs into their rows; what is not held any more is forwarded again."""
         held = [job for job in chosen if job in self.held]
         if held:
             places = [self.jobs[job][0] for job in held]
@@ -69,7 +72,7 @@ class Lookahead:
             )
 
     def _scratch(self) -> range:
-        """Scratch blocks, and so rows of one forward: buffers of accelerator backends have one row a request."""
+        """The scratch blocks of one turn. On accelerators attention has buffers for `max_num_reqs` rows only."""
         blocks = scratch_blocks(self.runner.kv_cache_config.num_blocks)
         return blocks if self.runner.device.type == "cpu" else blocks[: self.runner.max_num_reqs]
 

@@ -5,11 +5,11 @@ import os
 
 
 PROCESSES = 1.5 * 2**30  # bytes that the engine's processes take before they ask for more; measured: 1.2 GiB
-ASKED = 0.9  # of what is free then: others go on
+ASKED = 0.9  # share of what is free then: other processes need memory, too
 
 
 def share_of(total: int, available: int) -> float:
-    """What vLLM may ask of a memory, as a share of all of it, in whole hundredths and at least one.
+    """The share of a memory that vLLM may ask for, in whole hundredths and at least one.
 
     Args:
         total (`int`): its bytes.
@@ -19,9 +19,9 @@ def share_of(total: int, available: int) -> float:
 
 
 def cpu_memory() -> dict[str, float]:
-    """What to pass to vLLM where its default may not fit: `gpu_memory_utilization`, which on a CPU is one of the CPU.
+    """What to pass to vLLM where its default may not fit: `gpu_memory_utilization`, which vLLM also reads on a CPU.
 
-    Nothing on other devices, and nothing where `VLLM_CPU_KVCACHE_SPACE` says how much.
+    Empty on other devices, and if `VLLM_CPU_KVCACHE_SPACE` sets the size of the cache.
     """
     from vllm.platforms import current_platform
     from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node

@@ -1,8 +1,8 @@
 """What one request may choose for itself, in `SamplingParams.extra_args` or `vllm_xargs` of an HTTP request.
 
 `{"filter.threshold": 0.2}`, `{"filter.alpha": 0.05}`, `{"filter.num_candidates": 4}`, `{"filter": "off"}`, and the
-same for `abstain`, which has no candidates. Other keys are none of our business, unless they look like these: one that
-was meant for us and passed over would leave a request steered otherwise than it believes.
+same for `abstain`, which has no candidates. Other keys are left alone. But a key that looks like a misspelling of one
+of these is refused: if it was ignored, the request would be steered in another way than its sender believes.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from hf_value_steer.configuration.methods import SteeringConfig
 
 FIELDS = {"filter": ("threshold", "alpha", "num_candidates"), "abstain": ("threshold", "alpha")}
 KEYS = [key for method, fields in FIELDS.items() for key in (method, *(f"{method}.{field}" for field in fields))]
-LIKENESS = 0.8  # of a key to one of ours, from which on it is taken for a slip: "filter_threshold", "fliter"
+LIKENESS = 0.8  # a key that is so similar to one of ours counts as a misspelling: "filter_threshold", "fliter"
 MOST_CANDIDATES = 64
 
 
@@ -67,7 +67,7 @@ def _checked(key: str, field: str, value: Any) -> Any:
 
 
 def _replaced(config: SteeringConfig, fields: dict[str, Any]) -> SteeringConfig:
-    """Threshold and alpha exclude each other, so that one of the request puts aside the other of the engine."""
+    """Change fields. Threshold and alpha exclude each other: one of the request replaces either of the engine."""
     if "threshold" in fields or "alpha" in fields:
         fields = {"threshold": None, "alpha": None, **fields}
     return replace(config, **fields)

@@ -1,7 +1,7 @@
-"""What requests forbid, of the tokens that steering may insert.
+"""Which of the tokens that steering may insert are forbidden by their request.
 
 vLLM's sampler forbids tokens (`min_tokens`, `allowed_token_ids`, `bad_words`, a bias of `-inf`, the user's processors)
-and then narrows the sampling, in place: what is permitted is read in between.
+and then narrows the sampling (temperature, top-k, top-p), in the same tensor. So the scores are read in between.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,11 @@ Permitted = Callable[[Sequence[int]], Tensor]
 
 
 class Permissions:
-    """The permissions of the last draw of a sampler."""
+    """The permissions of the last draw of a sampler.
+
+    The runner calls [`watch`] for each new request, and the sampler calls [`read`] in each draw. Then the runner asks
+    with [`of`] whether it may insert a token.
+    """
 
     def __init__(self) -> None:
         self.columns: dict[int, int] = {}
@@ -29,6 +33,6 @@ class Permissions:
         self.scores = scores[:, list(self.columns)]
 
     def of(self, row: int) -> Permitted:
-        """Those of one row of the last draw."""
+        """The permissions of one row of the last draw; they stay as they are when the next one is read."""
         scores, columns = self.scores, self.columns
         return lambda tokens: scores[row, [columns[token] for token in tokens]][None]

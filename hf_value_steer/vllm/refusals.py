@@ -12,7 +12,7 @@ from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.served import ServedMethods
 
 
 VALIDATED = ("0.32", "0.33")
@@ -53,9 +53,9 @@ def refuse_engine(config: VllmConfig) -> None:
         )
 
 
-def refuse_head(steering: Steering, model: ModelConfig) -> None:
+def refuse_head(served: ServedMethods, model: ModelConfig) -> None:
     """Raise a `ValueError` for a head of another width, or of another backbone."""
-    for config, head in zip(steering.methods.values(), steering.heads.values(), strict=True):
+    for config, head in zip(served.methods.values(), served.heads.values(), strict=True):
         if head.config.hidden_size != model.get_hidden_size():
             raise ValueError(
                 f"`value_head` {head.name_or_path!r} was trained on hidden_size={head.config.hidden_size}, but "
@@ -73,12 +73,12 @@ def refuse_head(steering: Steering, model: ModelConfig) -> None:
             )
 
 
-def refuse_message(steering: Steering, model: ModelConfig) -> None:
+def refuse_message(served: ServedMethods, model: ModelConfig) -> None:
     """Raise a `ValueError` for a message of abstention with tokens that the model does not have."""
-    if steering.abstain is None:
+    if served.abstain is None:
         return
     vocabulary = model.get_vocab_size()
-    if unknown := [token for token in steering.abstain.message_ids or () if token >= vocabulary]:
+    if unknown := [token for token in served.abstain.message_ids or () if token >= vocabulary]:
         raise ValueError(
             f"Abstention would end requests with tokens {unknown} of `message_ids`, but {model.model!r} has only "
             f"{vocabulary}: use ids of its own tokenizer."

@@ -1,12 +1,12 @@
-"""What is told about the steering of one request."""
+"""Reports on the steering of a request, from the model runner to the scheduler and into the response."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass
-class StepRecord:
-    """What one step of the engine adds to the report of one request.
+class TokenReport:
+    """What one step of the engine adds to the report of one request. The runner fills it in, the scheduler adds it up.
 
     Args:
         prompt_value (`float`, *optional*): value of the prompt, in the step that completed it.
@@ -49,17 +49,17 @@ class SteeringReport:
     abstained: dict[str, Any] | None = None
     error: str | None = None
 
-    def add(self, step: StepRecord) -> None:
-        """Take in one step."""
-        if step.intervened:
+    def add(self, token: TokenReport) -> None:
+        """Take in the report of one step."""
+        if token.intervened:
             self.interventions.append(self.tokens)
-        if step.value is not None:
-            self.values.append(step.value)
-        if step.prompt_value is not None:
-            self.prompt_value = step.prompt_value
-        self.tokens += step.tokens
-        self.candidates_evaluated += step.candidates
-        self.abstained = self.abstained or step.abstained
+        if token.value is not None:
+            self.values.append(token.value)
+        if token.prompt_value is not None:
+            self.prompt_value = token.prompt_value
+        self.tokens += token.tokens
+        self.candidates_evaluated += token.candidates
+        self.abstained = self.abstained or token.abstained
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
@@ -67,8 +67,13 @@ class SteeringReport:
 
 
 @dataclass
-class StepReport:
-    """What a model runner tells the scheduler beside the tokens, by request id."""
+class RunnerReport:
+    """What a model runner tells the scheduler beside the tokens of a step.
 
-    records: dict[str, StepRecord] = field(default_factory=dict)
+    Args:
+        reports (`dict`): from request id to its [`TokenReport`].
+        failures (`dict`): from request id to the reason why the request ends with an error.
+    """
+
+    reports: dict[str, TokenReport] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)

@@ -14,13 +14,13 @@ from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.policy import next_of_ending
 from hf_value_steer.vllm.permissions import Permitted
 from hf_value_steer.vllm.refusals import refuse_request
-from hf_value_steer.vllm.report import StepRecord
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.report import TokenReport
+from hf_value_steer.vllm.served import ServedMethods
 
 
 @dataclass
 class Filtering:
-    """The filter of one request.
+    """The filter of one request: its configuration, and what the runner keeps from step to step.
 
     Args:
         config: its configuration.
@@ -32,8 +32,8 @@ class Filtering:
         ahead (`bool`): whether the runner is one token ahead of the scheduler: the last token that it knows is
             *pending*, drawn but neither checked nor emitted.
         scores (`torch.FloatTensor` of shape `(vocab,)`): processed scores that the pending token was drawn from.
-        logprobs (`torch.FloatTensor` of shape `(vocab,)`, *optional*): what its logprobs are read from.
-        permitted (*optional*): scores of the tokens that might have been inserted in its place.
+        logprobs (`torch.FloatTensor` of shape `(vocab,)`, *optional*): the scores that its logprobs are read from.
+        permitted (*optional*): gives the scores of tokens that could be inserted in its place.
         generator_state (`torch.ByteTensor`, *optional*): of the request's generator, before that draw.
     """
 
@@ -52,7 +52,7 @@ class Filtering:
 
 @dataclass
 class Abstaining:
-    """The abstention of one request.
+    """The abstention of one request: its configuration, and what the runner keeps from step to step.
 
     Args:
         config: its configuration.
@@ -60,11 +60,11 @@ class Abstaining:
         ending (`list` of `int`): the message and EOS, prescribed from `since` on.
         streak (`int`): consecutive unacceptable values, up to the one at which it fired.
         due (`bool`): whether its patience is over.
-        value (`float`): the last of them.
-        observed (`int`): number of new tokens of the last text that was looked at; a text is looked at once, although
-            after a preemption its state is computed again.
+        value (`float`): the last value that was counted.
+        observed (`int`): number of new tokens of the last text that was counted. After a preemption a text is computed
+            again, but it counts once.
         since (`int`, *optional*): number of new tokens when it fired.
-        inserted (`set` of `int`): numbers of new tokens which a token of the ending follows.
+        inserted (`set` of `int`): the steps (number of new tokens before) at which a token of the ending was inserted.
     """
 
     config: AbstentionConfig
@@ -99,16 +99,22 @@ class Abstaining:
 
 @dataclass
 class SteeredRequest:
-    """What is steered in one request, and what the present step has to report about it."""
+    """What is steered in one request, and the report of the present step.
+
+    The runner makes one when it meets the request ([`start`]), asks it for prescribed tokens, and takes the report at
+    the end of each step.
+    """
 
     filtering: Filtering | None
     abstaining: Abstaining | None
-    record: StepRecord = field(default_factory=StepRecord)
+    report: TokenReport = field(default_factory=TokenReport)
 
     @classmethod
-    def start(cls, steering: Steering, params: SamplingParams, request_id: str, vocabulary: int) -> "SteeredRequest":
+    def start(
+        cls, served: ServedMethods, params: SamplingParams, request_id: str, vocabulary: int
+    ) -> "SteeredRequest":
         """Read what the request asks for; raises a `ValueError` if a model of `vocabulary` tokens cannot honour it."""
-        methods, scorers = steering.choose(params.extra_args)
+        methods, scorers = served.choose(params.extra_args)
         refuse_request(params, methods)
         request = cls(None, None)
         for name, config in methods.items():
@@ -123,7 +129,7 @@ class SteeredRequest:
         return request
 
     def insertable(self) -> list[int]:
-        """The tokens that may be inserted."""
+        """The tokens that its methods may insert."""
         return [token for method in (self.filtering, self.abstaining) if method for token in method.ending]
 
     def prescribe(self, step: int, permitted: Permitted) -> int | None:
@@ -132,7 +138,7 @@ class SteeredRequest:
             return None
         token = self.abstaining.prescribe(step, permitted)
         if self.abstaining.since == step:
-            self.record.abstained = {"step": step, "value": self.abstaining.value, "method": "abstain"}
+            self.report.abstained = {"step": step, "value": self.abstaining.value, "method": "abstain"}
         return token
 
     def is_prescribed(self, step: int) -> bool:
@@ -140,15 +146,15 @@ class SteeredRequest:
         return self.abstaining is not None and step in self.abstaining.inserted
 
     def start_at(self, scorer: Scorer, prompt_value: Tensor) -> None:
-        """Set the threshold that may follow the value `()` of the prompt; the first one that comes is reported."""
+        """Set the threshold, which may depend on the value `()` of the prompt; the first such value is reported."""
         scorer.start(prompt_value[None])
-        if self.record.prompt_value is None:
-            self.record.prompt_value = float(prompt_value)
+        if self.report.prompt_value is None:
+            self.report.prompt_value = float(prompt_value)
 
-    def take_record(self) -> StepRecord:
-        """What there is to report, once."""
-        record, self.record = self.record, StepRecord()
-        return record
+    def take_report(self) -> TokenReport:
+        """The report of this step; that of the next one begins empty."""
+        report, self.report = self.report, TokenReport()
+        return report
 
 
 def eos_token(params: SamplingParams, vocabulary: int) -> int:

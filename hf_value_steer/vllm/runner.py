@@ -1,12 +1,12 @@
 """A model runner of vLLM, steered: one token ahead of the scheduler.
 
 The runner draws one token more than it has emitted, the *pending* token. The ordinary decode step forwards the pending
-token where stock vLLM would forward the one before it, so that its feature costs nothing extra. Only then is it
-emitted, or replaced by an alternative. A request joins this regime in the step that completes its prompt: its first
-token is forwarded, checked and emitted in that same step.
+token where stock vLLM would forward the one before it, so its feature costs nothing extra. Only then is it emitted, or
+replaced by an alternative. In the step that completes a prompt, the first token is forwarded at once, checked
+and emitted, and the pending token is drawn after it.
 
-Here is what the model runners of vLLM, V1 and V2, have in common; `runner_v1` and `runner_v2` are about how each of
-them keeps its books.
+This file has what the model runners of vLLM, V1 and V2, have in common. How each of them stores tokens and positions
+is in `runner_v1` and `runner_v2`.
 """
 
 from abc import ABCMeta, abstractmethod
@@ -27,36 +27,40 @@ from hf_value_steer.vllm.judge import values_of
 from hf_value_steer.vllm.lookahead import Lookahead
 from hf_value_steer.vllm.permissions import Permissions
 from hf_value_steer.vllm.request import Filtering, SteeredRequest
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.served import ServedMethods
 
 
 logger = init_logger(__name__)
 
 
 class SteeredRunner(metaclass=ABCMeta):
-    """Base of the mixins for a model runner that exists already; [`attach`] has to follow."""
+    """Base of the mixins that steer a model runner of vLLM.
+
+    The runner exists before: the worker changes its class, and then calls [`attach`]. vLLM calls the runner as before;
+    the mixins of V1 and V2 call the functions below at the right places of a step.
+    """
 
     model: Any
     sampler: Any
     vllm_config: Any
 
-    def attach(self, steering: Steering) -> None:
-        """Steer from now on."""
-        self.steering = steering
+    def attach(self, served: ServedMethods) -> None:
+        """Begin to steer. It does the work of an `__init__`, which has run before the class was changed."""
+        self.served = served
         self.steered: dict[str, SteeredRequest] = {}
         self.lookahead = Lookahead(self)
         self.emission = Emission()
         self.permissions = Permissions()
 
-    # How a runner keeps its books; a row is one of its present batch.
+    # How a runner stores things. A row is a row of its present batch.
 
     @abstractmethod
     def request_id(self, row: int) -> str:
-        """Whose row it is."""
+        """The request of a row."""
 
     @abstractmethod
     def params(self, request_id: str) -> SamplingParams:
-        """What a request asks for."""
+        """The sampling parameters of a request."""
 
     @abstractmethod
     def step(self, row: int) -> int:
@@ -68,7 +72,7 @@ class SteeredRunner(metaclass=ABCMeta):
 
     @abstractmethod
     def replace_last(self, row: int, position: int, token: int) -> None:
-        """Put another token in the place of the last one."""
+        """Put another token in the place of the last one, wherever the runner keeps it: the text, penalties."""
 
     @abstractmethod
     def draw_next(self, rows: Sequence[int], logits: Tensor) -> None:
@@ -81,7 +85,7 @@ class SteeredRunner(metaclass=ABCMeta):
     # What the scheduler says, one token ahead.
 
     def one_ahead(self, scheduler_output: SchedulerOutput, resumed: Iterable[str]) -> SchedulerOutput:
-        """The order of the scheduler, for requests of which it knows one token less than the runner.
+        """The order of the scheduler, with one token more for requests that have a pending token.
 
         The pending token of a preempted request that is `resumed` is dropped, as if it had not been drawn.
         """
@@ -104,7 +108,7 @@ class SteeredRunner(metaclass=ABCMeta):
         filtering.ahead = False
 
     def _ahead(self, request_id: str) -> Filtering | None:
-        """The filter of a request, if it has a pending token."""
+        """The filter of a request that has a pending token; `None` for others."""
         steered = self.steered.get(request_id)
         filtering = steered.filtering if steered else None
         return filtering if filtering and filtering.ahead else None
@@ -112,12 +116,12 @@ class SteeredRunner(metaclass=ABCMeta):
     # Rows of the batch.
 
     def request(self, row: int) -> SteeredRequest:
-        """What is steered in a row; nothing, and a failure, if its overrides cannot be honoured."""
+        """The request of a row. If its overrides cannot be honoured, it steers nothing and ends with an error."""
         request_id = self.request_id(row)
         if request_id not in self.steered:
             try:
                 vocabulary = self.vllm_config.model_config.get_vocab_size()
-                steered = SteeredRequest.start(self.steering, self.params(request_id), request_id, vocabulary)
+                steered = SteeredRequest.start(self.served, self.params(request_id), request_id, vocabulary)
             except ValueError as error:
                 self.emission.fail(row, request_id, str(error))
                 steered = SteeredRequest(None, None)
@@ -145,13 +149,13 @@ class SteeredRunner(metaclass=ABCMeta):
 
     # One step.
 
-    def look(self, rows: Sequence[int], features: Tensor) -> list[int]:
-        """Check what is pending in rows whose prompt is complete, and value their texts, before anything is drawn.
+    def on_features(self, rows: Sequence[int], features: Tensor) -> list[int]:
+        """Check pending tokens, and value the texts. Called when features are there, and before logits are computed.
 
         Args:
-            rows: of the batch.
-            features (`torch.FloatTensor` of shape `(batch, width)`): of the last token of each row of the batch; those
-                of winners are written into it.
+            rows: of the batch, whose prompt is complete.
+            features (`torch.FloatTensor` of shape `(batch, width)`): of the last token of each row of the batch.
+                Features of winners are written into it, so that logits are those of the emitted tokens.
 
         Returns:
             the rows whose features have changed.
@@ -159,7 +163,7 @@ class SteeredRunner(metaclass=ABCMeta):
         self.emission = Emission()
         pending = self._pending([row for row in rows if self.request(row).filtering and self.filtering(row).ahead])
         changed: list[int] = []
-        if pending:
+        if pending:  # before the texts are valued: abstention reads the features of winners
             chosen, winners = self._settle(pending, features[[each.row for each in pending]])
             changed = [pending[index].row for index in winners]
             features[changed] = chosen[winners]
@@ -211,7 +215,7 @@ class SteeredRunner(metaclass=ABCMeta):
         Returns:
             `(features, changed)`: features `(n, width)` of what is emitted, and which of them are not those given.
         """
-        verdicts = check(pending, features, self.steering.heads["filter"], self.lookahead.aside)
+        verdicts = check(pending, features, self.served.heads["filter"], self.lookahead.aside)
         winners = {index: each.winner for index, each in enumerate(verdicts) if each.winner and not each.error}
         try:
             self.lookahead.commit([winner.job for winner in winners.values()])
@@ -227,27 +231,27 @@ class SteeredRunner(metaclass=ABCMeta):
         return features, list(winners)
 
     def _note(self, pending: Pending, verdict: Verdict) -> None:
-        """Book the winner, and note what is emitted."""
+        """Carry out a verdict: replace the token if there is a winner, and note what is emitted and reported."""
         if verdict.error is not None:
             return self._fail(pending.row, verdict.error)
-        filtering, record = pending.filtering, self.request(pending.row).record
-        token, record.value = verdict.token, verdict.value
+        filtering, report = pending.filtering, self.request(pending.row).report
+        token, report.value = verdict.token, verdict.value
         if token is None:
-            token, record.value = filtering.ending[0], None
-            record.abstained = {"step": pending.step, "value": verdict.value, "method": "filter"}
+            token, report.value = filtering.ending[0], None
+            report.abstained = {"step": pending.step, "value": verdict.value, "method": "filter"}
         if token != pending.token:
             self.replace_last(pending.row, pending.position, token)
-        record.intervened, record.candidates = token != pending.token, verdict.candidates
-        filtering.interventions += record.intervened
+        report.intervened, report.candidates = token != pending.token, verdict.candidates
+        filtering.interventions += report.intervened
         self.emission.put(pending.row, token, filtering.logprobs)
 
     # Values of the text so far.
 
     def _start_filters(self, rows: Sequence[int], features: Tensor) -> None:
-        """Value the prompts, on which thresholds may depend."""
+        """Value the prompts of rows with a filter: thresholds may depend on these values."""
         rows = [row for row in rows if self.request(row).filtering]
         if rows:
-            values = values_of(self.steering.heads["filter"], features[list(rows)])
+            values = values_of(self.served.heads["filter"], features[list(rows)])
             for row, value in zip(rows, values, strict=True):
                 if bool(value.isnan()):
                     self._fail(row, NOT_FINITE)
@@ -255,21 +259,21 @@ class SteeredRunner(metaclass=ABCMeta):
                     self.request(row).start_at(self.filtering(row).scorer, value)
 
     def _observe(self, rows: Sequence[int], features: Tensor, places: Sequence[int]) -> None:
-        """Let abstention look at texts of some rows that are not at their end; `places` are those in `features`."""
+        """Give abstention the values of texts that go on; row `rows[i]` has its feature at `places[i]`."""
         texts = [
             Text(self.request(row), abstaining, row, self.step(row), place)
             for row, place in zip(rows, places, strict=True)
             if (abstaining := self.request(row).abstaining) and not self._is_over(row)
         ]
         if texts:
-            values = values_of(self.steering.heads["abstain"], features[[each.place for each in texts]])
+            values = values_of(self.served.heads["abstain"], features[[each.place for each in texts]])
             for each in (text for text, value in zip(texts, values, strict=True) if bool(value.isnan())):
                 self._fail(each.row, NOT_FINITE)
             finite = [index for index in range(len(texts)) if not bool(values[index].isnan())]
-            observe([texts[index] for index in finite], values[finite], self.steering.heads["abstain"])
+            observe([texts[index] for index in finite], values[finite], self.served.heads["abstain"])
 
     def _is_over(self, row: int) -> bool:
-        """Whether what is emitted in this step is the last token of the row, or nothing is."""
+        """Whether the row ends in this step: with the token that it emits, or with an error."""
         request_id = self.request_id(row)
         if request_id in self.emission.failures:
             return True

@@ -15,39 +15,39 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from hf_value_steer.vllm.request import Filtering
 from hf_value_steer.vllm.runner import SteeredRunner
 from hf_value_steer.vllm.sampler_v1 import RecordingSampler
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.served import ServedMethods
 
 
 class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
-    """Mixin for a V1 model runner."""
+    """Mixin for a V1 model runner. In each step vLLM calls `execute_model`, then `sample_tokens`."""
 
-    def attach(self, steering: Steering) -> None:
-        super().attach(steering)
+    def attach(self, served: ServedMethods) -> None:
+        super().attach(served)
         self.sampler: RecordingSampler = RecordingSampler(self.sampler, self.permissions)
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> Any:
         resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        with self._look_before_logits() as looked:
+        with self._features_before_logits() as seen:
             output = super().execute_model(self.one_ahead(scheduler_output, resumed), intermediate_tensors)
-        if self.execute_model_state is not None and not looked:
+        if self.execute_model_state is not None and not seen:
             raise RuntimeError("Logits were computed before tokens were checked: this vLLM cannot be steered.")
         return output
 
     @contextmanager
-    def _look_before_logits(self) -> Iterator[list[Tensor]]:
-        """Check what is pending as soon as there are features, so that logits are those of what is emitted."""
-        looked: list[Tensor] = []
+    def _features_before_logits(self) -> Iterator[list[Tensor]]:
+        """Call [`on_features`] before the model computes logits: those have to be of the tokens that are emitted."""
+        seen: list[Tensor] = []
         own = self.model.compute_logits
 
         def compute_logits(features: Tensor) -> Tensor:
-            self.look(self._live_rows(), features)
-            looked.append(features)
+            self.on_features(self._live_rows(), features)
+            seen.append(features)
             return own(features)  # type: ignore[no-any-return]
 
         self.model.compute_logits = compute_logits
         try:
-            yield looked
+            yield seen
         finally:
             del self.model.compute_logits
 
@@ -63,8 +63,8 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         drawn = [row for row in self._live_rows() if output.sampled_token_ids[row]]
         self.remember_draw(drawn, drawn)
         self.emit_first([row for row in drawn if self.request(row).filtering and not self.filtering(row).ahead])
-        records = {batch.req_ids[row]: self.request(row).take_record() for row in range(batch.num_reqs)}
-        self.emission.write(output, records)
+        reports = {batch.req_ids[row]: self.request(row).take_report() for row in range(batch.num_reqs)}
+        self.emission.write(output, reports)
         return output
 
     def _sample(self, logits: Tensor | None, spec_decode_metadata: Any) -> SamplerOutput:
@@ -82,13 +82,13 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         return [row for row in range(count) if not self.discard_request_mask.np[row]]
 
     def _discard_beyond_context(self) -> dict[int, torch.Generator]:
-        """Draw nothing for rows whose pending token fills the context; returns their generators, set aside."""
+        """Draw nothing for rows whose pending token fills the context; returns their generators, which must rest."""
         batch = self.input_batch
         full = [row for row in range(batch.num_reqs) if batch.num_tokens_no_spec[row] >= self.max_model_len]
         self.discard_request_mask.np[full] = True
         return {row: batch.generators.pop(row) for row in full if row in batch.generators}
 
-    # The books.
+    # How it stores things.
 
     def request_id(self, row: int) -> str:
         return str(self.input_batch.req_ids[row])
@@ -110,10 +110,12 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
 
     def draw_next(self, rows: Sequence[int], logits: Tensor) -> None:
         batch = self.input_batch
+        # The sampler's metadata is about the whole batch: other rows get logits that nobody reads.
         every = logits.new_zeros(batch.num_reqs, logits.shape[1])
         every[list(rows)] = logits
         for processor in batch.logitsprocs.all:
             processor.update_state(None)
+        # Other rows must not advance their generators: they have drawn in this step.
         generators = {row: each for row, each in batch.generators.items() if row in rows}
         self.generator_states = {row: each.get_state() for row, each in generators.items()}
         drawn = self.sampler(every, replace(batch.sampling_metadata, generators=generators))

@@ -1,7 +1,7 @@
 """The V2 model runner of vLLM, steered; see `runner`.
 
 It keeps tokens and their number on the device, by slot: `idx_mapping` leads from rows of the batch to slots. Sampling
-is a function of seed and position, so that a pending token that was dropped is simply drawn again.
+is a function of seed and position: a pending token that was dropped is drawn again, and is the same.
 """
 
 from collections.abc import Sequence
@@ -16,27 +16,29 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
-from hf_value_steer.vllm.report import StepReport
+from hf_value_steer.vllm.report import RunnerReport
 from hf_value_steer.vllm.runner import SteeredRunner
 from hf_value_steer.vllm.sampler_v2 import RecordingSampler
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.served import ServedMethods
 
 
 class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
-    """Mixin for a V2 model runner.
+    """Mixin for a V2 model runner. In each step vLLM calls `execute_model`, and then `sample_tokens`.
+
+    The latter calls `sample`, and `postprocess_sampled`, which stores tokens on the device.
 
     Attributes:
-        sampling_params (`dict`): from request id to what it asks for.
+        sampling_params (`dict`): from request id to its sampling parameters.
         batch: rows of the present step.
         ends (`list` of `int`): number of tokens of each row, the pending one included.
-        drawn (`torch.LongTensor` of shape `(rows, 1)`): what is booked at the end of the step, where `booked`
-            `(rows,)` is 1: pending tokens, and for rows without a filter what is emitted.
+        drawn (`torch.LongTensor` of shape `(rows, 1)`): the tokens that are stored at the end of the step, where
+            `booked` `(rows,)` is 1: pending tokens, and for rows without a filter the emitted ones.
         joining (`list` of `int`): rows whose first token is forwarded in this step; from its end on the device is one
             token ahead of the scheduler for good.
     """
 
-    def attach(self, steering: Steering) -> None:
-        super().attach(steering)
+    def attach(self, served: ServedMethods) -> None:
+        super().attach(served)
         self.sampling_params: dict[str, SamplingParams] = {}
         RecordingSampler.take_the_place_of(self.sampler, self.permissions)
 
@@ -54,7 +56,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         self.ends = (input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens).tolist()
         rows, places = self._live_rows(), input_batch.logits_indices
         features = hidden_states[places]
-        changed = self.look(rows, features)
+        changed = self.on_features(rows, features)
         if changed:
             hidden_states[places[changed]] = features[changed]
         output, counts, rejected = super().sample(hidden_states, input_batch, grammar_output)
@@ -75,18 +77,18 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
     def postprocess_sampled(
         self, idx_mapping: Tensor, sampled_tokens: Tensor, num_sampled: Tensor, num_rejected: Tensor, starts: Tensor
     ) -> None:
-        del sampled_tokens, num_sampled  # of what is emitted
+        del sampled_tokens, num_sampled  # these are the emitted ones, and pending ones are stored
         super().postprocess_sampled(idx_mapping, self.drawn, self.booked, num_rejected, starts)
         self.req_states.num_computed_tokens.gpu[self._slots(self.joining)] += 1
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
         if output is not None:
-            records = {}
+            reports = {}
             for row in self._live_rows():
-                record = records[self.request_id(row)] = self.request(row).take_record()
-                record.tokens = int(row not in self.emission.failed_rows)
-            output.model_runner_output.value_steer = StepReport(records, self.emission.failures)
+                report = reports[self.request_id(row)] = self.request(row).take_report()
+                report.tokens = int(row not in self.emission.failed_rows)
+            output.model_runner_output.value_steer = RunnerReport(reports, self.emission.failures)
         return output
 
     def _live_rows(self) -> list[int]:
@@ -96,7 +98,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         return live
 
     def _book_first(self, rows: Sequence[int]) -> None:
-        """Book the tokens that were drawn just now, and nothing else for these rows until something follows them."""
+        """Store the tokens that were drawn just now; at the end of the step only a token that is drawn after them."""
         ones = torch.ones(len(rows), dtype=torch.int32, device=self.device)
         super().postprocess_sampled(self._slots(rows), self.drawn[list(rows)], ones, torch.zeros_like(ones))
         self.booked[list(rows)] = 0
@@ -105,7 +107,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
             self.filtering(row).ahead = True
 
     def _write(self, output: SamplerOutput, counts: Tensor) -> None:
-        """Put what is emitted into what the sampler returned."""
+        """Put the emitted tokens into the output of the sampler, in place of the drawn ones."""
         emission = self.emission
         output.sampled_token_ids.copy_(self.drawn)
         rows = list(emission.tokens)
@@ -123,7 +125,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
         output.logprobs_tensors.logprobs[at] = found.logprobs
         output.logprobs_tensors.selected_token_ranks[at] = found.selected_token_ranks
 
-    # The books.
+    # How it stores things.
 
     def _slots(self, rows: Sequence[int]) -> Tensor:
         slots: Tensor = self.batch.idx_mapping[list(rows)]
@@ -144,7 +146,7 @@ class SteeredModelRunner(SteeredRunner, GPUModelRunner):  # type: ignore[misc]
 
     def replace_last(self, row: int, position: int, token: int) -> None:
         slot, states = self.batch.idx_mapping_np[row], self.req_states
-        counts = self.sampler.penalties_state.output_bin_counts[slot]
+        counts = self.sampler.penalties_state.output_bin_counts[slot]  # penalties go by them
         counts[states.last_sampled_tokens[slot, 0]] -= 1
         counts[token] += 1
         states.last_sampled_tokens[slot, 0] = token

@@ -12,14 +12,16 @@ from hf_value_steer.vllm.permissions import Permissions
 
 
 class RecordingSampler(Sampler):  # type: ignore[misc]
-    """Draws the tokens that [`~vllm.v1.sample.sampler.Sampler`] draws.
+    """Draws the tokens that [`~vllm.v1.sample.sampler.Sampler`] draws, and keeps the scores that it drew from.
+
+    The V1 model runner calls it as its sampler; after a draw the steered runner asks [`drawn_from`].
 
     Attributes:
         permissions: of the last draw.
         scores (`torch.FloatTensor` of shape `(rows, vocab)`): scores of the last draw, after every processor,
             temperature, min-p, top-k and top-p.
-        logprobs (`torch.FloatTensor` of the same shape, *optional*): what its logprobs were read from, where a
-            request asked for them.
+        logprobs (`torch.FloatTensor` of the same shape, *optional*): the scores that its logprobs were read from, if
+            a request asked for them.
     """
 
     def __init__(self, like: Sampler, permissions: Permissions):
@@ -51,6 +53,6 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
         return self._draw(self.scores, generators, None, None)
 
     def drawn_from(self, row: int) -> tuple[Tensor, Tensor | None]:
-        """What one row of the last draw was drawn from, and its logprobs were read from, both `(vocab,)`."""
+        """The scores that one row of the last draw was drawn from, and those of its logprobs, both `(vocab,)`."""
         assert self.scores is not None  # something was drawn
         return self.scores[row], None if self.logprobs is None else self.logprobs[row]

@@ -15,7 +15,10 @@ from hf_value_steer.vllm.permissions import Permissions
 
 
 class RecordingSampler(Sampler):  # type: ignore[misc]
-    """Draws the tokens that [`~vllm.v1.worker.gpu.sample.sampler.Sampler`] draws; such a one takes this class.
+    """Draws the tokens that [`~vllm.v1.worker.gpu.sample.sampler.Sampler`] draws, and keeps the scores.
+
+    The V2 model runner calls it as its sampler; after a draw the steered runner asks [`drawn_from`]. A sampler that
+    exists is turned into one by [`take_the_place_of`].
 
     Attributes:
         permissions: of the last draw.
@@ -38,7 +41,7 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
     def sample(
         self, logits: Tensor, slots: Tensor, mapping: Tensor, numbers: np.ndarray, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        self.permissions.read(logits)  # in case that no row needs a processor
+        self.permissions.read(logits)  # vLLM skips all processors, also ours, if no row needs one
         drawn, self.scores = super().sample(logits, slots, mapping, numbers, *args, **kwargs)
         asked = self.get_logprobs_dims(numbers) is not None
         source = self.scores if self.logprobs_mode in PROCESSED_LOGPROBS_MODES else logits
@@ -50,20 +53,20 @@ class RecordingSampler(Sampler):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         drawn, scores = super()._sample_random(scores, slots, numbers, places, k, p, *flags)
         *_, fused = flags
-        return drawn, apply_top_k_top_p(scores, k, p) if fused else scores  # fused kernels do not say what is left
+        return drawn, apply_top_k_top_p(scores, k, p) if fused else scores  # a fused kernel does not filter `scores`
 
     def drawn_from(self, row: int) -> tuple[Tensor, Tensor | None]:
-        """What one row of the last draw was drawn from, and its logprobs are read from, both `(vocab,)`."""
+        """The scores that one row of the last draw was drawn from, and those of its logprobs, both `(vocab,)`."""
         return self.scores[row].float(), None if self.logprobs is None else self.logprobs[row]
 
     def logprobs_of(self, logits: Tensor, tokens: Tensor, count: int) -> LogprobsTensors:
-        """Of `tokens` `(n,)` and the `count` most likely ones, from `logits` `(n, vocab)`."""
+        """Logprobs of `tokens` `(n,)` and of the `count` most likely ones, from `logits` `(n, vocab)`."""
         as_they_are = self.logprobs_mode in ("raw_logits", "processed_logits")
         return compute_topk_scores(logits, count, tokens, logits_mode=as_they_are)
 
 
 class _LastProcessor(LogitsProcessor):  # type: ignore[misc]
-    """Reads what the processors before it permit; what comes after it only narrows the sampling."""
+    """Reads the scores as the last processor: after all that forbids tokens, before top-k and top-p."""
 
     def __init__(self, permissions: Permissions):
         self.permissions = permissions

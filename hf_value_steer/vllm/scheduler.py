@@ -12,18 +12,22 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from hf_value_steer.vllm.lookahead import scratch_blocks
-from hf_value_steer.vllm.report import SteeringReport, StepReport
+from hf_value_steer.vllm.report import RunnerReport, SteeringReport
 
 
 class SteeredScheduler(Scheduler):  # type: ignore[misc]
-    """Keeps one slot allocated beyond what it schedules, and the last blocks of the cache for the look-ahead."""
+    """Keeps one slot allocated beyond what it schedules, and the last blocks of the cache for the look-ahead.
+
+    After each step vLLM calls `update_from_output`: the reports of the model runner go in, and are added up. When a
+    request ends, its report goes out in `kv_transfer_params`.
+    """
 
     def __init__(self, *args: Any, kv_cache_config: KVCacheConfig, **kwargs: Any):
         if len(kv_cache_config.kv_cache_groups) != 1:
             raise ValueError("Value steering needs one group of KV blocks: pass `disable_hybrid_kv_cache_manager`.")
         scratch = scratch_blocks(kv_cache_config.num_blocks)
         super().__init__(*args, kv_cache_config=replace(kv_cache_config, num_blocks=scratch.start), **kwargs)
-        self.num_lookahead_tokens: int = max(self.num_lookahead_tokens, 1)
+        self.num_lookahead_tokens: int = max(self.num_lookahead_tokens, 1)  # the slot of the pending token
         self.steering_reports: dict[str, SteeringReport] = {}
         needed = -(-self.max_model_len // self.block_size) + 1
         if scratch.start < needed:
@@ -36,10 +40,10 @@ class SteeredScheduler(Scheduler):  # type: ignore[misc]
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        told: StepReport = getattr(model_runner_output, "value_steer", StepReport())
-        for request_id, record in told.records.items():
+        told: RunnerReport = getattr(model_runner_output, "value_steer", RunnerReport())
+        for request_id, report in told.reports.items():
             if request_id in self.requests and not _is_dropped(self.requests[request_id]):
-                self.steering_reports.setdefault(request_id, SteeringReport()).add(record)
+                self.steering_reports.setdefault(request_id, SteeringReport()).add(report)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         for each in (output for group in outputs.values() for output in group.outputs):
             self._tell_before_a_stop_string(each)
@@ -48,7 +52,7 @@ class SteeredScheduler(Scheduler):  # type: ignore[misc]
         return outputs
 
     def _tell_before_a_stop_string(self, output: EngineCoreOutput) -> None:
-        """The front end finds stop strings, so that any output may be the last one of a request that has some."""
+        """Add the report so far to an output. The front end finds stop strings, so any output may be the last one."""
         request = self.requests.get(output.request_id)
         if request is not None and request.sampling_params.stop and output.kv_transfer_params is None:
             output.kv_transfer_params = self._told(self.steering_reports[output.request_id])
@@ -86,5 +90,5 @@ class AsyncSteeredScheduler(SteeredScheduler, AsyncScheduler):  # type: ignore[m
 
 
 def _is_dropped(request: Request) -> bool:
-    """Whether vLLM drops what is in flight of a request that was sent back to the start meanwhile."""
+    """Whether vLLM drops the output of this step, as the request was preempted in the meantime."""
     return bool(request.drop_stale_output and request.num_stale_output_tokens > 0)

@@ -38,7 +38,7 @@ def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) ->
     cli_env_setup()
     parser = make_arg_parser(FlexibleArgumentParser(prog="hf-value-steer serve"))
     chosen = cpu_memory()
-    parser.set_defaults(**chosen)  # so that vLLM's own default, where it is given, counts as given
+    parser.set_defaults(**chosen)  # an argument counts as given if it differs from this, also vLLM's own default
     args = parser.parse_args(["--model", model, *arguments])
     given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
     given.pop("model")
@@ -47,9 +47,9 @@ def serve(model: str, value_steer: ValueSteer, arguments: Sequence[str] = ()) ->
     args.middleware = [*args.middleware, MIDDLEWARE]
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    steering = admission(args.logits_processors[0]).steering
-    assert steering is not None
-    for line in steering.describe():
+    served = admission(args.logits_processors[0]).served
+    assert served is not None
+    for line in served.describe():
         logger.info("Steering with %s", line)
     if chosen:
         logger.info("Memory of the CPU: --gpu-memory-utilization %s", args.gpu_memory_utilization)

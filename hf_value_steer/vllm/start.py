@@ -1,4 +1,4 @@
-"""What starts vLLM for `collect`, and says so where it is not installed."""
+"""Starts vLLM for `collect`, with a clear error where it is not installed."""
 
 from collections.abc import Sequence
 

@@ -5,7 +5,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from hf_value_steer.vllm.refusals import refuse_engine, refuse_head, refuse_message
-from hf_value_steer.vllm.steering import Steering
+from hf_value_steer.vllm.served import ServedMethods
 
 
 if current_platform.is_cpu():
@@ -15,32 +15,36 @@ else:
 
 
 class SteeredWorker(Worker):  # type: ignore[misc]
-    """Builds the runner that stock vLLM would build, and gives it the mixin of its generation as a base."""
+    """Builds the runner that stock vLLM would build, and gives it the mixin of its generation as a base.
+
+    vLLM makes it by the name in `worker_cls`, and calls `init_device` and then `compile_or_warm_up_model`.
+    """
 
     mixins: tuple[type, ...] = ()
 
     def init_device(self) -> None:
         refuse_engine(self.vllm_config)
-        self.steering = self.load_steering()
+        self.served = self.load_served()
         super().init_device()
-        for head in self.steering.heads.values():
+        for head in self.served.heads.values():
             head.to(self.device)
 
-    def load_steering(self) -> Steering:
-        """What is steered, with heads and a message that fit the model."""
-        steering = Steering.load(self.vllm_config.additional_config["value_steer"])
-        refuse_head(steering, self.vllm_config.model_config)
-        refuse_message(steering, self.vllm_config.model_config)
-        return steering
+    def load_served(self) -> ServedMethods:
+        """The methods to serve; raises a `ValueError` for a head or a message that does not fit the model."""
+        served = ServedMethods.load(self.vllm_config.additional_config["value_steer"])
+        refuse_head(served, self.vllm_config.model_config)
+        refuse_message(served, self.vllm_config.model_config)
+        return served
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up as it is, on requests of vLLM's own that nobody scheduled, and steer from then on."""
+        """Warm up unsteered, on requests of vLLM's own that no scheduler knows; steer from then on."""
         if self.vllm_config.use_v2_model_runner:
             from hf_value_steer.vllm.runner_v2 import SteeredModelRunner
         else:
             from hf_value_steer.vllm.runner_v1 import SteeredModelRunner
         times = super().compile_or_warm_up_model()
+        # The runner holds caches and captured graphs by now: it gets another class, and is not made anew.
         kind = type(self.model_runner)
         self.model_runner.__class__ = type(f"Steered{kind.__name__}", (*self.mixins, SteeredModelRunner, kind), {})
-        self.model_runner.attach(self.steering)
+        self.model_runner.attach(self.served)
         return times

@@ -72,7 +72,7 @@ def baked(tmp_path_factory):
     for family in FAMILIES:
         model = tiny(family)
         layers = range(model.config.num_hidden_layers)
-        vectors = random_vectors(model, layers).calibrate(model, SEQUENCES)
+        vectors = random_vectors(model, layers).scale(model, SEQUENCES)
         reports[family] = vectors.bake(model, MULTIPLIER, folder / family)
         with torch.no_grad(), vectors.apply(model, MULTIPLIER):
             expected[family] = model(IDS).logits, model.generate(IDS, do_sample=False, max_new_tokens=12)
@@ -128,7 +128,7 @@ def test_sharded_tied_bfloat16(tmp_path):
     config.tie_word_embeddings = True
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    vectors = random_vectors(model).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model).scale(model, SEQUENCES)
     report = vectors.bake(model, 2.0, tmp_path / "baked", max_shard_size="20KB")
     assert len(list((tmp_path / "baked").glob("model-*.safetensors"))) > 1
     assert 0 < report["offset_rounding"] < 2**-8
@@ -141,7 +141,7 @@ def nothing_written(folder):
 
 def test_refused_before_anything_is_written(tmp_path):
     model = build("llama")
-    vectors = random_vectors(model).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model).scale(model, SEQUENCES)
     with vectors.apply(model), pytest.raises(ValueError, match="steered by vectors now"):
         vectors.bake(model, 1.0, tmp_path / "baked")
     with pytest.raises(ValueError, match="16 wide"):
@@ -159,7 +159,7 @@ def test_refused_before_anything_is_written(tmp_path):
 def test_a_bias_in_the_wrong_place_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr("hf_value_steer.activation.exports.BIASED", {"gpt2": "attn.c_proj"})
     model = build_tiny("gpt2")
-    vectors = random_vectors(model).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model).scale(model, SEQUENCES)
     with pytest.raises(ValueError, match="does not compute what the steered model does"):
         vectors.bake(model, 4.0, tmp_path / "baked")
     assert nothing_written(tmp_path)

@@ -142,13 +142,13 @@ def test_vectors_act_on_the_backbone_inside(whole, choice):
 ACCEPTING = {"method": "filter", "threshold": 0.5, "max_interventions": 0}
 
 
-def test_vectors_are_made_and_calibrated_of_the_backbone_inside(whole):
+def test_vectors_are_made_and_scaled_of_the_backbone_inside(whole):
     sequences = [[5, 17, 3, 44], [9, 10, 60, 7]]
     for model in (whole, whole.backbone):
         vectors = vectors_from_value_head(model, whole.value_head, sequences, layers=[0])
         assert vectors.backbone_fingerprint == fingerprint(whole.backbone)
         assert vectors.backbone == whole.backbone.name_or_path
-    torch.testing.assert_close(vectors.calibrate(whole, sequences).norms, vectors.calibrate(model, sequences).norms)
+    torch.testing.assert_close(vectors.scale(whole, sequences).norms, vectors.scale(model, sequences).norms)
 
 
 def test_what_takes_a_model_acts_on_the_backbone_inside(whole, expected):

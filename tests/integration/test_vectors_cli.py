@@ -28,7 +28,7 @@ def world(tmp_path_factory):
     extract = ["--collection", f"{folder}/collection", "--judge", judge, "--attribute", "bad", "--layers", "0", "1"]
     assert vectors(folder, "extract", "--output", f"{folder}/vectors", *extract) == 0
     texts = ["--texts", prompts, "--rho", "0.2"]
-    assert vectors(folder, "calibrate", "--vectors", f"{folder}/vectors", *texts) == 0
+    assert vectors(folder, "scale", "--vectors", f"{folder}/vectors", *texts) == 0
     return folder
 
 
@@ -45,7 +45,7 @@ def to_bad(world):
     save_file({"layer.1": difference}, world / "to_bad.safetensors")
     assert vectors(world, "extract", "--output", f"{world}/to-bad", "--vectors", f"{world}/to_bad.safetensors") == 0
     texts = ["--texts", f"{world}/prompts.txt", "--rho", "0.5"]
-    assert vectors(world, "calibrate", "--vectors", f"{world}/to-bad", *texts) == 0
+    assert vectors(world, "calibrate", "--vectors", f"{world}/to-bad", *texts) == 0  # what `scale` was called
     return world / "to-bad"
 
 

@@ -41,7 +41,7 @@ def fresh_graphs():
 
 @pytest.fixture
 def steerable(llama):
-    return llama, random_vectors(llama).calibrate(llama, SEQUENCES)
+    return llama, random_vectors(llama).scale(llama, SEQUENCES)
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def test_broadcast_is_the_reference(steerable):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_multiplier_for_each_row_equals_rows_alone(family):
     model = build(family)
-    vectors = random_vectors(model).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model).scale(model, SEQUENCES)
     options = {**GREEDY, "attention_mask": MASK, "pad_token_id": 0}
     with vectors.apply(model, [4.0, -4.0]):
         together = model.generate(IDS, **options)
@@ -141,7 +141,7 @@ def test_beams_and_samples_and_static_caches(steerable):
 
 @torch.no_grad()
 def test_a_graph_that_was_compiled_before_is_steered(llama):
-    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    vectors = random_vectors(llama).scale(llama, SEQUENCES)
     compiled = torch.compile(llama.__call__, backend="eager", fullgraph=True)
     before = compiled(IDS[:1]).logits
     for multiplier in (1.0, [2.0]):
@@ -164,7 +164,7 @@ def in_a_thread(function):
 @pytest.mark.usefixtures("fresh_graphs")
 @torch.no_grad()
 def test_a_graph_that_another_thread_runs_is_not_steered(llama):
-    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    vectors = random_vectors(llama).scale(llama, SEQUENCES)
     compiled = torch.compile(llama.__call__, backend="eager", fullgraph=True)
     plain = llama(IDS[:1]).logits
     with vectors.apply(llama, 2.0):

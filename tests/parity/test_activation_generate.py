@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def vectors(model):
-    return random_vectors(model).calibrate(model, SEQUENCES)
+    return random_vectors(model).scale(model, SEQUENCES)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_a_filtering_processor_counts_its_steps(llama):
 def test_vectors_tell_prompt_and_generated_tokens_apart(family):
     """Steered prompt, then steered tokens: together all, and each of them something else."""
     model = build_tiny(family)
-    vectors, texts = random_vectors(model).calibrate(model, SEQUENCES), {}
+    vectors, texts = random_vectors(model).scale(model, SEQUENCES), {}
     for tokens in ("all", "prompt", "generated"):
         with vectors.apply(model, 8.0, tokens=tokens):
             texts[tokens] = model.generate(**prompts(1), **GREEDY)
@@ -82,7 +82,7 @@ def test_vectors_tell_prompt_and_generated_tokens_apart(family):
 
 @pytest.mark.parametrize("options", [{"tokens": "generated"}, {"tokens": "prompt"}, {"mode": "last_token"}], ids=str)
 def test_vectors_that_depend_on_the_position_need_a_cache(llama, options):
-    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    vectors = random_vectors(llama).scale(llama, SEQUENCES)
     with vectors.apply(llama, 4.0, **options), pytest.raises(ValueError, match="has no cache"):
         llama.generate(**prompts(1), **GREEDY, use_cache=False)
     with vectors.apply(llama, 4.0, **options), pytest.raises(ValueError, match="has no cache"):
@@ -147,7 +147,7 @@ def test_a_processor_starts_anew_in_the_next_turn(llama, kind, more):
 @pytest.mark.parametrize("options", [{"tokens": "generated"}, {"tokens": "prompt"}, {"mode": "last_token"}], ids=str)
 @pytest.mark.parametrize("chunk", [5, 10])
 def test_vectors_that_depend_on_the_position_refuse_chunks(llama, options, chunk):
-    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    vectors = random_vectors(llama).scale(llama, SEQUENCES)
     arguments = {**prompts(2), **GREEDY, "prefill_chunk_size": chunk}
     with vectors.apply(llama, 4.0, **options), pytest.raises(ValueError, match="A prompt in chunks"):
         llama.generate(**arguments)
@@ -165,7 +165,7 @@ def test_vectors_that_depend_on_the_position_refuse_chunks(llama, options, chunk
 @pytest.mark.parametrize("more", [1, 3])
 def test_vectors_know_the_prompt_of_the_next_turn(llama, more):
     """What comes in at once after a cache is prompt, however short it is."""
-    vectors = random_vectors(llama).calibrate(llama, SEQUENCES)
+    vectors = random_vectors(llama).scale(llama, SEQUENCES)
     first = llama.generate(**prompts(1), **GREEDY, eos_token_id=None, return_dict_in_generate=True)
     text = torch.cat([first.sequences, torch.tensor([[5, 9, 33]])[:, :more]], dim=1)
     inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **GREEDY, "max_new_tokens": 1}
@@ -206,7 +206,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_vectors_are_applied_inside_wrappers(wrap, options):
     model = build("llama")
-    vectors = random_vectors(model).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model).scale(model, SEQUENCES)
     torch.manual_seed(0)
     wrapped = WRAPPERS[wrap](model)
     texts = []

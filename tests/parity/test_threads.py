@@ -37,7 +37,7 @@ def filtering(model, kernel="auto", polarity="undesirable"):
 
 
 def vectors_of(model):
-    return random_vectors(model).calibrate(model, SEQUENCES)
+    return random_vectors(model).scale(model, SEQUENCES)
 
 
 class Job:

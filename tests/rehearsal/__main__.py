@@ -44,7 +44,7 @@ def rows() -> Iterator[tuple[str, Counter[tuple[str, str]]]]:
     accepting, rejecting = accepting_head(model), accepting_head(model)
     with torch.no_grad():
         rejecting.net[0].bias.fill_(20.0)
-    vectors, module = random_vectors(model).calibrate(model, SEQUENCES), make_module(model)
+    vectors, module = random_vectors(model).scale(model, SEQUENCES), make_module(model)
     with on_cuda(model, accepting, rejecting, module) as move:
 
         def count(**arguments: Any) -> Counter[tuple[str, str]]:

@@ -83,9 +83,7 @@ def configs(case: Case, model: PreTrainedModel, head: ValueHead) -> list[Any]:
     company = {
         "filter": [],
         "abstain": [AbstentionConfig(value_head=head, threshold=0.999)],
-        "vectors": [
-            ActivationConfig(vectors=random_vectors(model).calibrate(model, SEQUENCES), multiplier=[2.0, -2.0])
-        ],
+        "vectors": [ActivationConfig(vectors=random_vectors(model).scale(model, SEQUENCES), multiplier=[2.0, -2.0])],
     }
     return [filtering, *company[case.method]]
 

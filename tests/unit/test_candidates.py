@@ -3,8 +3,6 @@
 import torch
 
 from hf_value_steer.generation.candidates import (
-    compact,
-    first_occurrence,
     likely_alternatives,
     natural_sample,
     random_key,
@@ -64,11 +62,3 @@ def test_likely_alternatives_skip_the_natural_token_and_stop_at_forbidden_ones()
     scores = torch.tensor([[3.0, 2.0, 1.0, -INF], [0.0, -INF, -INF, -INF]])
     assert likely_alternatives(scores, torch.tensor([1, 0]), 3).tolist() == [[0, 2, -1], [-1, -1, -1]]
     assert likely_alternatives(scores[:1, :2], torch.tensor([0]), 4).tolist() == [[1, -1, -1, -1]]
-
-
-def test_duplicates_are_forwarded_once():
-    candidates = torch.tensor([[5, 7, 5, 9], [4, 4, 4, -1]])
-    assert first_occurrence(candidates).tolist() == [[0, 1, 0, 3], [0, 0, 0, 3]]
-    columns, slots = compact(torch.tensor([[False, True, False, True], [True, False, False, False]]))
-    assert columns.tolist() == [[1, 3], [0, 1]]
-    assert slots[0, 1] == 0 and slots[0, 3] == 1 and slots[1, 0] == 0

@@ -38,11 +38,11 @@ class Words:
 @pytest.mark.parametrize("family", CALIBRATED)
 def test_relative_influence_is_rho_at_every_layer(family):
     model = build(family) if family in FAMILIES else build_tiny(family)
-    vectors = random_vectors(model).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model).scale(model, SEQUENCES)
     measured = relative_influence(model, vectors, SEQUENCES, 2.0)
     torch.testing.assert_close(measured, 2.0 * vectors.rho, rtol=0.02, atol=0)
     assert vectors.rho == pytest.approx(model.config.hidden_size**-0.5)
-    by_rho = vectors.calibrated(mean_norms(model, SEQUENCES), rho=0.3)
+    by_rho = vectors.scaled_to(mean_norms(model, SEQUENCES), rho=0.3)
     torch.testing.assert_close(relative_influence(model, by_rho, SEQUENCES), torch.full((2,), 0.3), rtol=0.02, atol=0)
 
 
@@ -98,7 +98,7 @@ def test_other_methods_point_from_negative_to_positive(method):
 def test_value_head_gradient_raises_the_value():
     model = build("llama").requires_grad_(False)
     head = random_head(model)
-    vectors = vectors_from_value_head(model, head, SEQUENCES, layers=[0, 1]).calibrate(model, SEQUENCES)
+    vectors = vectors_from_value_head(model, head, SEQUENCES, layers=[0, 1]).scale(model, SEQUENCES)
     mask = pad_right(SEQUENCES, model.device)[1]
 
     def mean_logit() -> float:
@@ -122,9 +122,9 @@ def test_a_generated_card_is_renewed_and_what_a_person_wrote_stays(tmp_path, edi
     if edited:
         text = card.read_text().replace("## Limits", "Use it with care.\n\n## Limits")
         card.write_text(text.replace("tags:", "license: mit\ntags:"))
-    calibrated = SteeringVectors.from_pretrained(tmp_path).calibrate(model, SEQUENCES, rho=0.2)
-    for rho in (0.2, 0.3):  # calibrated, and once more
-        calibrated.calibrate(model, SEQUENCES, rho).save_pretrained(tmp_path)
+    scaled = SteeringVectors.from_pretrained(tmp_path).scale(model, SEQUENCES, rho=0.2)
+    for rho in (0.2, 0.3):  # scaled, and once more
+        scaled.scale(model, SEQUENCES, rho).save_pretrained(tmp_path)
         assert f"what is added is {100 * rho:g} % of" in card.read_text()
     text = card.read_text()
     assert "not calibrated" not in text and f'"rho": {0.3}' in text and "20 % of" not in text
@@ -146,7 +146,7 @@ def test_a_card_of_a_persons_own_is_left_alone(tmp_path):
 
 def test_saved_and_loaded(tmp_path):
     model = build("llama")
-    vectors = random_vectors(model, attribute="calm", num_layers=2).calibrate(model, SEQUENCES)
+    vectors = random_vectors(model, attribute="calm", num_layers=2).scale(model, SEQUENCES)
     vectors.save_pretrained(tmp_path)
     loaded = SteeringVectors.from_pretrained(tmp_path)
     for name in ("directions", "strengths", "norms"):

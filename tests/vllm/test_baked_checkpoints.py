@@ -35,7 +35,7 @@ def test_the_same_greedy_tokens_as_the_steered_model(engine: Callable[..., Any],
     model, prompts = tiny.build(kind, **options), tiny.prompts(8)
     generator = torch.Generator().manual_seed(0)
     directions = {layer: torch.randn(tiny.WIDTH, generator=generator) for layer in range(2)}
-    vectors = SteeringVectors.from_tensors(directions).calibrate(model, prompts)
+    vectors = SteeringVectors.from_tensors(directions).scale(model, prompts)
     vectors.bake(model, MULTIPLIER, tmp_path / "baked")
     with vectors.apply(model, MULTIPLIER):
         steered = _greedy(model, prompts)

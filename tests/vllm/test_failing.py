@@ -28,7 +28,7 @@ def _params() -> list[Any]:
 
 def break_head(llm: Any, monkeypatch: pytest.MonkeyPatch, kind: str, after: int) -> None:
     """From the call after `after` others on, the head raises, or answers `kind`, a number, to its first row."""
-    head = next(iter(runner(llm).steering.heads.values()))
+    head = next(iter(runner(llm).served.heads.values()))
     forward, calls = head.forward, []
 
     def broken(features: torch.Tensor) -> Any:

@@ -60,22 +60,22 @@ def test_heads_that_do_not_fit(folder: Path, spread: str, tmp_path: Path, monkey
     from vllm import EngineArgs
 
     from hf_value_steer.vllm.refusals import refuse_head
-    from hf_value_steer.vllm.steering import Steering
+    from hf_value_steer.vllm.served import ServedMethods
 
     model = EngineArgs(model=str(folder), max_model_len=128).create_engine_config().model_config
     head = ValueHead.from_pretrained(spread)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="hidden_size=96, but"):
         patch.setattr(type(model), "get_hidden_size", lambda _: 128)
-        refuse_head(Steering.load({"method": "filter", "value_head": spread}), model)
+        refuse_head(ServedMethods.load({"method": "filter", "value_head": spread}), model)
     for expected in (fingerprint(tiny.build()), "0123456789abcdef"):
         head.config.backbone_fingerprint = expected
         head.save_pretrained(tmp_path / expected)
-        steering = Steering.load({"method": "filter", "value_head": str(tmp_path / expected)})
+        served = ServedMethods.load({"method": "filter", "value_head": str(tmp_path / expected)})
         if expected == "0123456789abcdef":
             with pytest.raises(ValueError, match="fingerprint 0123456789abcdef, but"):
-                refuse_head(steering, model)
+                refuse_head(served, model)
         else:
-            refuse_head(steering, model)
+            refuse_head(served, model)
 
 
 @pytest.mark.parametrize("message", [[tiny.VOCABULARY], [5, 100_000, 6, 191]])
@@ -135,11 +135,11 @@ def test_configurations_that_are_refused(spread: str, change: dict[str, Any], me
 
 
 def test_methods_that_are_not_served(spread: str) -> None:
-    from hf_value_steer.vllm.steering import Steering
+    from hf_value_steer.vllm.served import ServedMethods
 
     gated = {"method": "activate", "vectors": "somewhere", "value_head": spread, "threshold": 0.5}
     with pytest.raises(ValueError, match='"activate" is for `generate`; vLLM serves "filter" and "abstain"'):
-        Steering.load([{"method": "filter", "value_head": spread, "threshold": 0.5}, gated])
+        ServedMethods.load([{"method": "filter", "value_head": spread, "threshold": 0.5}, gated])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_overrides_that_passed_by_admission_end_their_request(
 
     llm, prompts = engine(accepting), tiny.prompts(2)
     name = llm.llm_engine.model_config.logits_processors[0]
-    monkeypatch.setattr(admission(name), "steering", None)
+    monkeypatch.setattr(admission(name), "served", None)
     wrong, right = SamplingParams(extra_args={"filter.alpha": 0.1}), SamplingParams(max_tokens=3, ignore_eos=True)
     outputs = run(llm, prompts, [wrong, right])
     assert [each.outputs[0].finish_reason for each in outputs] == ["error", "length"]

@@ -12,7 +12,7 @@ from tests.vllm.runners import INTERPRETED, SCALE
 def _disagree(worker: Any) -> None:
     """Turn the head of every rank but the first upside down."""
     if worker.rank > 0:
-        head = worker.model_runner.steering.heads["filter"]
+        head = worker.model_runner.served.heads["filter"]
         for parameter in head.parameters():
             parameter.data.neg_()
 

@@ -1,4 +1,4 @@
-"""What an engine steers with: its methods and their heads, and what of that a request gets."""
+"""The methods and heads that an engine serves, and those that one request gets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ from hf_value_steer.vllm.overrides import MOST_CANDIDATES, apply_overrides
 
 
 @dataclass(frozen=True)
-class Steering:
+class ServedMethods:
     """The methods of an engine and the head of each.
+
+    Made by [`load`] from the JSON form, in the worker and where the arguments of the engine are made. Each request
+    gets its configs and scorers from [`choose`].
 
     Args:
         methods (`dict`): from `"filter"`, `"abstain"` to its config.
@@ -28,18 +31,18 @@ class Steering:
     heads: Mapping[str, ValueHead]
 
     @classmethod
-    def load(cls, value_steer: ValueSteer) -> "Steering":
+    def load(cls, value_steer: ValueSteer) -> "ServedMethods":
         """Read the JSON form and load the heads, on the CPU.
 
         Raises:
             ValueError: for a config that vLLM cannot honour, a head that cannot be loaded, or one without a threshold.
         """
-        methods = {name: _served(config) for name, config in parse_configs(value_steer).items()}
+        methods = {name: _servable(config) for name, config in parse_configs(value_steer).items()}
         names = [_head_name(config) for config in methods.values()]
         loaded = {name: ValueHead.from_pretrained(name).eval() for name in dict.fromkeys(names)}
-        steering = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))
-        steering.scorers(steering.methods)
-        return steering
+        served = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))
+        served.scorers(served.methods)
+        return served
 
     @property
     def filter(self) -> ValueFilterConfig | None:
@@ -66,8 +69,8 @@ class Steering:
         return [_line(config, head) for config, head in zip(self.methods.values(), self.heads.values(), strict=True)]
 
 
-def _served(config: MethodConfig) -> SteeringConfig:
-    """`config`, if vLLM serves its method."""
+def _servable(config: MethodConfig) -> SteeringConfig:
+    """`config` itself; raises a `ValueError` if vLLM does not serve its method."""
     if isinstance(config, ValueFilterConfig | AbstentionConfig):
         return config
     raise ValueError(
@@ -77,7 +80,7 @@ def _served(config: MethodConfig) -> SteeringConfig:
 
 
 def _head_name(config: SteeringConfig) -> str:
-    """The folder or Hub id of the head, if vLLM can honour the config."""
+    """The folder or Hub id of the head; raises a `ValueError` if vLLM cannot honour the config."""
     if isinstance(config.threshold, Sequence):
         raise ValueError("`threshold` of an engine is one number; requests choose others by `filter.threshold`.")
     if isinstance(config, ValueFilterConfig):
