@@ -53,7 +53,7 @@ def alone_and_among(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
             alone.append(torch.cat([_one_row(prepared, engine, input_ids, token) for token in candidates[0]]))
             among.append(engine.look_ahead(input_ids, candidates).features)
             input_ids = torch.cat([input_ids, candidates[:, :1]], dim=1)
-            state = engine.state(engine.read(input_ids), input_ids.device)
+            state = engine.compute_state(engine.read(input_ids), input_ids.device)
             engine.commit()
         return torch.stack(alone), torch.cat(among)
 

@@ -54,10 +54,6 @@ class AdaptersOfRows:
         finally:
             self.present = self.names
 
-    def go_on_with_one(self, copies: int) -> None:
-        """Keep one of the `copies` of each row in mid-forward: in place, as a layer may hold the list already."""
-        self.present[:] = self.present[::copies]
-
     def _give(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any
     ) -> tuple[Any, dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.points import Point
 from hf_value_steer.errors import ScoringError
-from hf_value_steer.generation.forwards import Forwards, Reached, Whole, watched
+from hf_value_steer.generation.forwards import Forwards, Reached, Undivided, watched
 from hf_value_steer.hosts.transformers import compile_config
 
 
@@ -43,7 +43,7 @@ def _look_ahead(model: PreTrainedModel, kept: _Kept, inputs: dict[str, Any]) -> 
     return outputs, kept.state
 
 
-class Compiled(Whole):
+class Compiled(Undivided):
     """`model(**inputs)` under `torch.compile`, for static caches.
 
     The engine calls [`run_to`] with the arguments of a forward, and gets feature and logits of every position.
@@ -63,8 +63,9 @@ class Compiled(Whole):
             outputs, feature = self.function(self.model, kept, inputs)
         if feature is None:
             raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
-        feature = feature.clone()  # a CUDA graph writes its next result into the same memory
-        return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), outputs.logits)
+        # A CUDA graph writes its next result, that of a look-ahead say, into the same memory.
+        feature, logits = feature.clone(), outputs.logits.clone()
+        return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), logits)
 
 
 @dataclass(frozen=True)

@@ -68,14 +68,14 @@ def value_steer_generate(
             "`value_steer` is missing: pass a ValueFilterConfig, an AbstentionConfig, an ActivationConfig, a "
             "GuidanceConfig or their dict form."
         )
-    with streaming(token_streamer) as streamer, ExitStack() as open_contexts:
+    with streaming(token_streamer) as streamer, ExitStack() as contexts:
         refuse_dropped_arguments()
         asked = parse_value_steer(value_steer)
         unmerge_what_is_off(model)
         model_kwargs = tidied(model_kwargs, len(input_ids))
         refuse_unsupported(model, generation_config, model_kwargs)
         prepared, stops = PreparedModel(model), Stops.none(len(input_ids), input_ids.device)
-        call = Call(prepared, generation_config, input_ids, model_kwargs, asked, stops, open_contexts)
+        call = Call(prepared, generation_config, input_ids, model_kwargs, asked, stops, contexts)
         methods = bind_methods(call)
         if not any(method.needs_loop for method in methods):
             streamer.put(input_ids)

@@ -42,7 +42,7 @@ class Engine:
         kernel: how candidates are forwarded.
         around (*optional*): what the methods of the call do around each forward.
         compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
-        back (`int`): how many tokens [`take_back`] may take back.
+        back (`int`): how many tokens a [`chain`] may take the place of.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Engine:
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], self.model.config, back)
         self.point, self.longest_row, self.adapters = prepared.point, prepared.longest_row, prepared.adapters
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
-        self.steps = self.looks = self.plain = prepared.forwards
+        self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
 
     # The prompt.
 
@@ -81,7 +81,7 @@ class Engine:
             self.model_kwargs = next_kwargs(self.model, outputs, self.model_kwargs)
         self._start(config)
         if apart:
-            state = self.state(self.read(input_ids), input_ids.device)
+            state = self.compute_state(self.read(input_ids), input_ids.device)
             self.commit()
             return state
         self._compile(config)
@@ -97,7 +97,7 @@ class Engine:
         """Begin with the cache that the forward of the prompt has left; it may be another one than it was given."""
         cache = cache_of(self.model_kwargs)
         refuse_cache(cache, config.max_length)
-        if cache is not None and cache is not self.live.cache:
+        if cache is not self.live.cache:
             self.live = LiveCache(cache, self.model.config, self.live.back)
         self.live.start()
 
@@ -106,11 +106,11 @@ class Engine:
         compiled = None if config.output_attentions else compiled_forwards(self.model, config, self.model_kwargs)
         if compiled is None:
             return
-        self.steps = compiled[0]
+        self.step_forwards = compiled[0]
         if self.compilable:
             self.kernel = compilable_kernel(self.kernel, self.model, self.live)
         if isinstance(self.kernel, Whole):
-            self.looks = compiled[1]
+            self.look_forwards = compiled[1]
 
     # The next token.
 
@@ -124,13 +124,13 @@ class Engine:
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         self._require_cache(inputs, self.live.cache)
         with self.around(Reading(self.live.cache, begins=True)):
-            reached = self.steps.run_to(self.point, inputs)
+            reached = self.step_forwards.run_to(self.point, inputs)
         self.live.advance()
         return reached
 
-    def state(self, reached: Reached, device: torch.device) -> State:
+    def compute_state(self, reached: Reached, device: torch.device) -> State:
         """What a step leaves behind, once it is decided what is kept: logits are computed here, and go to `device`."""
-        logits = reached.logits if reached.logits is not None else self.steps.resume_from(reached)
+        logits = reached.logits if reached.logits is not None else self.step_forwards.resume_from(reached)
         logits = logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
         return State(logits, reached.feature[:, -1], reached.hidden_states, reached.attentions)
 
@@ -197,7 +197,7 @@ class Engine:
         inputs = self.kernel.inputs(look)
         self._require_cache(inputs, look.cache)
         with self.around(reading), self.kernel.attention(look):
-            return self.looks.run_to(self.point, inputs)
+            return self.look_forwards.run_to(self.point, inputs)
 
     def chain(self, input_ids: Tensor, row: int, count: int) -> Chain:
         """Forward the last `count` tokens of one row after what stands before them, between two steps.
@@ -221,8 +221,8 @@ class Engine:
             inputs["logits_to_keep"] = count
         everybody = self.model_kwargs.get("position_ids")
         with self.adapters.reading(rows, 1), self.longest_row.reaching(everybody), self.around(Reading(cache, rows)):
-            reached = self.plain.run_to(self.point, inputs)
-            reached.logits = self.plain.resume_from(reached)
+            reached = self.chain_forwards.run_to(self.point, inputs)
+            reached.logits = self.chain_forwards.resume_from(reached)
         return Chain(reached, cache, row)
 
     def put(self, reached: Reached, rows: Tensor, keep: Tensor, other: Reached) -> None:
@@ -237,7 +237,7 @@ class Engine:
         pairs = [(reached.feature, other.feature)]
         if reached.logits is not None:
             with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
-                logits = other.logits if other.logits is not None else self.looks.resume_from(other)
+                logits = other.logits if other.logits is not None else self.look_forwards.resume_from(other)
             pairs.append((reached.logits, logits))
         pairs += zip(reached.hidden_states or (), other.hidden_states or (), strict=True)
         for mine, theirs in zip(reached.attentions or (), other.attentions or (), strict=True):

@@ -51,8 +51,7 @@ class ValueFilter(Method):
 
     def acting(self, draw: Draw) -> Tensor:
         config = self.config
-        may_act = acts(self.interventions, draw.step, config.min_new_tokens, config.max_interventions)
-        return draw.live & ~draw.forced & may_act
+        return acts(self.interventions, draw.step, config.min_new_tokens, config.max_interventions)
 
     def accepts(self, values: Tensor) -> Tensor:
         return self.scorer.accepts(values)

@@ -27,7 +27,8 @@ class Reached:
     Args:
         feature (`torch.FloatTensor` of shape `(rows, positions, width)`): what the output embedding consumes.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
-        logits (`torch.FloatTensor` of shape `(rows, positions, vocab)`, *optional*): of a forward that was not ended.
+        logits (`torch.FloatTensor` of shape `(rows, positions, vocab)`, *optional*): where the
+            forward was not left there.
         rest (*optional*): what [`Forwards.resume_from`] goes on from.
     """
 
@@ -39,19 +40,19 @@ class Reached:
 
 
 class Forwards(Protocol):
-    """How the backbone is run. Called by the engine; both functions get and give tensors of any number of rows."""
+    """How the engine runs the backbone: [`run_to`] takes arguments of a forward, [`resume_from`] gives logits."""
 
     def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
-        """Run the forward with these arguments as far as `point`, or further."""
+        """Run the forward with these arguments as far as `point`, which today is the feature."""
 
     def resume_from(self, reached: Reached) -> Tensor:
-        """Logits `(rows, positions, vocab)` of the features that were reached, or of others put in their place."""
+        """Logits `(rows, positions, vocab)` of `reached.feature`, which may hold others than were reached."""
 
 
 def choose_forwards(model: PreTrainedModel) -> Forwards:
-    """[`Split`], or [`Whole`] where a forward cannot be left in the middle."""
+    """[`Split`], or [`Undivided`] where a forward cannot be left in the middle."""
     sharded = any(isinstance(weight, DTensor) for weight in output_embedding(model).parameters())
-    return Whole(model) if sharded or _compiled(model) else Split(model)
+    return Undivided(model) if sharded or _compiled(model) else Split(model)
 
 
 def _compiled(model: PreTrainedModel) -> bool:
@@ -61,7 +62,7 @@ def _compiled(model: PreTrainedModel) -> bool:
 
 
 class Split:
-    """Leaves the forward at the feature, and enters it there again.
+    """Leaves the forward at the feature ([`run_to`]), and enters it there again ([`resume_from`]).
 
     It is left by handing no position on to the output embedding: so the model itself ends its forward, and hidden
     states and attentions are in its output. It is entered by a second forward in which the layers are stood in for by
@@ -98,8 +99,8 @@ class Split:
         return logits
 
 
-class Whole:
-    """Runs the whole forward, logits of every position included."""
+class Undivided:
+    """Runs the whole forward: [`run_to`] computes logits of every position, and [`resume_from`] returns them."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model

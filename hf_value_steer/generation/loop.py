@@ -19,12 +19,12 @@ from hf_value_steer.generation.output import Record, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.rewriting import Rewriting
 from hf_value_steer.generation.state import Draw, Outcome, Reading, State
 from hf_value_steer.generation.steps import choose_step
-from hf_value_steer.generation.streaming import Emission, Streaming
+from hf_value_steer.generation.streaming import LaggingStream, Streaming
 from hf_value_steer.hosts.transformers import CACHE, bans_and_warpers, cache_name, pad_token, rows_can_end
 
 
 class Loop:
-    """One steered call.
+    """One steered call: [`run`] returns the text, or the whole output. Made and run by `value_steer_generate`.
 
     Args:
         call: what is generated from what.
@@ -52,8 +52,8 @@ class Loop:
         self.step = choose_step(self.engine, judge, self.reporter)
         self.record = Record(call.config)
         self.history = History(methods, call.stops, self.back)
-        self.emission = Emission(streamer, self.back)
-        parts = (self.engine, self.history, self.record, self.emission, self.reporter)
+        self.stream = LaggingStream(streamer, self.back)
+        parts = (self.engine, self.history, self.record, self.stream, self.reporter)
         self.rewriting = Rewriting(*parts, self._scores, criteria, self.pads)
 
     def _refuse_going_back(self) -> None:
@@ -95,16 +95,16 @@ class Loop:
             state, outcome = self.step(draw)
             input_ids = torch.cat([input_ids, outcome.tokens[:, None]], dim=-1)
             moment = self._commit(draw, outcome, state, input_ids)
-            self.emission.put(outcome.tokens)
+            self.stream.put(outcome.tokens)
             for method in self.methods:
                 for row, tokens in method.rewrite(moment).items():
-                    input_ids = self.rewriting(row, tokens, input_ids, state)
-                    self.unfinished = self.history.pasts[-1].moment.unfinished
+                    input_ids, moment = self.rewriting(row, tokens, input_ids, state)
+                    self.unfinished = moment.unfinished
             if not bool(self.unfinished.any()):
                 break
             self.engine.commit()
         self.engine.finish()
-        self.emission.end()
+        self.stream.end()
         return self._output(input_ids, prompt_values)
 
     def _draw(self, step: int, input_ids: Tensor, state: State) -> Draw:
@@ -135,7 +135,7 @@ class Loop:
         self.unfinished = self.unfinished & ~self.criteria(input_ids, self.record.scores)
         moment = Moment(draw.step + 1, state.feature, draw.live, self.unfinished, draw, outcome)
         if self.reporter is not None:
-            moment.known[id(self.reporter)] = outcome.values
+            moment.know(self.reporter, outcome.values)
         self._tell(moment)
         self.record.add(
             token_values=outcome.values,

@@ -27,7 +27,7 @@ class Call:
         model_kwargs: what `generate` prepared for the model's forward.
         asked (`dict`): everything that the call asks for, by name of the method.
         stops: which rows were ended, when and why; methods note it.
-        open: contexts that are left when the call ends.
+        contexts: what a method enters here is left when the call ends.
     """
 
     prepared: PreparedModel
@@ -36,7 +36,7 @@ class Call:
     model_kwargs: dict[str, Any]
     asked: Mapping[str, Any]
     stops: Stops
-    open: ExitStack
+    contexts: ExitStack
 
     @property
     def model(self) -> PreTrainedModel:
@@ -67,13 +67,14 @@ class Method:
     """A way to steer, bound to one call. The loop calls its hooks, none of which does anything by default.
 
     Attributes:
-        needs_loop (`bool`): whether it uses other hooks than [`around_forward`]; else the loop of `generate` is
-            enough.
-        values_texts (`bool`): whether [`values`] answers. The first method that does is the one whose values are
-            reported.
+        needs_loop (`bool`): whether our loop has to run. `False` for what acts by itself once it is bound, as vectors
+            do: if that is so of all methods, the loop of plain `generate` runs, and no hook is called.
+        values_texts (`bool`): whether [`values`] answers. The values of the judge are reported, else those of the
+            first method that answers.
         judges (`bool`): whether it decides which tokens are kept, by [`acting`], [`accepts`], [`propose`] and
             [`decide`]. One method may.
-        eager (`bool`): whether it wants to see all candidates of each token, or only where one is not acceptable.
+        eager (`bool`): of a judge: `True` to see all candidates of every token, `False` to see them only where the
+            natural sample is not acceptable.
         most (`int`): the most candidates that it proposes, an ending token included.
         lookahead (`str`): how candidates are to be forwarded, or `"auto"`.
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
@@ -94,41 +95,65 @@ class Method:
     rowwise: ClassVar[tuple[str, ...]] = ()
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:  # noqa: ARG002
-        """A context in which the forward that reads this is run. Called by the engine."""
+        """A context for one forward, which reads what `reading` says. The engine enters it."""
         return nullcontext()
 
     def values(self, features: Tensor) -> Tensor:
-        """Values `(...)` in (0, 1), or NaN, of texts whose last token has the features `(..., width)`."""
+        """Values `(...)` in [0, 1] of texts whose last token has the features `(..., width)`.
+
+        NaN says that there is none: the call then ends with an error. Steps and moments ask.
+        """
         raise NotImplementedError
 
     def prescribe(self, draw: Draw) -> None:
-        """Put tokens in the place of natural samples: into `draw.tokens`, and their rows into `draw.forced`."""
+        """Put tokens in the place of natural samples.
+
+        Write them into `draw.tokens`, and set `draw.forced` `(batch,)` in their rows. The loop calls this once a step.
+        """
 
     def acting(self, draw: Draw) -> Tensor:
-        """Rows `(batch,)` in which a natural sample may be replaced now."""
+        """Rows `(batch,)` in which the judge would replace a natural sample now. Asked by the step.
+
+        Rows whose token does not count, or is prescribed, are left out by the step itself.
+        """
         raise NotImplementedError
 
     def accepts(self, values: Tensor) -> Tensor:
-        """Which natural samples of these values `(batch,)` are kept."""
+        """Which natural samples of these values `(batch,)` are kept; NaN is not. Asked by a lazy step."""
         raise NotImplementedError
 
     def propose(self, draw: Draw, rows: Tensor, known: Tensor, acting: Tensor) -> Candidates:
-        """Candidates of some rows `(n,)`, the natural sample first; `known` and `acting` are `(n,)`."""
+        """Candidates of some rows, the natural sample first. Asked by the step.
+
+        Args:
+            draw: what the step starts from.
+            rows (`torch.LongTensor` of shape `(n,)`): rows of the batch.
+            known (`torch.BoolTensor` of shape `(n,)`): where the value of the natural sample is known.
+            acting (`torch.BoolTensor` of shape `(n,)`): where there may be others than the natural sample.
+        """
         raise NotImplementedError
 
     def decide(self, draw: Draw, rows: Tensor, candidates: Candidates, values: Tensor, acting: Tensor) -> Decision:
-        """Choose among candidates of values `(n, columns)`."""
+        """Choose among what [`propose`] gave, as a rule by [`~hf_value_steer.policy.decide`]. Asked by the step.
+
+        Args:
+            draw, rows, acting: as in [`propose`].
+            values (`torch.FloatTensor` of shape `(n, columns)`): of the candidates.
+        """
         raise NotImplementedError
 
     def observe(self, moment: "Moment") -> None:
-        """Take notice of a prompt, or of the token that each row has committed."""
+        """Take notice of a prompt, or of the token that each row has committed. The loop calls this.
+
+        After other tokens were put in the place of the last ones, it is called for each of them again.
+        """
 
     def record(self, moment: "Moment") -> Mapping[str, Tensor]:  # noqa: ARG002
-        """What to add to the output's fields for this token, `(batch, ...)` each."""
+        """Entries of this token for fields of [`ValueSteerDecoderOnlyOutput`], `(batch, ...)` each. The loop asks."""
         return {}
 
     def rewrite(self, moment: "Moment") -> Mapping[int, Tensor]:  # noqa: ARG002
-        """Rows whose last tokens are to be others: from row to the tokens `(n,)` that take their place."""
+        """Rows whose last tokens are to be others, and the tokens `(n,)` that take their place. The loop asks."""
         return {}
 
     def snapshot(self) -> Mapping[str, Tensor]:
@@ -147,8 +172,8 @@ class Method:
 class Moment:
     """Every row has committed a token, or its prompt was read.
 
-    The loop makes one after each step, and gives it to every method: [`Method.observe`], [`Method.record`],
-    [`Method.rewrite`].
+    The loop makes one after the prompt and after each step, and gives it to every method: [`Method.observe`],
+    [`Method.record`], [`Method.rewrite`].
 
     Args:
         step (`int`): number of new tokens; 0 is the prompt.
@@ -167,6 +192,10 @@ class Moment:
 
     def __post_init__(self) -> None:
         self.known: dict[int, Tensor] = {}  # values, by `id` of the method that has them
+
+    def know(self, method: Method, values: Tensor) -> None:
+        """The values `(batch,)` of a method were computed elsewhere."""
+        self.known[id(method)] = values
 
     def values_of(self, method: Method) -> Tensor:
         """Values `(batch,)` of the texts by a method, computed once; NaN in rows whose token does not count.

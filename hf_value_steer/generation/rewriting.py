@@ -16,7 +16,7 @@ from hf_value_steer.generation.history import History
 from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.output import Record
 from hf_value_steer.generation.state import Draw, State
-from hf_value_steer.generation.streaming import Emission
+from hf_value_steer.generation.streaming import LaggingStream
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Rewriting:
     """Takes tokens of one row back and commits others. Called by the loop between two steps.
 
     Args:
-        engine, history, record, emission: of the call.
+        engine, history, record, stream: of the call.
         reporter (*optional*): the method whose values are recorded.
         scores: from a text `(batch, length)` and raw logits `(batch, vocab)` to what the call permits and to processed
             scores, `(batch, vocab)` each.
@@ -35,14 +35,14 @@ class Rewriting:
     engine: Engine
     history: History
     record: Record
-    emission: Emission
+    stream: LaggingStream
     reporter: Method | None
     scores: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     criteria: StoppingCriteriaList
     pads: bool
 
-    def __call__(self, row: int, tokens: Tensor, input_ids: Tensor, state: State) -> Tensor:
-        """Rewrite, and return the text.
+    def __call__(self, row: int, tokens: Tensor, input_ids: Tensor, state: State) -> tuple[Tensor, Moment]:
+        """Rewrite, and return the text and the moment that it has come to.
 
         Args:
             row (`int`): of the batch.
@@ -64,8 +64,8 @@ class Rewriting:
             self.history.replay(row, ago, moment)
             self._write(moment, chain, place, ago)
         chain.put_last(state)
-        self.emission.rewrite(row, tokens)
-        return input_ids
+        self.stream.rewrite(row, tokens)
+        return input_ids, self.history.pasts[-1].moment
 
     def _moment(self, chain: Chain, place: int, ago: int, text: Tensor, same: bool) -> Moment:
         """What the methods are told of one token of the chain; other rows are as they were.

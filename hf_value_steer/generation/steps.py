@@ -19,7 +19,7 @@ from hf_value_steer.policy import Candidates, Decision
 
 
 class Step(Protocol):
-    """Takes what was drawn; returns what the committed tokens leave behind, and which they are. Called by the loop."""
+    """Takes the [`Draw`] of a step; returns the [`State`] after it and the [`Outcome`]. The loop calls it."""
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]: ...
 
@@ -45,7 +45,7 @@ class Plain:
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
         draw.refuse_impossible()
-        state = self.engine.state(self.engine.read(draw.text()), draw.tokens.device)
+        state = self.engine.compute_state(self.engine.read(draw.text()), draw.tokens.device)
         values = torch.full(draw.live.shape, torch.nan, device=draw.live.device)
         if self.reporter is not None:
             values = Moment(draw.step + 1, state.feature, draw.live, draw.live).values_of(self.reporter)
@@ -62,21 +62,21 @@ class Lazy:
         reached = self.engine.read(draw.text())
         values = self.judge.values(reached.feature[:, -1])
         outcome = _natural(draw, values, self.judge.most)
-        rejected = self.judge.acting(draw) & ~self.judge.accepts(values)
-        # The host waits for the device here, once a step. All that is rare is behind this test.
+        rejected = _acting(self.judge, draw) & ~self.judge.accepts(values)
+        # Here the host waits for the device. All that is rare is behind this test.
         if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
             draw.refuse_impossible()
             require_finite(values, draw.live, draw.step)
             self._replace(draw, reached, outcome, rejected.nonzero().squeeze(1))
-        return self.engine.state(reached, draw.tokens.device), outcome
+        return self.engine.compute_state(reached, draw.tokens.device), outcome
 
     def _replace(self, draw: Draw, reached: Reached, outcome: Outcome, rows: Tensor) -> None:
         """Look ahead in rows `(n,)`, and let them go on with the candidates that are chosen."""
         everywhere = torch.ones_like(rows, dtype=torch.bool)
-        candidates = self.judge.propose(draw, rows, everywhere, everywhere)
+        candidates = self.judge.propose(draw, rows, known=everywhere, acting=everywhere)
         ahead = _forward(self.engine, draw, candidates, rows, self.judge.most)
         decision = _decide(self.judge, draw, rows, candidates, ahead, outcome.values[rows], everywhere)
-        column = committed(candidates, decision)
+        column = _committed_columns(candidates, decision)
         if ahead is not None:
             changed, slot = candidates.first.gather(1, column[:, None]).squeeze(1) > 0, candidates.slot(column)
             ahead.replace(changed, slot)
@@ -92,18 +92,23 @@ class Eager:
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
         draw.refuse_impossible()
-        acting = self.judge.acting(draw)
+        acting = _acting(self.judge, draw)
         rows = torch.arange(len(acting), device=acting.device)
-        candidates = self.judge.propose(draw, rows, torch.zeros_like(acting), acting)
+        candidates = self.judge.propose(draw, rows, known=torch.zeros_like(acting), acting=acting)
         ahead = _forward(self.engine, draw, candidates, None, self.judge.most)
-        assert ahead is not None  # no value is known before
+        assert ahead is not None  # no value is known, so that all candidates are forwarded
         unknown = torch.full(rows.shape, torch.nan, device=rows.device)
         decision = _decide(self.judge, draw, rows, candidates, ahead, unknown, acting)
-        slot = candidates.slot(committed(candidates, decision))
+        slot = candidates.slot(_committed_columns(candidates, decision))
         ahead.append(slot)
         outcome = _natural(draw, decision.values[:, 0], self.judge.most)
         _write(outcome, draw, rows, candidates, decision)
-        return self.engine.state(ahead.chosen(slot), draw.tokens.device), outcome
+        return self.engine.compute_state(ahead.chosen(slot), draw.tokens.device), outcome
+
+
+def _acting(judge: Method, draw: Draw) -> Tensor:
+    """Rows `(batch,)` in which the natural sample may be replaced: it counts, and no method has prescribed it."""
+    return judge.acting(draw) & draw.live & ~draw.forced
 
 
 def _forward(
@@ -122,17 +127,22 @@ def _decide(
     rows: Tensor,
     candidates: Candidates,
     ahead: Alternatives | None,
-    known: Tensor,
+    natural: Tensor,
     acting: Tensor,
 ) -> Decision:
-    """The judge's decision in rows `(n,)`; `known` `(n,)` are values of natural samples."""
-    forwarded = known.new_empty(len(rows), 0) if ahead is None else judge.values(ahead.features)
-    decision = judge.decide(draw, rows, candidates, candidates.spread(forwarded, known), acting)
+    """The judge's decision in rows `(n,)`; raises a `ScoringError` if a candidate has no value.
+
+    Args:
+        ahead (*optional*): the forwarded candidates, if there are any.
+        natural (`torch.FloatTensor` of shape `(n,)`): values of natural samples that were not forwarded.
+    """
+    forwarded = natural.new_empty(len(rows), 0) if ahead is None else judge.values(ahead.features)
+    decision = judge.decide(draw, rows, candidates, candidates.spread(forwarded, natural), acting)
     refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
     return decision
 
 
-def committed(candidates: Candidates, decision: Decision) -> Tensor:
+def _committed_columns(candidates: Candidates, decision: Decision) -> Tensor:
     """The columns `(n,)` of the committed tokens; that of the ending token where a row ends."""
     return torch.where(decision.ends, candidates.tokens.shape[1] - 1, decision.column)
 
@@ -151,8 +161,8 @@ def _natural(draw: Draw, values: Tensor, most: int) -> Outcome:
 
 def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision) -> None:
     """Put what was decided in rows `(n,)` into the outcome, except in rows whose token does not count."""
-    count, column = candidates.drawn.shape[1], committed(candidates, decision)[:, None]
-    outcome.tokens = outcome.tokens.clone()
+    count, column = candidates.drawn.shape[1], _committed_columns(candidates, decision)[:, None]
+    outcome.tokens = outcome.tokens.clone()  # they are the draw's until now, which keeps the natural samples
     for mine, decided in (
         (outcome.tokens, candidates.tokens.gather(1, column).squeeze(1)),
         (outcome.values, decision.values.gather(1, column).squeeze(1)),

@@ -41,7 +41,7 @@ def streaming(streamer: BaseStreamer | None) -> Streaming:
     return streamer if isinstance(streamer, Streaming) else Streaming(streamer)
 
 
-class Emission:
+class LaggingStream:
     """Hands tokens on once they cannot be taken back. The loop calls [`put`] once a step, and [`end`] at the end.
 
     Args:

@@ -36,7 +36,7 @@ class Vectors(Method):
                 f"`multiplier` has {len(multiplier)} entries, but the returned batch has {call.rows} rows."
             )
         how = (multiplier, config.mode, config.tokens, config.allow_backbone_mismatch)
-        injection = call.open.enter_context(injected(call.model, vectors_of(config.vectors), *how))
+        injection = call.contexts.enter_context(injected(call.model, vectors_of(config.vectors), *how))
         if config.mode == "last_token" and call.config.prefill_chunk_size is not None:
             raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
         if config.value_head is None:

@@ -21,7 +21,7 @@ def scratch_blocks(num_blocks: int) -> range:
     return range(num_blocks - max(1, min(MOST_SCRATCH_BLOCKS, num_blocks // 8)), num_blocks)
 
 
-class Lookahead:
+class ExtraForwards:
     """The extra forwards of a model runner, over a cache of one group.
 
     The runner calls [`in_place`] for first tokens and [`commit`] for winners; the filter calls [`aside`] for

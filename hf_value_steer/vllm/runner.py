@@ -24,7 +24,7 @@ from hf_value_steer.vllm.abstaining import Text, observe
 from hf_value_steer.vllm.emission import Emission
 from hf_value_steer.vllm.filtering import NO_LOOKAHEAD, NOT_FINITE, Pending, Verdict, check
 from hf_value_steer.vllm.judge import values_of
-from hf_value_steer.vllm.lookahead import Lookahead
+from hf_value_steer.vllm.lookahead import ExtraForwards
 from hf_value_steer.vllm.permissions import Permissions
 from hf_value_steer.vllm.request import Filtering, SteeredRequest
 from hf_value_steer.vllm.served import ServedMethods
@@ -48,7 +48,7 @@ class SteeredRunner(metaclass=ABCMeta):
         """Begin to steer. It does the work of an `__init__`, which has run before the class was changed."""
         self.served = served
         self.steered: dict[str, SteeredRequest] = {}
-        self.lookahead = Lookahead(self)
+        self.lookahead = ExtraForwards(self)
         self.emission = Emission()
         self.permissions = Permissions()
 

@@ -5,7 +5,7 @@ import torch
 
 from hf_value_steer.backbone.parts import decoder_layers
 from hf_value_steer.backbone.shadow import shadow
-from hf_value_steer.generation.forwards import Split, Whole, choose_forwards
+from hf_value_steer.generation.forwards import Split, Undivided, choose_forwards
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build
 
@@ -19,7 +19,7 @@ def model(request):
 
 
 def forwards(model):
-    return Split(model), Whole(model)
+    return Split(model), Undivided(model)
 
 
 @torch.no_grad()
@@ -84,4 +84,4 @@ def test_an_error_in_the_middle_leaves_nothing_behind(model):
 def test_compiled_forwards_are_not_left_in_the_middle(model):
     assert isinstance(choose_forwards(model), Split)
     vars(model)["forward"] = torch.compile(model.forward, backend="eager")
-    assert isinstance(choose_forwards(model), Whole)
+    assert isinstance(choose_forwards(model), Undivided)

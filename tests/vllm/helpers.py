@@ -21,7 +21,11 @@ def reports(outputs: Sequence[Any]) -> list[dict[str, Any]]:
 
 def alike(report: dict[str, Any]) -> dict[str, Any]:
     """Equal to a report of the same decisions in other batches, where additions have another order."""
-    return {**report, **{name: pytest.approx(report[name], abs=1e-5) for name in ("prompt_value", "values")}}
+    close = {name: pytest.approx(report[name], abs=1e-5) for name in ("prompt_value", "values")}
+    abstained = report["abstained"]
+    if abstained is not None:
+        close["abstained"] = {**abstained, "value": pytest.approx(abstained["value"], abs=1e-5)}
+    return {**report, **close}
 
 
 def scheduler(llm: Any) -> Any:
