@@ -3,14 +3,14 @@
     git worktree add ../before HEAD~1
     python -m benchmarks.against ../before --rounds 5
 
-Every round times the cases of batch 1 and 8 in both checkouts, one process after the other, which one first
-alternating. A case is the ratio of steered to plain `generate`, as in `benchmarks.overhead`; reported are the medians
-over rounds, and the median of the rounds' differences. Both run in the environment of this one. At the end, how long
-the package takes to import.
+Every round times each case in both checkouts, one process after the other, which one first alternating. A case is the
+ratio of steered to plain `generate`, as in `benchmarks.overhead`; reported are the medians over rounds, and the median
+of the rounds' differences. Both run in the environment of this one. At the end, how long the package takes to import.
 """
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -27,13 +27,15 @@ import json, sys, torch
 from benchmarks.overhead import CASES
 from benchmarks.timing import compare
 from examples.smollm2 import load_backbone
-model, _ = load_backbone(getattr(torch, sys.argv[1]))
-cases = [case for case in CASES if case.name.endswith(("batch 1", "batch 8"))]
-print(json.dumps({case.name: compare(model, case, 3)["ratio_median"] for case in cases}))
+wanted, dtype, pairs = json.loads(sys.argv[1])
+model, _ = load_backbone(getattr(torch, dtype))
+cases = [case for case in CASES if any(case.name.endswith(name) for name in wanted)]
+print(json.dumps({case.name: compare(model, case, pairs)["ratio_median"] for case in cases}))
 """
 _IMPORT = (
     "import time, transformers, torch; t = time.perf_counter(); import hf_value_steer; print(time.perf_counter() - t)"
 )
+DEFAULT = ["batch 1", "batch 8"]
 
 
 def run(checkout: Path, code: str, *arguments: str) -> Any:
@@ -66,17 +68,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="a checkout of another commit")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--cases", nargs="+", default=DEFAULT, help="ends of names of cases; default: batch 1 and 8")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     other = arguments.other.resolve()
-    before, after = in_turns(other, arguments.rounds, _TIMED, arguments.dtype)
+    asked = json.dumps([arguments.cases, arguments.dtype, arguments.pairs])
+    before, after = in_turns(other, arguments.rounds, _TIMED, asked)
     rows = {name: compared([each[name] for each in before], [each[name] for each in after]) for name in before[0]}
     rows["seconds to import"] = compared(*in_turns(other, max(arguments.rounds, 5), _IMPORT))
     for name, row in rows.items():
         print(f"{name:40s} {row['before']:.4f} -> {row['after']:.4f}  ({row['difference']:+.4f})", flush=True)
     if arguments.output:
-        command = f"python -m benchmarks.against OTHER --dtype {arguments.dtype} --rounds {arguments.rounds}"
+        options = f"--dtype {arguments.dtype} --rounds {arguments.rounds} --pairs {arguments.pairs}"
+        command = f"python -m benchmarks.against OTHER {options} --cases {shlex.join(arguments.cases)}"
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=other, capture_output=True, text=True, check=True)
         save({"command": command, "other": commit.stdout.strip(), **describe(), "rows": rows}, arguments.output)
 

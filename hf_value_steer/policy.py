@@ -105,7 +105,9 @@ def acts(
     Returns:
         `torch.BoolTensor` of shape `(rows,)`.
     """
-    late = torch.zeros_like(interventions) + step >= min_new_tokens
+    late = step >= min_new_tokens
+    if not isinstance(late, Tensor):
+        late = torch.full_like(interventions, late, dtype=torch.bool)
     return late if most is None else late & (interventions < most)
 
 

@@ -117,6 +117,20 @@ class Point:
             _close(self.module)
             del vars(self.module)[_TABLE]
 
+    def open(self) -> None:
+        """Let states that pass reach watchers, for good: on a shadow, whose watchers then cost next to nothing."""
+        _open(self.module, self.side)
+
+    @contextmanager
+    def shown_to(self, watcher: Watcher) -> Iterator[None]:
+        """Call `watcher` with the states that pass inside the `with` block. The point has to be open."""
+        own, before = vars(self.module), self.watchers
+        own[_TABLE] = (*before, watcher)
+        try:
+            yield
+        finally:
+            own[_TABLE] = before
+
     @contextmanager
     def watched(self, watcher: Watcher) -> Iterator[None]:
         """Call `watcher` with the states that pass inside the `with` block, in this context only."""

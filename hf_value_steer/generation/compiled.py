@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.points import Point
 from hf_value_steer.errors import ScoringError
-from hf_value_steer.generation.forwards import Forwards, Reached, Undivided, watched
+from hf_value_steer.generation.forwards import Forwards, Reached, Undivided
 from hf_value_steer.hosts.transformers import compile_config
 
 
@@ -59,7 +59,7 @@ class Compiled(Undivided):
 
     def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
         kept = _Kept()
-        with watched(point, kept):
+        with point.shown_to(kept):
             outputs, feature = self.function(self.model, kept, inputs)
         if feature is None:
             raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")

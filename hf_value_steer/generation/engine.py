@@ -17,7 +17,7 @@ from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.branches import Alternatives, Chain
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import compiled_forwards
-from hf_value_steer.generation.forwards import Reached, passed, watched
+from hf_value_steer.generation.forwards import Reached, passed
 from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, LookAhead, Whole, compilable_kernel, rows_of
 from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, select_rows
 from hf_value_steer.generation.prepared import PreparedModel
@@ -73,7 +73,7 @@ class Engine:
         kept, given = (input_ids[:, :-1], self._without_last()) if apart else (input_ids, {})
         features: list[Tensor] = []
         reading = Reading(self.live.cache, prompt=kept.shape[1], mask=mask)
-        with self.around(reading), watched(self.point, features.append):
+        with self.around(reading), self.point.shown_to(features.append):
             outputs = prefill(self.model, kept, config, self.model_kwargs | given)
         if apart:
             self.model_kwargs[cache_name(self.model_kwargs)] = cache_of(outputs)

@@ -79,10 +79,8 @@ class ValueFilter(Method):
             self.interventions = self.interventions + (moment.outcome.tokens != moment.draw.tokens)
 
     def record(self, moment: Moment) -> Mapping[str, Tensor]:
-        if not self.config.output_candidates or moment.outcome is None:
+        if not self.config.output_candidates or moment.outcome is None or moment.draw is None:
             return {}
-        count, outcome = self.config.num_candidates, moment.outcome
-        return {
-            "candidates": outcome.candidates[:, :count],
-            "candidate_values": outcome.candidate_values[:, :count],
-        }
+        candidates, values, _ = moment.outcome.make_room(moment.draw, self.most)
+        count = self.config.num_candidates
+        return {"candidates": candidates[:, :count], "candidate_values": values[:, :count]}

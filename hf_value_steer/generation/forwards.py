@@ -75,6 +75,7 @@ class Split:
 
     def __init__(self, model: PreTrainedModel):
         self.model, self.point, self.stack = model, feature_point(model), layer_stack(model)
+        self.point.open()
         head = self.point.module
         self.after = UserHooks([(model, "_forward_hooks"), (head, "_forward_hooks")])
         before = [(each, "_forward_pre_hooks") for each in (model, self.stack, head)]
@@ -88,13 +89,13 @@ class Split:
             features.append(feature)
             return feature[:, :0]
 
-        with watched(point, leave), stand_in.on(self.stack), self.after.muted():
+        with point.shown_to(leave), stand_in.on(self.stack), self.after.muted():
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(features, outputs, None, (inputs, stand_in))
 
     def resume_from(self, reached: Reached) -> Tensor:
         inputs, stand_in = reached.rest
-        with watched(self.point, lambda _: reached.feature), stand_in.on(self.stack), self.before.muted():
+        with self.point.shown_to(lambda _: reached.feature), stand_in.on(self.stack), self.before.muted():
             logits: Tensor = self.model(**{**inputs, "return_dict": True}).logits
         return logits
 
@@ -104,10 +105,11 @@ class Undivided:
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
+        feature_point(model).open()
 
     def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
         features: list[Tensor] = []
-        with watched(point, features.append):
+        with point.shown_to(features.append):
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(features, outputs, outputs.logits, None)
 
@@ -128,16 +130,6 @@ def passed(features: list[Tensor]) -> Tensor:
             "it anew, and steer with it before anything else runs."
         )
     return features[-1]
-
-
-@contextmanager
-def watched(point: Point, watcher: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """Call `watcher` with what passes a point of a shadow inside the `with` block."""
-    detach = point.attach(watcher)
-    try:
-        yield
-    finally:
-        detach()
 
 
 class _StandIn:

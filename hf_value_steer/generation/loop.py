@@ -60,6 +60,8 @@ class Loop:
         """Raise an `UnsupportedError` if tokens may be taken back, and something of this call cannot follow."""
         if self.back and self.config.output_attentions:
             raise UnsupportedError("`output_attentions` cannot be returned where tokens may be taken back.")
+        if self.back and self.call.model_kwargs.get("inputs_embeds") is not None:
+            raise UnsupportedError("Tokens cannot be taken back after `inputs_embeds`: pass `input_ids`.")
         for method in self.methods if self.back else []:
             if not method.follows:
                 raise UnsupportedError(f"Tokens cannot be taken back beside {type(method).__name__}.")
@@ -131,19 +133,20 @@ class Loop:
 
     def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> Moment:
         """The tokens of a step are part of the text: say so to criteria, methods and record."""
-        self.call.stops.mark(outcome.ended, draw.step, outcome.candidate_values[:, 0])
+        if outcome.ended is not None:
+            self.call.stops.mark(outcome.ended, draw.step, outcome.natural)
         self.unfinished = self.unfinished & ~self.criteria(input_ids, self.record.scores)
         moment = Moment(draw.step + 1, state.feature, draw.live, self.unfinished, draw, outcome)
         if self.reporter is not None:
             moment.know(self.reporter, outcome.values)
         self._tell(moment)
-        self.record.add(
-            token_values=outcome.values,
-            interventions=outcome.tokens != draw.tokens,
-            candidates_evaluated=outcome.evaluated,
-        )
-        for method in self.methods:
-            self.record.add(**method.record(moment))
+        if self.record.wanted:
+            interventions = outcome.tokens != draw.tokens
+            self.record.add(
+                token_values=outcome.values, interventions=interventions, candidates_evaluated=outcome.evaluated
+            )
+            for method in self.methods:
+                self.record.add(**method.record(moment))
         return moment
 
     def _tell(self, moment: Moment) -> None:

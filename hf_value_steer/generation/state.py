@@ -87,12 +87,29 @@ class Outcome:
     A step returns it, and the loop gives it to the methods and to the record.
 
     Args:
-        ended (`torch.BoolTensor` of shape `(batch,)`): rows that the judge has ended.
+        natural (`torch.FloatTensor` of shape `(batch,)`): values of the natural samples.
+        candidates, candidate_values (*optional*): see [`make_room`].
+        ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): rows that the judge has ended.
     """
 
     tokens: Tensor
     evaluated: Tensor
     values: Tensor
-    candidates: Tensor
-    candidate_values: Tensor
-    ended: Tensor
+    natural: Tensor
+    candidates: Tensor | None = None
+    candidate_values: Tensor | None = None
+    ended: Tensor | None = None
+
+    def make_room(self, draw: Draw, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Candidates and their values, `(batch, most)`, and ended rows, as if all natural samples were kept.
+
+        Most steps of most calls need none of it, so it is made when it is asked for first.
+        """
+        if self.candidates is None or self.candidate_values is None or self.ended is None:
+            shape, device = (len(draw.tokens), most), draw.tokens.device
+            self.candidates = torch.full(shape, -1, device=device)
+            self.candidate_values = torch.full(shape, torch.nan, device=device)
+            self.candidates[:, 0] = draw.tokens.masked_fill(~draw.live, -1)
+            self.candidate_values[:, 0] = self.natural
+            self.ended = torch.zeros_like(draw.live)
+        return self.candidates, self.candidate_values, self.ended

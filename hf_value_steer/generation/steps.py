@@ -49,7 +49,7 @@ class Plain:
         values = torch.full(draw.live.shape, torch.nan, device=draw.live.device)
         if self.reporter is not None:
             values = Moment(draw.step + 1, state.feature, draw.live, draw.live).values_of(self.reporter)
-        return state, _natural(draw, values, 1)
+        return state, _natural(draw, values)
 
 
 class Lazy:
@@ -61,7 +61,7 @@ class Lazy:
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
         reached = self.engine.read(draw.text())
         values = self.judge.values(reached.feature[:, -1])
-        outcome = _natural(draw, values, self.judge.most)
+        outcome = _natural(draw, values)
         rejected = _acting(self.judge, draw) & ~self.judge.accepts(values)
         # Here the host waits for the device. All that is rare is behind this test.
         if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
@@ -81,7 +81,7 @@ class Lazy:
             changed, slot = candidates.first.gather(1, column[:, None]).squeeze(1) > 0, candidates.slot(column)
             ahead.replace(changed, slot)
             self.engine.put(reached, rows, changed, ahead.chosen(slot))
-        _write(outcome, draw, rows, candidates, decision)
+        _write(outcome, draw, rows, candidates, decision, self.judge.most)
 
 
 class Eager:
@@ -101,8 +101,8 @@ class Eager:
         decision = _decide(self.judge, draw, rows, candidates, ahead, unknown, acting)
         slot = candidates.slot(_committed_columns(candidates, decision))
         ahead.append(slot)
-        outcome = _natural(draw, decision.values[:, 0], self.judge.most)
-        _write(outcome, draw, rows, candidates, decision)
+        outcome = _natural(draw, decision.values[:, 0])
+        _write(outcome, draw, rows, candidates, decision, self.judge.most)
         return self.engine.compute_state(ahead.chosen(slot), draw.tokens.device), outcome
 
 
@@ -147,29 +147,25 @@ def _committed_columns(candidates: Candidates, decision: Decision) -> Tensor:
     return torch.where(decision.ends, candidates.tokens.shape[1] - 1, decision.column)
 
 
-def _natural(draw: Draw, values: Tensor, most: int) -> Outcome:
+def _natural(draw: Draw, values: Tensor) -> Outcome:
     """The outcome if all natural samples are kept."""
-    shape = (len(draw.tokens), most)
-    candidates = torch.full(shape, -1, device=draw.tokens.device)
-    candidate_values = torch.full(shape, torch.nan, device=draw.tokens.device)
     values = values.masked_fill(~draw.live, torch.nan)
-    candidates[:, 0] = draw.tokens.masked_fill(~draw.live, -1)
-    candidate_values[:, 0] = values
-    ended = torch.zeros_like(draw.live)
-    return Outcome(draw.tokens, draw.live.long(), values, candidates, candidate_values, ended)
+    return Outcome(draw.tokens, draw.live.long(), values, values)
 
 
-def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision) -> None:
+def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision, most: int) -> None:
     """Put what was decided in rows `(n,)` into the outcome, except in rows whose token does not count."""
     count, column = candidates.drawn.shape[1], _committed_columns(candidates, decision)[:, None]
-    outcome.tokens = outcome.tokens.clone()  # they are the draw's until now, which keeps the natural samples
+    # Until now these are the natural samples, which stay as they are.
+    outcome.tokens, outcome.values = outcome.tokens.clone(), outcome.values.clone()
+    shown, shown_values, ended = outcome.make_room(draw, most)
     for mine, decided in (
         (outcome.tokens, candidates.tokens.gather(1, column).squeeze(1)),
         (outcome.values, decision.values.gather(1, column).squeeze(1)),
         (outcome.evaluated, candidates.distinct[:, :count].sum(dim=-1)),
-        (outcome.candidates[:, :count], candidates.tokens[:, :count]),
-        (outcome.candidate_values[:, :count], decision.values[:, :count]),
-        (outcome.ended, decision.ends),
+        (shown[:, :count], candidates.tokens[:, :count]),
+        (shown_values[:, :count], decision.values[:, :count]),
+        (ended, decision.ends),
     ):
         live = draw.live[rows].view(-1, *[1] * (mine.dim() - 1))
         mine[rows] = torch.where(live, decided, mine[rows])

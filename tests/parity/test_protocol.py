@@ -148,6 +148,9 @@ def test_what_cannot_go_back_is_refused_by_name():
     model = build("mistral")
     with pytest.raises(UnsupportedError, match="StaticSlidingWindowLayer"):
         steer(model, [rejecting(model), Rewriter()], cache_implementation="static", disable_compile=True)
+    embedded = model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
+    with pytest.raises(UnsupportedError, match="inputs_embeds"):
+        steer(model, [rejecting(model), Rewriter(row=0)], inputs_embeds=embedded)
     with pytest.raises(UnsupportedError, match="output_attentions"):
         steer(build("mistral", "eager"), [rejecting(model), Rewriter()], output_attentions=True)
 
