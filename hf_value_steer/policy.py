@@ -238,7 +238,7 @@ def advance_streak(streak: Tensor, values: Tensor, threshold: Tensor, polarity: 
     return torch.where(acceptable(values, threshold, polarity), 0, streak + 1)
 
 
-def watch(
+def advance_patience(
     streak: Tensor,
     values: Tensor,
     threshold: Tensor,

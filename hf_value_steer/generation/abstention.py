@@ -12,7 +12,7 @@ from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer, bind, load_head
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.validation import ending_tokens, eos_token
-from hf_value_steer.policy import acts, next_of_ending, watch
+from hf_value_steer.policy import acts, advance_patience, next_of_ending
 
 
 class Abstention(Method):
@@ -70,7 +70,7 @@ class Abstention(Method):
         self.step, self.latest = step, values
         threshold, polarity, config = self.scorer.threshold, self.scorer.polarity, self.config
         acting = acts(self.streak, step, config.min_new_tokens)
-        self.streak, due = watch(self.streak, values, threshold, polarity, acting, config.patience)
+        self.streak, due = advance_patience(self.streak, values, threshold, polarity, acting, config.patience)
         self.due = due & unfinished & (self.written < 0)  # an ending that has begun goes on by itself
 
     def prescribe(self, draw: Draw) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.policy import acts, watch
+from hf_value_steer.policy import acts, advance_patience
 from hf_value_steer.vllm.request import Abstaining, SteeredRequest, stack_thresholds
 
 
@@ -54,7 +54,7 @@ def observe(texts: Sequence[Text], values: Tensor, head: ValueHead) -> None:
     )
     thresholds = stack_thresholds([each.abstaining.scorer for each in texts])
     acting = waiting & acts(streaks, steps, first)
-    advanced = watch(streaks, values, thresholds, head.config.polarity, acting, patience)
+    advanced = advance_patience(streaks, values, thresholds, head.config.polarity, acting, patience)
     for index in acting.nonzero().flatten().tolist():
         abstaining = texts[index].abstaining
         abstaining.streak, abstaining.due = (int(advanced[0][index]), bool(advanced[1][index]))

@@ -7,11 +7,11 @@ from hf_value_steer.policy import (
     Candidates,
     acceptable,
     acts,
+    advance_patience,
     advance_streak,
     decide,
     next_of_ending,
     select,
-    watch,
 )
 
 
@@ -185,10 +185,12 @@ def test_a_method_acts_from_a_step_on_and_so_often():
 def test_abstention_is_due_when_its_patience_is_over():
     streak, acting = torch.tensor([0, 1, 1, 7]), torch.tensor([True, True, True, False])
     p, c = torch.tensor([0.9, NAN, 0.1, 0.9]), torch.full((4,), 0.5)
-    grown, due = watch(streak, p, c, "undesirable", acting, 2)
+    grown, due = advance_patience(streak, p, c, "undesirable", acting, 2)
     assert grown.tolist() == [1, 2, 0, 7]  # where it does not act, the count stays
     assert due.tolist() == [False, True, False, False]
-    assert watch(streak, p, c, "undesirable", acting, torch.tensor([1, 3, 1, 1]))[1].tolist() == [True] + 3 * [False]
+    assert advance_patience(streak, p, c, "undesirable", acting, torch.tensor([1, 3, 1, 1]))[1].tolist() == [
+        True
+    ] + 3 * [False]
 
 
 def test_an_ending_begins_goes_on_and_repeats_its_last_token():
