@@ -5,8 +5,7 @@ own module or on another one of the model, is then taken over by the shadow, who
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -68,11 +67,8 @@ class UserHook:
     def __init__(self, hook: Callable[..., Any], module: nn.Module, table: str, key: int, pairs: Pairs):
         self.hook, self.module, self.table, self.key, self.pairs = hook, module, table, key, pairs
         self.writes_on: list[nn.Module] | None = None  # not known before the first call
-        self.muted = False
 
     def __call__(self, twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.muted:
-            return None
         self.pairs.remember()
         changed = self.hook(self.module, *args, **kwargs)
         if self.writes_on is None:
@@ -82,28 +78,3 @@ class UserHook:
         if self.key not in getattr(self.module, self.table):  # it has removed itself
             getattr(twin, self.table).pop(self.key, None)
         return changed
-
-
-class UserHooks:
-    """Some of the user's hooks on a shadow.
-
-    Args:
-        places: modules of the shadow, and in which of their tables to look.
-    """
-
-    def __init__(self, places: Iterable[tuple[nn.Module, str]]):
-        hooks = (hook for module, table in places for hook in getattr(module, table).values())
-        self.hooks = [hook for hook in hooks if isinstance(hook, UserHook)]
-
-    @contextmanager
-    def muted(self) -> Iterator[None]:
-        """They are not called inside the `with` block."""
-        self._mute(True)
-        try:
-            yield
-        finally:
-            self._mute(False)
-
-    def _mute(self, muted: bool) -> None:
-        for hook in self.hooks:
-            hook.muted = muted

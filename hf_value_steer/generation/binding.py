@@ -35,6 +35,8 @@ def bind_methods(call: Call) -> list[Method]:
         methods += [method for each in call.asked.values() if isinstance(each, kind) for method in binder(each, call)]
     others: list[Bindable] = [each for each in call.asked.values() if not isinstance(each, tuple(_BINDERS))]
     methods += [method for each in others for method in each.bind(call)]
+    if not methods:
+        raise ValueError("`value_steer` asks for a method that takes no part: its `bind` has returned none.")
     if sum(method.judges for method in methods) > 1:
         raise ValueError("`value_steer` takes one method that decides which tokens are kept.")
     return methods

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.parts import layer_stack, output_embedding
 from hf_value_steer.backbone.points import Point, feature_point
-from hf_value_steer.backbone.user_hooks import UserHooks
+from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
 
 
@@ -50,15 +49,26 @@ class Forwards(Protocol):
 
 
 def choose_forwards(model: PreTrainedModel) -> Forwards:
-    """[`Split`], or [`Undivided`] where a forward cannot be left in the middle."""
-    sharded = any(isinstance(weight, DTensor) for weight in output_embedding(model).parameters())
-    return Undivided(model) if sharded or _compiled(model) else Split(model)
+    """[`Split`], or [`Undivided`] where it is not certain that a forward can be left in the middle."""
+    stack, head = layer_stack(model), output_embedding(model)
+    ours = all(type(each).__module__.startswith("transformers.") for each in (model, stack))
+    compiled = any(map(_compiled, (model, stack)))
+    # Sharded and quantised ones may want a position.
+    plain = all(type(each) is nn.Parameter and type(each.data) is Tensor for each in head.parameters())
+    inside = set(stack.modules()) - {stack}
+    outside = (each for each in model.modules() if each not in inside)
+    hooked = any(isinstance(hook, UserHook) for each in outside for hook in _hooks(each))
+    return Split(model) if ours and plain and not compiled and not hooked else Undivided(model)
 
 
-def _compiled(model: PreTrainedModel) -> bool:
-    """Whether the user has compiled what is around the layers: a graph does not see that a module is stood in for."""
-    outer = [model, layer_stack(model)]
-    return any(hasattr(each.forward, "_torchdynamo_orig_callable") or each._compiled_call_impl for each in outer)
+def _compiled(module: nn.Module) -> bool:
+    """Whether the user has compiled it: a graph does not see that a module is stood in for."""
+    return hasattr(module.forward, "_torchdynamo_orig_callable") or module._compiled_call_impl is not None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """What runs before and after a module."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 class Split:
@@ -66,8 +76,7 @@ class Split:
 
     It is left by handing no position on to the output embedding: so the model itself ends its forward, and hidden
     states and attentions are in its output. It is entered by a second forward in which the layers are stood in for by
-    what they have returned in the first: whatever a family does behind its output embedding is done. A hook of the
-    user runs in one of the two, that which it is about.
+    what they have returned in the first: whatever a family does behind its output embedding is done.
 
     Args:
         model: a shadow, which belongs to one call.
@@ -76,10 +85,6 @@ class Split:
     def __init__(self, model: PreTrainedModel):
         self.model, self.point, self.stack = model, feature_point(model), layer_stack(model)
         self.point.open()
-        head = self.point.module
-        self.after = UserHooks([(model, "_forward_hooks"), (head, "_forward_hooks")])
-        before = [(each, "_forward_pre_hooks") for each in (model, self.stack, head)]
-        self.before = UserHooks([*before, (self.stack, "_forward_hooks")])
 
     def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
         features: list[Tensor] = []
@@ -89,13 +94,13 @@ class Split:
             features.append(feature)
             return feature[:, :0]
 
-        with point.shown_to(leave), stand_in.on(self.stack), self.after.muted():
+        with point.shown_to(leave), stand_in.on(self.stack):
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(features, outputs, None, (inputs, stand_in))
 
     def resume_from(self, reached: Reached) -> Tensor:
         inputs, stand_in = reached.rest
-        with self.point.shown_to(lambda _: reached.feature), stand_in.on(self.stack), self.before.muted():
+        with self.point.shown_to(lambda _: reached.feature), stand_in.on(self.stack):
             logits: Tensor = self.model(**{**inputs, "return_dict": True}).logits
         return logits
 

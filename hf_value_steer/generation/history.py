@@ -51,12 +51,12 @@ class History:
         return Past(moment, [method.snapshot() for method in self.methods], self.stops.copy())
 
     def refuse_beyond(self, row: int, tokens: int) -> None:
-        """Raise a `ValueError` unless the last `tokens` tokens of a row can be taken back, and all of them count."""
+        """Raise a `ValueError` unless the last `tokens` tokens of a row can be taken back: drawn ones, which count."""
         known = list(self.pasts)[-1 - tokens :]
-        if not 0 < tokens < len(self.pasts) or not all(bool(past.moment.live[row]) for past in known[1:]):
+        if not 0 < tokens < len(self.pasts) or not all(_can_go(past.moment, row) for past in known[1:]):
             raise ValueError(
                 f"{tokens} token(s) of row {row} cannot be taken back: of its text, the last {len(self.pasts) - 1} "
-                "are remembered, and none after its end."
+                "are remembered; none after its end can, and none that a method has prescribed."
             )
 
     def undo(self, row: int, tokens: int) -> None:
@@ -81,3 +81,10 @@ class History:
         for method, state in zip(self.methods, past.states, strict=True):
             method.undo(rows, state)
         self.stops.put(rows, past.stops)
+
+
+def _can_go(moment: Moment, row: int) -> bool:
+    """Whether the token of a row can be taken back."""
+    assert moment.draw is not None and moment.outcome is not None
+    ended = moment.outcome.ended
+    return bool(moment.live[row] & ~moment.draw.forced[row]) and not (ended is not None and bool(ended[row]))

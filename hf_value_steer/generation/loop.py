@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,32 @@ from hf_value_steer.generation.state import Draw, Outcome, Reading, State
 from hf_value_steer.generation.steps import choose_step
 from hf_value_steer.generation.streaming import LaggingStream, Streaming
 from hf_value_steer.hosts.transformers import CACHE, bans_and_warpers, cache_name, pad_token, rows_can_end
+
+
+class Scores:
+    """From a text `(batch, length)` and its raw logits to what is drawn from. The loop and a rewriting call it.
+
+    Args:
+        processors: of the call.
+    """
+
+    def __init__(self, processors: LogitsProcessorList):
+        self.bans, self.warpers, self.late = bans_and_warpers(processors)
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What the call permits, and processed scores, `(batch, vocab)` each."""
+        permitted = self.bans(input_ids, logits)
+        scores = self.warpers(input_ids, permitted)
+        return self.late(input_ids, permitted), scores
+
+
+@contextmanager
+def around(methods: Sequence[Method], reading: Reading) -> Iterator[None]:
+    """What all methods do around a forward. The engine enters it: it may not lead back to the loop, which holds it."""
+    with ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.around_forward(reading))
+        yield
 
 
 class Loop:
@@ -42,7 +69,7 @@ class Loop:
         streamer: Streaming,
     ):
         self.call, self.config, self.methods = call, call.config, methods
-        self.bans, self.warpers, self.late = bans_and_warpers(processors)
+        self.scores = Scores(processors)
         self.criteria, self.pads = criteria, rows_can_end(criteria)
         judge = next((method for method in methods if method.judges), None)
         self.reporter = judge or next((method for method in methods if method.values_texts), None)
@@ -54,7 +81,7 @@ class Loop:
         self.history = History(methods, call.stops, self.back)
         self.stream = LaggingStream(streamer, self.back)
         parts = (self.engine, self.history, self.record, self.stream, self.reporter)
-        self.rewriting = Rewriting(*parts, self._scores, criteria, self.pads)
+        self.rewriting = Rewriting(*parts, self.scores, criteria, self.pads)
 
     def _refuse_going_back(self) -> None:
         """Raise an `UnsupportedError` if tokens may be taken back, and something of this call cannot follow."""
@@ -62,6 +89,8 @@ class Loop:
             raise UnsupportedError("`output_attentions` cannot be returned where tokens may be taken back.")
         if self.back and self.call.model_kwargs.get("inputs_embeds") is not None:
             raise UnsupportedError("Tokens cannot be taken back after `inputs_embeds`: pass `input_ids`.")
+        if self.back and self.call.prepared.longest_row.modules:
+            raise UnsupportedError("Tokens cannot be taken back where position embeddings follow the longest row.")
         for method in self.methods if self.back else []:
             if not method.follows:
                 raise UnsupportedError(f"Tokens cannot be taken back beside {type(method).__name__}.")
@@ -73,15 +102,7 @@ class Loop:
         mask = model_kwargs.get("attention_mask")
         kernel = choose_kernel(lookahead, model, mask, bool(self.config.output_attentions))
         compilable = lookahead in ("auto", "masked")
-        return Engine(self.call.prepared, model_kwargs, kernel, self._around, compilable, self.back)
-
-    @contextmanager
-    def _around(self, reading: Reading) -> Iterator[None]:
-        """What all methods do around a forward."""
-        with ExitStack() as stack:
-            for method in self.methods:
-                stack.enter_context(method.around_forward(reading))
-            yield
+        return Engine(self.call.prepared, model_kwargs, kernel, partial(around, self.methods), compilable, self.back)
 
     def run(self) -> Tensor | ValueSteerDecoderOnlyOutput:
         """Generate."""
@@ -112,24 +133,18 @@ class Loop:
     def _draw(self, step: int, input_ids: Tensor, state: State) -> Draw:
         """The natural samples, or what methods prescribe in their place."""
         live = self.unfinished if self.pads else torch.ones_like(self.unfinished)
-        permitted, scores = self._scores(input_ids, state.logits)
+        permitted, scores = self.scores(input_ids, state.logits)
         self.record.add(
             scores=scores, logits=state.logits, attentions=state.attentions, hidden_states=state.hidden_states
         )
         tokens, possible = natural_sample(scores, self.config.do_sample)
         nowhere = torch.zeros_like(live)
-        draw = Draw(step, input_ids, permitted, scores, tokens, live, nowhere, live & ~possible)
+        draw = Draw(step, input_ids, state.logits, permitted, scores, tokens, live, nowhere, live & ~possible)
         for method in self.methods:
             method.prescribe(draw)
         if self.pads:
             draw.tokens = torch.where(live, draw.tokens, pad_token(self.config).to(tokens.device))
         return draw
-
-    def _scores(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What the call permits, and processed scores, `(batch, vocab)` each, from the raw logits after a text."""
-        permitted = self.bans(input_ids, logits)
-        scores = self.warpers(input_ids, permitted)
-        return self.late(input_ids, permitted), scores
 
     def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> Moment:
         """The tokens of a step are part of the text: say so to criteria, methods and record."""

@@ -86,7 +86,11 @@ class Rewriting:
             self._score(draw, chain, place)
         feature = _with(was.feature, row, chain.reached.feature[0, place])
         live = _with(was.live, row, unfinished_before) if self.pads else was.live
-        ended = self.criteria(text, (draw.scores,))[row]
+        if not bool(live[row]):
+            raise ValueError(
+                f"Row {row} cannot go on after its end: of the tokens that take others' place, one ends it."
+            )
+        ended = self.criteria(text, self.record.scores)[row]
         unfinished = _with(was.unfinished, row, unfinished_before & ~ended)
         moment = Moment(was.step, feature, live, unfinished, draw, outcome)
         if self.reporter is not None:
@@ -95,8 +99,7 @@ class Rewriting:
 
     def _score(self, draw: Draw, chain: Chain, place: int) -> None:
         """The scores that a token is drawn from after other tokens, in the row of the chain."""
-        logits = draw.scores.new_zeros(draw.scores.shape)
-        logits[chain.row] = chain.logits[place - 1].to(logits)
+        draw.logits = logits = _with(draw.logits, chain.row, chain.logits[place - 1].to(draw.logits))
         permitted, scores = self.scores(draw.input_ids, logits)
         draw.permitted = _with(draw.permitted, chain.row, permitted[chain.row])
         draw.scores = _with(draw.scores, chain.row, scores[chain.row])

@@ -51,6 +51,7 @@ class Draw:
     Args:
         step (`int`): number of new tokens so far.
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far.
+        logits (`torch.FloatTensor` of shape `(batch, vocab)`): raw.
         permitted (`torch.FloatTensor` of shape `(batch, vocab)`): scores before anything that only narrows the
             sampling; `-inf` is what the call forbids.
         scores (`torch.FloatTensor` of shape `(batch, vocab)`): processed scores.
@@ -62,6 +63,7 @@ class Draw:
 
     step: int
     input_ids: Tensor
+    logits: Tensor
     permitted: Tensor
     scores: Tensor
     tokens: Tensor

@@ -1,17 +1,19 @@
 """The protocol of methods: a sixth one from outside, and going back in a row as if nothing had been."""
 
+import gc
 from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.generation import BaseStreamer
 
 from hf_value_steer import AbstentionConfig, BlockCache, UnsupportedError
 from hf_value_steer.generation.method import Method
 from hf_value_steer.hosts.transformers import CACHE
 from hf_value_steer.policy import Candidates, decide
-from tests.families import build, random_head
+from tests.families import accepting_head, build, random_head
 from tests.steer import rejecting, steer
 from tests.tiny_models import build_tiny
 
@@ -139,6 +141,42 @@ def test_more_than_is_remembered_cannot_be_taken_back(tokens):
     rewriter = Rewriter(tokens=lambda before: before.new_zeros(tokens))
     with pytest.raises(ValueError, match="cannot be taken back"):
         steer(model, [rejecting(model, threshold=0.99), rewriter])
+
+
+def test_the_ending_of_abstention_cannot_be_taken_back():
+    model = build("llama")
+    abstention = AbstentionConfig(value_head=accepting_head(model), threshold=0.1, message_ids=[33, 44, 55, 66])
+    with pytest.raises(ValueError, match="prescribed"):
+        steer(model, [abstention, Rewriter(row=0, steps=(3,))])
+
+
+def test_a_row_does_not_go_on_after_an_end_that_is_put_into_it():
+    model = build("llama")
+    ending = Rewriter(steps=(5,), tokens=lambda before: torch.tensor([30, 2, 31]))
+    with pytest.raises(ValueError, match="after its end"):
+        steer(model, [rejecting(model, threshold=0.99), ending])
+
+
+def test_a_method_that_takes_no_part_is_an_error():
+    model = build("llama")
+    idle = Rewriter()
+    idle.bind = lambda call: []
+    with pytest.raises(ValueError, match="takes no part"):
+        steer(model, idle)
+
+
+def test_nothing_of_a_call_waits_for_the_garbage_collector():
+    model, heads = build("llama"), random_head(build("llama"))
+    asked = [rejecting(model), AbstentionConfig(value_head=heads, threshold=0.9), Rewriter(steps=())]
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(each) is DynamicCache for each in gc.get_objects())
+        for _ in range(3):
+            steer(model, asked)
+        assert sum(type(each) is DynamicCache for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_go_back_is_refused_by_name():

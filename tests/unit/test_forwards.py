@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from hf_value_steer.backbone.parts import decoder_layers
 from hf_value_steer.backbone.shadow import shadow
@@ -85,3 +86,41 @@ def test_compiled_forwards_are_not_left_in_the_middle(model):
     assert isinstance(choose_forwards(model), Split)
     vars(model)["forward"] = torch.compile(model.forward, backend="eager")
     assert isinstance(choose_forwards(model), Undivided)
+
+
+class Twice(LlamaForCausalLM):
+    """A forward of one's own, which may do anything between the layers and the output embedding."""
+
+    def forward(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(*args, **kwargs)
+
+
+def hooked(where):
+    model = build("llama")
+    where(model).register_forward_hook(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: hooked(lambda model: model),
+        lambda: hooked(lambda model: model.model),
+        lambda: hooked(lambda model: model.lm_head),
+        lambda: Twice(build("llama").config),
+    ],
+)
+def test_where_it_is_not_certain_the_forward_stays_whole(make):
+    assert isinstance(choose_forwards(shadow(make())), Undivided)
+
+
+def test_hooks_inside_the_layers_do_not_matter():
+    assert isinstance(choose_forwards(shadow(hooked(lambda model: model.model.layers[0]))), Split)
+
+
+def test_a_quantised_output_embedding_is_shown_positions():
+    model = build("llama")
+    weight = torch.nn.Parameter(model.lm_head.weight.data.as_subclass(type("Quantised", (torch.Tensor,), {})))
+    model.lm_head.weight = weight
+    assert isinstance(choose_forwards(shadow(model)), Undivided)
