@@ -55,7 +55,8 @@ def choose_forwards(model: PreTrainedModel) -> Forwards:
     compiled = any(map(_compiled, (model, stack)))
     # Sharded and quantised ones may want a position.
     plain = all(type(each) is nn.Parameter and type(each.data) is Tensor for each in head.parameters())
-    inside = set(stack.modules()) - {stack}
+    # The output embedding is called in both parts, once without a position: its hooks run as they are.
+    inside = {*stack.modules(), *head.modules()} - {stack}
     outside = (each for each in model.modules() if each not in inside)
     hooked = any(isinstance(hook, UserHook) for each in outside for hook in _hooks(each))
     return Split(model) if ours and plain and not compiled and not hooked else Undivided(model)

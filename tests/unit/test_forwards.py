@@ -107,7 +107,6 @@ def hooked(where):
     [
         lambda: hooked(lambda model: model),
         lambda: hooked(lambda model: model.model),
-        lambda: hooked(lambda model: model.lm_head),
         lambda: Twice(build("llama").config),
     ],
 )
@@ -115,8 +114,9 @@ def test_where_it_is_not_certain_the_forward_stays_whole(make):
     assert isinstance(choose_forwards(shadow(make())), Undivided)
 
 
-def test_hooks_inside_the_layers_do_not_matter():
-    assert isinstance(choose_forwards(shadow(hooked(lambda model: model.model.layers[0]))), Split)
+@pytest.mark.parametrize("where", [lambda model: model.model.layers[0], lambda model: model.lm_head])
+def test_hooks_on_layers_and_output_embedding_do_not_matter(where):
+    assert isinstance(choose_forwards(shadow(hooked(where))), Split)
 
 
 def test_a_quantised_output_embedding_is_shown_positions():
