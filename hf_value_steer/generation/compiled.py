@@ -65,7 +65,7 @@ class Compiled(Undivided):
             raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
         # A CUDA graph writes its next result, that of a look-ahead say, into the same memory.
         feature, logits = feature.clone(), outputs.logits.clone()
-        return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), logits)
+        return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), self, logits)
 
 
 @dataclass(frozen=True)

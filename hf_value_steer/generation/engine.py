@@ -130,8 +130,7 @@ class Engine:
 
     def compute_state(self, reached: Reached, device: torch.device) -> State:
         """What a step leaves behind, once it is decided what is kept: logits are computed here, and go to `device`."""
-        logits = reached.logits if reached.logits is not None else self.step_forwards.resume_from(reached)
-        logits = logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
+        logits = reached.compute_logits()[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
         return State(logits, reached.feature[:, -1], reached.hidden_states, reached.attentions)
 
     def commit(self) -> None:
@@ -219,10 +218,9 @@ class Engine:
         inputs = self.model.prepare_inputs_for_generation(input_ids[rows], next_sequence_length=count, **of_row)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
-        everybody = self.model_kwargs.get("position_ids")
-        with self.adapters.reading(rows, 1), self.longest_row.reaching(everybody), self.around(Reading(cache, rows)):
+        with self.adapters.reading(rows, 1), self.around(Reading(cache, rows)):
             reached = self.chain_forwards.run_to(self.point, inputs)
-            reached.logits = self.chain_forwards.resume_from(reached)
+            reached.logits = reached.compute_logits()
         return Chain(reached, cache, row)
 
     def put(self, reached: Reached, rows: Tensor, keep: Tensor, other: Reached) -> None:
@@ -237,8 +235,7 @@ class Engine:
         pairs = [(reached.feature, other.feature)]
         if reached.logits is not None:
             with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
-                logits = other.logits if other.logits is not None else self.look_forwards.resume_from(other)
-            pairs.append((reached.logits, logits))
+                pairs.append((reached.logits, other.compute_logits()))
         pairs += zip(reached.hidden_states or (), other.hidden_states or (), strict=True)
         for mine, theirs in zip(reached.attentions or (), other.attentions or (), strict=True):
             # A static cache's slots that hold nothing have weights, too, in an ordinary step.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_value_steer.backbone.parts import layer_stack, output_embedding
+from hf_value_steer.backbone.parts import layer_stack
 from hf_value_steer.backbone.points import Point, feature_point
 from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
@@ -26,6 +26,7 @@ class Reached:
     Args:
         feature (`torch.FloatTensor` of shape `(rows, positions, width)`): what the output embedding consumes.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
+        forwards: by what it was reached, and is gone on from.
         logits (`torch.FloatTensor` of shape `(rows, positions, vocab)`, *optional*): where the
             forward was not left there.
         rest (*optional*): what [`Forwards.resume_from`] goes on from.
@@ -34,8 +35,13 @@ class Reached:
     feature: Tensor
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
+    forwards: "Forwards"
     logits: Tensor | None = None
     rest: Any = None
+
+    def compute_logits(self) -> Tensor:
+        """Logits `(rows, positions, vocab)` of the feature, or those that are there already."""
+        return self.forwards.resume_from(self)
 
 
 class Forwards(Protocol):
@@ -45,12 +51,13 @@ class Forwards(Protocol):
         """Run the forward with these arguments as far as `point`, which today is the feature."""
 
     def resume_from(self, reached: Reached) -> Tensor:
-        """Logits `(rows, positions, vocab)` of `reached.feature`, which may hold others than were reached."""
+        """Logits `(rows, positions, vocab)` of what `reached` holds now: others may have been put into some rows."""
 
 
 def choose_forwards(model: PreTrainedModel) -> Forwards:
     """[`Split`], or [`Undivided`] where it is not certain that a forward can be left in the middle."""
-    stack, head = layer_stack(model), output_embedding(model)
+    split = Split(model)
+    stack, head = split.stack, split.point.module
     ours = all(type(each).__module__.startswith("transformers.") for each in (model, stack))
     compiled = any(map(_compiled, (model, stack)))
     # Sharded and quantised ones may want a position.
@@ -59,7 +66,7 @@ def choose_forwards(model: PreTrainedModel) -> Forwards:
     inside = {*stack.modules(), *head.modules()} - {stack}
     outside = (each for each in model.modules() if each not in inside)
     hooked = any(isinstance(hook, UserHook) for each in outside for hook in _hooks(each))
-    return Split(model) if ours and plain and not compiled and not hooked else Undivided(model)
+    return split if ours and plain and not compiled and not hooked else Undivided(model)
 
 
 def _compiled(module: nn.Module) -> bool:
@@ -97,7 +104,7 @@ class Split:
 
         with point.shown_to(leave), stand_in.on(self.stack):
             outputs = self.model(**{**inputs, "return_dict": True})
-        return _reached(features, outputs, None, (inputs, stand_in))
+        return _reached(self, features, outputs, rest=(inputs, stand_in))
 
     def resume_from(self, reached: Reached) -> Tensor:
         inputs, stand_in = reached.rest
@@ -117,15 +124,18 @@ class Undivided:
         features: list[Tensor] = []
         with point.shown_to(features.append):
             outputs = self.model(**{**inputs, "return_dict": True})
-        return _reached(features, outputs, outputs.logits, None)
+        return _reached(self, features, outputs, outputs.logits)
 
     def resume_from(self, reached: Reached) -> Tensor:
         assert reached.logits is not None  # as it was run as a whole
         return reached.logits
 
 
-def _reached(features: list[Tensor], outputs: ModelOutput, logits: Tensor | None, rest: Any) -> Reached:
-    return Reached(passed(features), outputs.get("hidden_states"), outputs.get("attentions"), logits, rest)
+def _reached(
+    forwards: Forwards, features: list[Tensor], outputs: ModelOutput, logits: Tensor | None = None, rest: Any = None
+) -> Reached:
+    states = (outputs.get("hidden_states"), outputs.get("attentions"))
+    return Reached(passed(features), *states, forwards, logits, rest)
 
 
 def passed(features: list[Tensor]) -> Tensor:

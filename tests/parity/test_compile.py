@@ -119,3 +119,13 @@ def test_an_output_embedding_that_is_passed_by_is_refused(monkeypatch):
     monkeypatch.setattr(model, "get_output_embeddings", lambda: another)
     with pytest.raises(RuntimeError, match="The output embedding was called where it cannot be watched"):
         model.generate(**prompts(2), max_new_tokens=2, **steer)
+
+
+@pytest.mark.parametrize("lookahead", ["expanded", "shared_prefix"])
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+def test_a_look_ahead_that_is_not_compiled_beside_a_step_that_is(evaluation, lookahead, compile_config):
+    model = build("qwen3")
+    config = rejecting(model, evaluation=evaluation, lookahead=lookahead)
+    ordinary, compiled = generate(model, None, config), generate(model, compile_config, config)
+    assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
+    torch.testing.assert_close(compiled.token_values, ordinary.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
