@@ -91,6 +91,11 @@ def may_insert(scores: Tensor) -> Tensor:
     return (scores > -torch.inf).all(dim=-1)
 
 
+def has_begun(step: Tensor | int, min_new_tokens: Tensor | int) -> Tensor | bool:
+    """Whether a method acts on tokens after `step` new ones at all: of one number, or of `(rows,)`."""
+    return step >= min_new_tokens
+
+
 def acts(
     interventions: Tensor, step: Tensor | int, min_new_tokens: Tensor | int, most: Tensor | int | None = None
 ) -> Tensor:
@@ -105,10 +110,10 @@ def acts(
     Returns:
         `torch.BoolTensor` of shape `(rows,)`.
     """
-    late = step >= min_new_tokens
-    if not isinstance(late, Tensor):
-        late = torch.full_like(interventions, late, dtype=torch.bool)
-    return late if most is None else late & (interventions < most)
+    begun = has_begun(step, min_new_tokens)
+    if not isinstance(begun, Tensor):
+        begun = torch.full_like(interventions, begun, dtype=torch.bool)
+    return begun if most is None else begun & (interventions < most)
 
 
 class Candidates:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.configuration.abstain import AbstentionConfig
-from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.method import Call, Method, Moment, ScoredMethod
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer, bind, load_head
 from hf_value_steer.generation.state import Draw
@@ -15,7 +15,7 @@ from hf_value_steer.generation.validation import ending_tokens, eos_token
 from hf_value_steer.policy import acts, advance_patience, next_of_ending
 
 
-class Abstention(Method):
+class Abstention(ScoredMethod):
     """The state of abstention in one `generate` call; every tensor has one entry a row.
 
     The loop calls [`observe`] after each token, which changes the counts. Then it calls [`prescribe`]: in rows that
@@ -34,11 +34,11 @@ class Abstention(Method):
         due (`torch.BoolTensor`): rows that are to end.
     """
 
-    values_texts = True
     rowwise: ClassVar[tuple[str, ...]] = ("streak", "written", "due")
 
     def __init__(self, config: AbstentionConfig, scorer: Scorer, stops: Stops, ending: Sequence[int]):
-        self.config, self.scorer, self.stops = config, scorer, stops
+        super().__init__(scorer)
+        self.config, self.stops = config, stops
         threshold = scorer.threshold
         self.ending = torch.tensor(ending, device=threshold.device)
         self.streak = torch.zeros(len(threshold), dtype=torch.long, device=threshold.device)
@@ -52,15 +52,9 @@ class Abstention(Method):
         ending = ending_tokens(config, eos_token(call.config, "Abstention"), call.model)
         return [cls(config, scorer, call.stops, ending)]
 
-    def values(self, features: Tensor) -> Tensor:
-        return self.scorer.values(features)
-
     def observe(self, moment: Moment) -> None:
         """Decide which rows are to stop."""
-        values = moment.values_of(self)
-        if moment.step == 0:
-            self.scorer.start(values)
-        self.observe_values(values, moment.step, moment.unfinished)
+        self.observe_values(self.values_at(moment), moment.step, moment.unfinished)
 
     def observe_values(self, values: Tensor, step: int, unfinished: Tensor) -> None:
         """Decide it from the values `(batch,)` of texts with `step` new tokens.

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.generation.candidates import likely_alternatives, random_key, sampled_alternatives, uniforms
-from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.method import Call, Method, Moment, ScoredMethod
 from hf_value_steer.generation.scorer import Scorer, bind, load_head
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.validation import eos_token
 from hf_value_steer.policy import Candidates, Decision, acts, decide, may_insert
 
 
-class ValueFilter(Method):
+class ValueFilter(ScoredMethod):
     """The filter of one `generate` call. A step asks it; it forwards nothing itself.
 
     A lazy step asks [`accepts`] about the values of the natural samples, and goes on for the rows that are rejected.
@@ -28,11 +28,12 @@ class ValueFilter(Method):
         eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
     """
 
-    values_texts = judges = True
+    judges = True
     rowwise: ClassVar[tuple[str, ...]] = ("interventions",)
 
     def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
-        self.config, self.scorer, self.sampled, self.eos = config, scorer, sampled, eos
+        super().__init__(scorer)
+        self.config, self.sampled, self.eos = config, sampled, eos
         self.eager, self.lookahead = config.evaluation == "eager", config.lookahead
         self.most = config.num_candidates + (eos is not None)  # the ending is forwarded beside the candidates
         device = scorer.threshold.device
@@ -45,9 +46,6 @@ class ValueFilter(Method):
         scorer = bind(config, load_head(config, call.model), call.rows, call.device)
         eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
         return [cls(config, scorer, call.config.do_sample and config.proposal == "sample", eos)]
-
-    def values(self, features: Tensor) -> Tensor:
-        return self.scorer.values(features)
 
     def acting(self, draw: Draw) -> Tensor:
         config = self.config
@@ -73,9 +71,8 @@ class ValueFilter(Method):
         return decide(candidates, values, *rule, may_end, probabilities, config.prob_weight)
 
     def observe(self, moment: Moment) -> None:
-        if moment.draw is None or moment.outcome is None:
-            self.scorer.start(moment.values_of(self))
-        else:
+        self.values_at(moment)
+        if moment.draw is not None and moment.outcome is not None:
             self.interventions = self.interventions + (moment.outcome.tokens != moment.draw.tokens)
 
     def record(self, moment: Moment) -> Mapping[str, Tensor]:

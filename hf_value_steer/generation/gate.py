@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.activation.apply import Injection
-from hf_value_steer.generation.method import Method, Moment
+from hf_value_steer.generation.method import Moment, ScoredMethod
 from hf_value_steer.generation.scorer import Scorer
-from hf_value_steer.policy import acts
+from hf_value_steer.policy import has_begun
 
 
-class Gate(Method):
+class Gate(ScoredMethod):
     """Opens for a row when its value is not acceptable, and closes when it is acceptable again.
 
     The loop calls [`observe`] with the values of the texts. The injection reads the gate in the next forward.
@@ -22,12 +22,12 @@ class Gate(Method):
         min_new_tokens (`int`): number of new tokens for which the gate stays closed.
     """
 
-    values_texts = True
     follows = False  # a chain of tokens is read in one forward, which has one gate a row
     rowwise: ClassVar[tuple[str, ...]] = ("open",)
 
     def __init__(self, scorer: Scorer, injection: Injection, min_new_tokens: int):
-        self.scorer, self.injection, self.min_new_tokens = scorer, injection, min_new_tokens
+        super().__init__(scorer)
+        self.injection, self.min_new_tokens = injection, min_new_tokens
         self.open = torch.zeros_like(scorer.threshold, dtype=torch.bool)
 
     @property
@@ -40,13 +40,7 @@ class Gate(Method):
     def open(self, rows: Tensor) -> None:
         self.injection.gate = rows
 
-    def values(self, features: Tensor) -> Tensor:
-        return self.scorer.values(features)
-
     def observe(self, moment: Moment) -> None:
         """Set thresholds by the prompts' values, and the gate by the values of the texts."""
-        values = moment.values_of(self)
-        if moment.step == 0:
-            self.scorer.start(values)
-        acting = acts(torch.zeros_like(values, dtype=torch.long), moment.step, self.min_new_tokens)
-        self.open = acting & ~self.scorer.accepts(values)
+        needed = ~self.scorer.accepts(self.values_at(moment))
+        self.open = needed if has_begun(moment.step, self.min_new_tokens) else torch.zeros_like(needed)

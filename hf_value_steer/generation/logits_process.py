@@ -28,7 +28,7 @@ from hf_value_steer.generation.validation import (
     refuse_other_kind,
 )
 from hf_value_steer.hosts.transformers import config_of_generate
-from hf_value_steer.policy import Candidates, Decision, acts, decide, may_insert
+from hf_value_steer.policy import Candidates, Decision, decide, has_begun, may_insert
 
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             self.texts[decoded.cache] = _FilteredText(prepared, scorer, input_ids.shape[1], self._eos())
         text = _text_of(decoded.cache, self.texts)
         step = input_ids.shape[1] - text.prompt_length
-        if not bool(acts(input_ids[:, 0], step, self.config.min_new_tokens).all()):
+        if not has_begun(step, self.config.min_new_tokens):
             return scores
         decision, candidates = self._decide(text, decoded, input_ids, scores, step)
         keep = torch.where(decision.found[:, None], decision.passed, _only(decision.column, decision.passed))

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.scorer import require_finite
+from hf_value_steer.generation.scorer import Scorer, require_finite
 from hf_value_steer.generation.state import Draw, Outcome, Reading
 from hf_value_steer.policy import Candidates, Decision
 
@@ -166,6 +166,29 @@ class Method:
             now = getattr(self, name).clone()
             now[rows] = before[rows]
             setattr(self, name, now)
+
+
+class ScoredMethod(Method):
+    """A method whose values are those of a head; its hooks ask [`values_at`].
+
+    Args:
+        scorer: head and thresholds, bound to the model.
+    """
+
+    values_texts = True
+
+    def __init__(self, scorer: Scorer):
+        self.scorer = scorer
+
+    def values(self, features: Tensor) -> Tensor:
+        return self.scorer.values(features)
+
+    def values_at(self, moment: "Moment") -> Tensor:
+        """Values `(batch,)` of the texts. Those of the prompts set the thresholds that follow them."""
+        values = moment.values_of(self)
+        if moment.step == 0:
+            self.scorer.start(values)
+        return values
 
 
 @dataclass

@@ -162,17 +162,16 @@ def _choose(pending: Sequence[Pending], natural: Tensor, head: ValueHead, forwar
     if jobs:
         features = forward([(pending[row], int(drawn[row, column])) for row, column in jobs])
         forwarded[rows, candidates.slots[rows, columns]] = values_of(head, features)
-    ending = config.fallback == "abstain"
-    may_end = (
-        may_insert(torch.cat([each.permitted for each in pending]).cpu()) if ending else rows.new_zeros(len(drawn))
-    )
+    may_end = torch.zeros(len(drawn), dtype=torch.bool)
+    if config.fallback == "abstain":
+        may_end = may_insert(torch.cat([each.permitted for each in pending]).cpu())
     decision = decide(
         candidates,
         candidates.spread(forwarded, natural),
         _thresholds(pending),
         head.config.polarity,
         config.fallback,
-        may_end.bool(),
+        may_end,
         torch.stack([each.scores.softmax(dim=-1).cpu() for each in pending]) if config.fallback == "args" else None,
         config.prob_weight,
     )
