@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.environment import describe, save
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.training.label import labels_folder
 from hf_value_steer.training.prompts import Prompt, write_prompts
 from hf_value_steer.training.shards import FORMAT, Collection, shard_path, write_tensors
 from hf_value_steer.training.train import train
-from hf_value_steer.training.train_arguments import TrainArguments
 
 
 WIDTH, ROW, ROWS = 4096, 100, 200  # width of a feature, tokens in a generation, generations in a shard

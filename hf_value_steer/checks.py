@@ -1,11 +1,14 @@
 """Checks of what callers give: each says in one sentence what it expected."""
 
 import difflib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-import numpy as np
-from torch import Tensor
+from hf_value_steer.choices import Polarity
+
+
+_ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
 
 
 def check_probability(value: Any, name: str) -> None:
@@ -32,7 +35,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> No
 
 def as_python(value: Any) -> Any:
     """Numbers and arrays of numpy and torch as Python's, also within a list or tuple; a list as a tuple."""
-    if isinstance(value, np.generic | np.ndarray | Tensor):
+    if hasattr(value, "tolist"):
         value = value.tolist()
     return tuple(map(as_python, value)) if isinstance(value, list | tuple) else value
 
@@ -46,4 +49,24 @@ def check_threshold(threshold: Any, name: str = "threshold") -> None:
     if not values or not numbers or not all(0.0 < value < 1.0 for value in values):
         raise ValueError(
             f"`{name}` has to be a number in (0, 1), or a sequence of them, one a row; got {threshold!r}."
+        )
+
+
+def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a `ValueError` unless these are the attributes of one head, see [`ValueHeadConfig`]."""
+    for index, attribute in enumerate(attributes):
+        place = f"attributes[{index}]"
+        refuse_unknown(attribute, _ATTRIBUTE_KEYS, f"`{place}`")
+        name, polarity, weight = attribute.get("name"), attribute.get("polarity"), attribute.get("weight", 1.0)
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"`{place}.name` has to be a text, got {name!r}.")
+        check_choice(polarity, Polarity, f"{place}.polarity")
+        check_probability(attribute.get("threshold"), f"{place}.threshold")
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise ValueError(f"`{place}.weight` has to be a finite number above 0, got {weight!r}.")
+    names = [attribute["name"] for attribute in attributes]
+    if len(set(names)) < max(len(names), 2):
+        raise ValueError(
+            f"`attributes` has to hold at least two, of different names, got {names}; for a single one there are "
+            "`attribute`, `polarity` and `threshold`."
         )

@@ -5,14 +5,11 @@ A *value* is a probability in (0, 1), or NaN where the head had no finite answer
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-Polarity = Literal["undesirable", "desirable"]
-Fallback = Literal["argmin", "args", "abstain"]
+from hf_value_steer.choices import Fallback, Polarity
 
 
 def acceptable(values: Tensor, threshold: Tensor, polarity: Polarity) -> Tensor:

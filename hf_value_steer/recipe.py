@@ -8,22 +8,23 @@ from typing import Any, TypeVar
 
 import yaml
 
-from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.arguments.calibrate import CalibrateArguments
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.arguments.guidance import GuidanceTrainArguments
+from hf_value_steer.arguments.train import TrainArguments, parse_attributes
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
 from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
 from hf_value_steer.files.upload import check_hub_id
 from hf_value_steer.files.writing import read_utf8, write_atomically
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hub import push_head, renew_card
-from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.calibrate import CalibrateArguments, calibrate, check_column
+from hf_value_steer.training.calibrate import calibrate, check_column
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.guidance.train import GuidanceTrainArguments, train_guidance
-from hf_value_steer.training.label import LabelArguments
+from hf_value_steer.training.guidance.train import train_guidance
 from hf_value_steer.training.prompts import Prompt, load_prompts
-from hf_value_steer.training.targets import check_target, parse_attributes
+from hf_value_steer.training.targets import check_target
 from hf_value_steer.training.train import train
-from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.vllm.start import vllm_engine
 
 

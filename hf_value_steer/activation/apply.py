@@ -14,7 +14,8 @@ from hf_value_steer.activation.vectors import Directions
 from hf_value_steer.backbone.parts import underlying
 from hf_value_steer.backbone.points import Here, layer_points, on_call
 from hf_value_steer.checks import as_python
-from hf_value_steer.configuration.activate import Mode, Tokens, check_choices
+from hf_value_steer.choices import VectorMode
+from hf_value_steer.configuration.activate import Tokens, check_choices
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
 
@@ -41,7 +42,7 @@ class Injection:
     def __init__(
         self,
         multiplier: float | Sequence[float],
-        mode: Mode,
+        mode: VectorMode,
         tokens: Tokens,
         device: torch.device,
         here: Here | None = None,
@@ -186,7 +187,7 @@ def steered(
     model: PreTrainedModel,
     vectors: Directions,
     multiplier: float | Sequence[float] = 1.0,
-    mode: Mode = "broadcast",
+    mode: VectorMode = "broadcast",
     tokens: Tokens = "all",
     allow_backbone_mismatch: bool = False,
 ) -> Iterator[Injection]:
@@ -223,7 +224,7 @@ def injected(
     model: PreTrainedModel,
     vectors: Directions,
     multiplier: float | Sequence[float],
-    mode: Mode,
+    mode: VectorMode,
     tokens: Tokens,
     allow_backbone_mismatch: bool = False,
     here: Here | None = None,

@@ -11,7 +11,8 @@ from hf_value_steer.activation.apply import Injection, steered
 from hf_value_steer.activation.bake import bake
 from hf_value_steer.activation.norms import mean_norms
 from hf_value_steer.activation.vectors import Directions
-from hf_value_steer.configuration.activate import Mode, Tokens
+from hf_value_steer.choices import VectorMode
+from hf_value_steer.configuration.activate import Tokens
 from hf_value_steer.files.kept import given_or_loaded
 
 
@@ -33,7 +34,7 @@ class SteeringVectors(Directions):
         self,
         model: PreTrainedModel,
         multiplier: float | Sequence[float] = 1.0,
-        mode: Mode = "broadcast",
+        mode: VectorMode = "broadcast",
         tokens: Tokens = "all",
         allow_backbone_mismatch: bool = False,
     ) -> AbstractContextManager[Injection]:

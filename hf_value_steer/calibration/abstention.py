@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_value_steer.calibration.filtering import as_values, binomial_cdf, turned
 from hf_value_steer.checks import check_probability
-from hf_value_steer.policy import Polarity
+from hf_value_steer.choices import Polarity
 
 
 # The thresholds among which `selective_threshold` chooses. Fixed, because the data must have no say in them.

@@ -20,11 +20,11 @@ from hf_value_steer.calibration.filtering import (
     threshold_above,
     value_threshold,
 )
-from hf_value_steer.calibration.promises import CONFIDENT, Method, Mode, promise
+from hf_value_steer.calibration.promises import CONFIDENT, promise
 from hf_value_steer.checks import check_choice
+from hf_value_steer.choices import HeadMethod, Polarity, PromiseMode
 from hf_value_steer.files.reading import read_object, reading
 from hf_value_steer.files.writing import write_json
-from hf_value_steer.policy import Polarity
 
 
 FILE_NAME = "calibration.json"
@@ -60,8 +60,8 @@ class Calibration:
             *optional*): digest of the calibration texts and how they were made: what the promise holds for.
     """
 
-    mode: Mode
-    method: Method
+    mode: PromiseMode
+    method: HeadMethod
     polarity: Polarity
     scores: tuple[float, ...]
     delta: float | None = None
@@ -74,7 +74,7 @@ class Calibration:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("mode", Mode), ("method", Method), ("polarity", Polarity)):
+        for name, choices in (("mode", PromiseMode), ("method", HeadMethod), ("polarity", Polarity)):
             check_choice(getattr(self, name), choices, name)
         if (self.mode == "martingale" and self.method == "abstain") or (
             self.mode == "selective" and self.method == "filter"
@@ -115,8 +115,8 @@ class Calibration:
         cls,
         scores: ArrayLike,
         *,
-        mode: Mode = "marginal",
-        method: Method = "filter",
+        mode: PromiseMode = "marginal",
+        method: HeadMethod = "filter",
         polarity: Polarity = "undesirable",
         delta: float | None = None,
         prompt_values: ArrayLike | None = None,

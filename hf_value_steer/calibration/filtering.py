@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_value_steer.checks import check_probability
-from hf_value_steer.policy import Polarity
+from hf_value_steer.choices import Polarity
 
 
 RankMode = Literal["marginal", "pac", "uniform", "martingale"]

@@ -1,10 +1,7 @@
 """What a calibration promises, in words."""
 
-from typing import Literal
+from hf_value_steer.choices import HeadMethod, PromiseMode
 
-
-Mode = Literal["marginal", "pac", "uniform", "martingale", "selective"]
-Method = Literal["filter", "abstain"]
 
 # The modes whose promise may fail with probability `delta`.
 CONFIDENT = ("pac", "uniform", "selective")
@@ -17,7 +14,7 @@ _LIMITS = {
 }
 
 
-def promise(mode: Mode, method: Method, n: int, delta: float | None, grouped: bool) -> str:
+def promise(mode: PromiseMode, method: HeadMethod, n: int, delta: float | None, grouped: bool) -> str:
     """One plain sentence: what happens how seldom, how sure that is, for which alpha, and what it leaves open.
 
     Args:

@@ -3,8 +3,9 @@
 import argparse
 import json
 
+from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.cli.command import add_command
-from hf_value_steer.training.guidance.train import GuidanceTrainArguments, train_guidance
+from hf_value_steer.training.guidance.train import train_guidance
 
 
 def add_guidance(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

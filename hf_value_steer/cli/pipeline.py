@@ -4,18 +4,18 @@ import argparse
 import json
 from pathlib import Path
 
+from hf_value_steer.arguments.calibrate import CalibrateArguments
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.cli.command import add_command, guarded
-from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.hub import push_head
 from hf_value_steer.recipe import run_recipe
-from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
+from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.train import train
-from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.vllm.start import vllm_engine
 
 

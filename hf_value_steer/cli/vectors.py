@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_value_steer.activation.interop import vectors_from_file
 from hf_value_steer.activation.residual import layer_range
 from hf_value_steer.activation.steering_vectors import SteeringVectors
+from hf_value_steer.arguments.base import BackboneArguments, SamplingArguments
+from hf_value_steer.arguments.evaluate import SweepArguments
 from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.cli.command import add_command
-from hf_value_steer.evaluation.sweep import SweepArguments, sweep
+from hf_value_steer.evaluation.sweep import sweep
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.training.arguments import BackboneArguments, SamplingArguments
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.training.shards import Collection

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.checks import check_choice
+from hf_value_steer.choices import VectorMode
 from hf_value_steer.configuration.methods import SteeringConfig
 
 
-Mode: TypeAlias = Literal["broadcast", "last_token"]
 Tokens: TypeAlias = Literal["all", "prompt", "generated"]
 
 
@@ -50,7 +50,7 @@ class ActivationConfig(SteeringConfig):
 
     vectors: Vectors | str
     multiplier: float | Sequence[float] = 1.0
-    mode: Mode = "broadcast"
+    mode: VectorMode = "broadcast"
     tokens: Tokens = "all"
 
     def __post_init__(self) -> None:
@@ -88,5 +88,5 @@ def check_choices(multiplier: float | Sequence[float], mode: str, tokens: str) -
     numbers = multiplier if isinstance(multiplier, list | tuple) else [multiplier]
     if not numbers or not all(isinstance(number, int | float) and abs(number) < float("inf") for number in numbers):
         raise ValueError(f"`multiplier` has to be a finite number, or one for each row; got {multiplier!r}.")
-    check_choice(mode, Mode, "mode")
+    check_choice(mode, VectorMode, "mode")
     check_choice(tokens, Tokens, "tokens")

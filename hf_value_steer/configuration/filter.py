@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hf_value_steer.choices import Fallback
 from hf_value_steer.configuration.methods import SteeringConfig
-from hf_value_steer.policy import Fallback
 
 
 MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is

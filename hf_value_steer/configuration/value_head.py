@@ -1,39 +1,14 @@
 """`ValueHeadConfig`: what a value head is, and which backbone and feature it belongs to."""
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from hf_value_steer.checks import check_choice, check_probability, check_threshold, refuse_unknown
+from hf_value_steer.checks import check_attributes, check_threshold, refuse_unknown
+from hf_value_steer.choices import Polarity
 from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig, check_schema
-from hf_value_steer.policy import Polarity
-
-
-_ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
-
-
-def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:
-    """Raise a `ValueError` unless these are the attributes of one head, see [`ValueHeadConfig`]."""
-    for index, attribute in enumerate(attributes):
-        place = f"attributes[{index}]"
-        refuse_unknown(attribute, _ATTRIBUTE_KEYS, f"`{place}`")
-        name, polarity, weight = attribute.get("name"), attribute.get("polarity"), attribute.get("weight", 1.0)
-        if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"`{place}.name` has to be a text, got {name!r}.")
-        check_choice(polarity, Polarity, f"{place}.polarity")
-        check_probability(attribute.get("threshold"), f"{place}.threshold")
-        if type(weight) not in (int, float) or not 0 < weight < math.inf:
-            raise ValueError(f"`{place}.weight` has to be a finite number above 0, got {weight!r}.")
-    names = [attribute["name"] for attribute in attributes]
-    if len(set(names)) < max(len(names), 2):
-        raise ValueError(
-            f"`attributes` has to hold at least two, of different names, got {names}; for a single one there are "
-            "`attribute`, `polarity` and `threshold`."
-        )
 
 
 @strict

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.arguments.calibrate import CalibrateArguments
+from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.evaluation.evaluate import Evaluator
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
+from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.train import split_rows, train
-from hf_value_steer.training.train_arguments import TrainArguments
 
 
 def evaluate_crossfitted(

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.cards.document import FORMAT, main_run
 from hf_value_steer.cards.results import results_markdown
-from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.examples import examples, masking
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.outcome import coverage, value_reliability

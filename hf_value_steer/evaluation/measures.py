@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from hf_value_steer.choices import Polarity
 from hf_value_steer.evaluation.metrics import Array, Bootstrap, compare_perplexity, compare_rates, distinct, interval
 from hf_value_steer.evaluation.runs import Setting, Texts
-from hf_value_steer.policy import Polarity
 from hf_value_steer.training.judges import Judge
 from hf_value_steer.training.prompts import Formatter, Prompt, join
 

@@ -1,6 +1,6 @@
 """Which runs an evaluation makes: the grid of the filter, a placebo, and baselines."""
 
-from hf_value_steer.evaluation.arguments import EvaluateArguments
+from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.evaluation.runs import (
     Runner,
     Setting,

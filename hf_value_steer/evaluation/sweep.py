@@ -2,42 +2,26 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 
 from hf_value_steer.activation.steering_vectors import SteeringVectors
-from hf_value_steer.configuration.activate import Mode
+from hf_value_steer.arguments.evaluate import SweepArguments
+from hf_value_steer.choices import VectorMode
 from hf_value_steer.evaluation.axes import linear, logarithmic
 from hf_value_steer.evaluation.charts import Chart, Point, Rule, Series
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.pages import render
 from hf_value_steer.evaluation.runs import Runner, Setting
 from hf_value_steer.files.writing import write_atomically, write_json
-from hf_value_steer.training.arguments import GenerationArguments
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, load_prompts
 
 
-MULTIPLIERS = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)  # of calibrated vectors most work below 1
 REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this part of the base's repeats itself
-
-
-@dataclass(kw_only=True)
-class SweepArguments(GenerationArguments):
-    """Which multipliers, on what, by whom, at which price."""
-
-    output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
-    vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
-    prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
-    judges: list[str] = field(metadata={"help": "judges, by whose first the window is described"})
-    multipliers: list[float] = field(default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"})
-    budget: float = field(default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"})
-    mode: str = field(default="broadcast", metadata={"help": "broadcast or last_token"})
-    max_new_tokens: int = field(default=64, metadata={"help": "length of a generation"})
 
 
 def sweep(arguments: SweepArguments) -> dict[str, Any]:
@@ -64,7 +48,7 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
     )
     sweeper = Sweeper(runner, vectors, arguments.judges)
     for multiplier in sorted(set(arguments.multipliers) - {0.0}):
-        sweeper.run(multiplier, arguments.mode)  # type: ignore[arg-type]
+        sweeper.run(multiplier, arguments.mode)
     document = {**sweeper.document(arguments.budget), "vectors": arguments.vectors}
     write_json(folder / "sweep.json", document)
     write_atomically(folder / "sweep.html", sweep_page(document).encode())
@@ -93,7 +77,7 @@ class Sweeper:
         )
         self.runs = [{"multiplier": 0.0, **self.measures.run(base, texts)}]
 
-    def run(self, multiplier: float, mode: Mode = "broadcast", setting: Setting | None = None) -> dict[str, Any]:
+    def run(self, multiplier: float, mode: VectorMode = "broadcast", setting: Setting | None = None) -> dict[str, Any]:
         """Generate and measure under vectors; with `setting`, under what it gives to `generate` instead."""
         if setting is None:
             setting = Setting(f"{mode} m={multiplier:g}", mode)

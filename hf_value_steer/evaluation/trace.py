@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_value_steer.choices import Polarity
 from hf_value_steer.evaluation.pages import render
 from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
-from hf_value_steer.policy import Polarity
 
 
 @dataclass(frozen=True)

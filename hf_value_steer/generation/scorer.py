@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 from hf_value_steer.backbone.parts import feature_width, refuse_other_backbone
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.calibration.filtering import row_thresholds
+from hf_value_steer.choices import Polarity
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.errors import MismatchError, ScoringError
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.policy import Polarity, acceptable, answered
+from hf_value_steer.policy import acceptable, answered
 
 
 @dataclass

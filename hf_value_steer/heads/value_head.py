@@ -20,12 +20,13 @@ from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
 from hf_value_steer.cards.head import write_card
 from hf_value_steer.cards.parts import Facts
 from hf_value_steer.checks import check_threshold
+from hf_value_steer.choices import Polarity
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import LOCATION, find, read_object, reading
 from hf_value_steer.files.schema import register
 from hf_value_steer.heads.artefact import Artefact
-from hf_value_steer.policy import Polarity, acceptable
+from hf_value_steer.policy import acceptable
 
 
 # The feature contract of value-steer 0.2.0, as its sidecar spells it.

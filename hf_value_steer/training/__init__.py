@@ -4,8 +4,7 @@ The steps are functions in modules of their names, which they would hide here: `
 `train.train` and `calibrate.calibrate`.
 """
 
-from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.label import LabelArguments
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.vectors import vectors_from_collection, vectors_from_pairs, vectors_from_value_head

@@ -19,16 +19,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.backbone.parts import feature_width, fingerprint
 from hf_value_steer.backbone.points import feature_point
 from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
 from hf_value_steer.progress import progress
-from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.continuation import Batch, Continuation, Start, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.judges import check_judges
-from hf_value_steer.training.label import LabelArguments, label
+from hf_value_steer.training.label import label
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
 from hf_value_steer.training.references import PREFIX, model_name, resolve
 from hf_value_steer.training.sampling import generate_arguments

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.arguments.collect import CollectArguments
 from hf_value_steer.training.prompts import Formatter, Prompt
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,12 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from hf_value_steer.arguments.collect import LabelArguments
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.progress import progress
-from hf_value_steer.training.arguments import check_kinds
 from hf_value_steer.training.judges import Judge, agreement, load_judge
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
-
-
-@dataclass(kw_only=True)
-class LabelArguments:
-    """Who reads the generations, and how much of them."""
-
-    judges: list[str] = field(metadata={"help": "lexicon:, classifier:, reward:, llm:, math: or python: judges"})
-    prefixes: bool = field(default=False, metadata={"help": "let judges score every prefix, not whole texts only"})
-    prefix_words: int | None = field(
-        default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default"}
-    )
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
 
 
 def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments: LabelArguments) -> dict[str, Any]:

@@ -1,13 +1,10 @@
 """Losses of value heads, as pure functions of logits and targets."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-Loss = Literal["bce", "focal"]
+from hf_value_steer.choices import Loss
 
 
 def token_loss(logits: Tensor, targets: Tensor, kind: Loss, positive_weight: float = 1.0) -> Tensor:

@@ -1,48 +1,17 @@
 """From judges' scores to what the head should say of each token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hf_value_steer.policy import Polarity
+from hf_value_steer.choices import Target
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 
 
-Target = Literal["response", "prefix", "hazard", "risk"]
 _NEEDS = {"response": "responses", "prefix": "prefixes", "hazard": "prefixes", "risk": "next"}
-
-
-@dataclass(frozen=True)
-class JudgedAttribute:
-    """One of several attributes of a head: its name, whose labels it has, and what a high label means."""
-
-    name: str
-    judge: str
-    polarity: Polarity
-
-
-def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
-    """Read `name=judge` and `name=judge@desirable`.
-
-    Raises:
-        ValueError: names an entry that is neither.
-    """
-    attributes = []
-    for entry in entries:
-        name, _, judge = entry.partition("=")
-        polarity: Polarity = "undesirable"
-        for each in get_args(Polarity):
-            if judge.endswith(f"@{each}"):
-                judge, polarity = judge.removesuffix(f"@{each}"), each
-        if not (name.strip() and judge):
-            raise ValueError(f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}.")
-        attributes.append(JudgedAttribute(name.strip(), judge, polarity))
-    return attributes
 
 
 def check_target(kind: Target, prefixes: bool, next_tokens: int) -> None:

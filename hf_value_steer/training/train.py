@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
+from hf_value_steer.arguments.train import SplitArguments, TrainArguments
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.heads.value_head import ValueHead
@@ -21,7 +22,6 @@ from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Targets
-from hf_value_steer.training.train_arguments import SplitArguments, TrainArguments
 from hf_value_steer.training.trainer import (
     HeadInTraining,
     StopAtChance,

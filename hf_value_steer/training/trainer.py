@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_value_steer.choices import Loss
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.chance import at_chance, discrimination
-from hf_value_steer.training.losses import Loss, coherence, token_loss
+from hf_value_steer.training.losses import coherence, token_loss
 from hf_value_steer.training.targets import TargetRows
 
 

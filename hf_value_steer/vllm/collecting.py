@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import LLM, SamplingParams
 
-from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.arguments.collect import CollectArguments
 from hf_value_steer.training.continuation import Batch, seed_of, shard_tensors, until_end
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.references import model_name

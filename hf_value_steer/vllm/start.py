@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hf_value_steer.training.arguments import CollectArguments
+from hf_value_steer.arguments.collect import CollectArguments
 from hf_value_steer.training.continuation import Continuation
 from hf_value_steer.training.prompts import Prompt
 

@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
+from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.cli import main
 from hf_value_steer.recipe import run_recipe
-from hf_value_steer.training.calibrate import CalibrateArguments, calibrate, held_out_rows
+from hf_value_steer.training.calibrate import calibrate, held_out_rows
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 from tests.tiny_text import BAD, GOOD, write_world

@@ -7,16 +7,16 @@ import torch
 from transformers import AutoModelForCausalLM, EvalPrediction
 
 from hf_value_steer import GuidanceConfig, GuidanceModule, value_steer_generate
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.cli import main
 from hf_value_steer.recipe import run_recipe
-from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.guidance import stages
 from hf_value_steer.training.guidance.data import disliked_tokens, judged_next
 from hf_value_steer.training.guidance.moments import GuidedMoments
 from hf_value_steer.training.guidance.stages import avoidance, divergence, manifold_loss
-from hf_value_steer.training.guidance.train import GuidanceTrainArguments, train_guidance
-from hf_value_steer.training.label import LabelArguments
+from hf_value_steer.training.guidance.train import train_guidance
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Targets
 from tests.families import build, prompts

@@ -17,14 +17,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cli import main
 from hf_value_steer.recipe import _Steps, run_recipe
-from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.label import LabelArguments, Labels, label, labels_folder, vocabulary_pieces
+from hf_value_steer.training.label import Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import split_rows, train
-from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.training.trainer import ValueHeadTrainer
 from tests.families import random_head
 from tests.tiny_text import BAD, save_tiny_model, write_lexicon, write_world

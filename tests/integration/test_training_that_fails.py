@@ -8,19 +8,20 @@ import shutil
 import pytest
 
 from hf_value_steer import ValueHead
+from hf_value_steer.arguments.calibrate import CalibrateArguments
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cli import main
-from hf_value_steer.evaluation.arguments import EvaluateArguments
 from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.recipe import run_recipe
-from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.calibrate import CalibrateArguments, calibrate
+from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.label import LabelArguments, labels_folder
+from hf_value_steer.training.label import labels_folder
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.train import train
-from hf_value_steer.training.train_arguments import TrainArguments
 from tests.tiny_text import write_world
 
 

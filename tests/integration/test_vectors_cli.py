@@ -7,11 +7,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_value_steer import SteeringVectors
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.cli import main
 from hf_value_steer.evaluation.sweep import collapsed, sweep_page, window
-from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.vectors import vectors_from_collection
 from tests.families import build, random_head
 from tests.golden_vectors import FOLDER

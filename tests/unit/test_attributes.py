@@ -10,15 +10,14 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig
+from hf_value_steer.arguments.calibrate import CalibrateArguments
+from hf_value_steer.arguments.train import JudgedAttribute, TrainArguments, parse_attributes
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.generation.scorer import bind
 from hf_value_steer.hub import head_card
 from hf_value_steer.policy import acceptable
-from hf_value_steer.training.calibrate import CalibrateArguments
 from hf_value_steer.training.losses import coherence, token_loss
-from hf_value_steer.training.targets import JudgedAttribute, parse_attributes
-from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.training.trainer import HeadInTraining, token_metrics
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.training.losses import coherence, token_loss
 from hf_value_steer.training.targets import expected_hazard, hazard
 from hf_value_steer.training.train import _training_arguments
-from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.training.trainer import HeadInTraining, join_rows, reliability
 
 

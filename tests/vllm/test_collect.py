@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training import collect as collecting
-from hf_value_steer.training.arguments import CollectArguments
-from hf_value_steer.training.label import LabelArguments
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.train import train
-from hf_value_steer.training.train_arguments import TrainArguments
 from hf_value_steer.vllm.start import vllm_engine
 from tests.vllm.runners import INTERPRETED, avoid_what_cannot_be_interpreted
 from tests.vllm.test_identity import counted

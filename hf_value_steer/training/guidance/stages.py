@@ -1,6 +1,5 @@
 """The three stages of training (arXiv 2605.11712) as `transformers.Trainer`s."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer
 
+from hf_value_steer.arguments.guidance import LossWeights
 from hf_value_steer.guidance.module import GuidanceModule
 from hf_value_steer.training.guidance.data import ResponseBatch, join_states
 from hf_value_steer.training.guidance.moments import GuidedMoments
@@ -79,29 +79,6 @@ def discrimination(prediction: EvalPrediction) -> dict[str, float]:
     if labels[counted].any():
         found["captured"] = float(top.sum() / labels[counted].sum())
     return found
-
-
-@dataclass(kw_only=True)
-class LossWeights:
-    """Of the third stage, as in the paper's code; `avoid` and `keep` are ours, and 0 there.
-
-    Args:
-        ce: cross-entropy of the next tokens of safe natural responses.
-        safe: `softplus(s) + ALPHA * relu(s)` of guided tokens, read one layer above l*.
-        manifold: how far the norm of bridges is from that of the states they were made from, beyond `TAU`.
-        avoid: `-log(1 - p)`, with the probability of all next tokens that the judge dislikes.
-        keep: divergence from the backbone among the other next tokens.
-    """
-
-    ce: float = field(default=0.5, metadata={"help": "weight of the cross-entropy of safe responses"})
-    safe: float = field(default=2.0, metadata={"help": "weight of the dense safety loss"})
-    manifold: float = field(default=0.1, metadata={"help": "weight of the manifold loss"})
-    avoid: float = field(
-        default=0.0, metadata={"help": "weight of -log(1 - p) of next tokens that the judge dislikes"}
-    )
-    keep: float = field(
-        default=0.0, metadata={"help": "weight of the divergence from the backbone among other tokens"}
-    )
 
 
 ALPHA, TAU = 2.0, 0.2

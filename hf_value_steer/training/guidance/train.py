@@ -3,19 +3,18 @@
 import json
 import math
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
+from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.configuration.guidance_module import GuidanceModuleConfig
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.guidance.module import GuidanceModule
-from hf_value_steer.training.arguments import BackboneArguments
 from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
 from hf_value_steer.training.checkpoints import train_on, training_arguments
 from hf_value_steer.training.collect import load_backbone
@@ -32,61 +31,17 @@ from hf_value_steer.training.guidance.stages import (
     PARTS,
     BridgeStage,
     BridgeStageTrainer,
-    LossWeights,
     ValueStage,
     ValueStageTrainer,
 )
 from hf_value_steer.training.guidance.states import States
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.targets import Target, Targets
+from hf_value_steer.training.targets import Targets
 from hf_value_steer.training.train import split_rows
-from hf_value_steer.training.train_arguments import SplitArguments
 
 
 STAGES = ("text", "pair", "bridge")
-
-
-@dataclass(kw_only=True)
-class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
-    """What to train. Learning rates, epochs and loss weights are those of the paper's code unless said otherwise."""
-
-    collection: str = field(metadata={"help": "folder of a labelled collection"})
-    output: str = field(metadata={"help": "folder of the module"})
-    judge: str = field(metadata={"help": "the judge whose labels are learned"})
-    attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
-    target: Target = field(default="response", metadata={"help": "what a token is labelled with"})
-    layer: int | None = field(default=None, metadata={"help": "l*; by default that of a probe sweep"})
-    num_bridges: int | None = field(default=None, metadata={"help": "K; by default that of a probe sweep"})
-    value_width: int | None = field(default=None, metadata={"help": "by default that of a probe sweep"})
-    bridge_heads: int = field(default=8, metadata={"help": "heads of the generator"})
-    correction: Literal["gradient", "newton"] = field(default="newton", metadata={"help": "how a value is corrected"})
-    step: float = field(default=1.0, metadata={"help": "factor of the correction"})
-    conditional: bool = field(default=True, metadata={"help": "whether the prompt takes part"})
-    injection: Literal["bridge", "inject"] = field(default="bridge", metadata={"help": "inject: without bridges"})
-    guided_share: float | None = field(
-        default=None, metadata={"help": "set the threshold so that this share of tokens is guided; 0.5 otherwise"}
-    )
-    neutral_when_safe: bool = field(default=True, metadata={"help": "in stage three"})
-    gate: float = field(default=-2.0, metadata={"help": "of the generator at the start, before softplus"})
-    text_epochs: int = field(default=5, metadata={"help": "of stage one"})
-    pair_epochs: int = field(default=5, metadata={"help": "of stage two"})
-    bridge_epochs: int = field(default=5, metadata={"help": "of stage three"})
-    text_rate: float = field(default=1e-4, metadata={"help": "learning rate of stage one"})
-    pair_rate: float = field(default=5e-4, metadata={"help": "learning rate of the conditional path in stage two"})
-    pair_slow_rate: float = field(default=1e-5, metadata={"help": "learning rate of the rest in stage two"})
-    bridge_rate: float = field(default=5e-4, metadata={"help": "learning rate of stage three"})
-    batch_rows: int = field(default=8, metadata={"help": "generations in one step"})
-    moments: int = field(default=64, metadata={"help": "tokens that are guided in one step of stage three"})
-    bridge_rows: int | None = field(default=None, metadata={"help": "generations of stage three, at most"})
-    seed: int = field(default=0, metadata={"help": "of weights and order"})
-    trainer: list[str] = field(
-        default_factory=list, metadata={"help": "further TrainingArguments as name=value, for all stages"}
-    )
-
-    def record(self) -> dict[str, Any]:
-        """What `training.json` keeps: not where things lie."""
-        return {name: choice for name, choice in asdict(self).items() if name not in ("collection", "output")}
 
 
 def train_guidance(arguments: GuidanceTrainArguments) -> GuidanceModule:

@@ -14,8 +14,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from hf_value_steer.choices import Polarity
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.policy import Polarity
 from hf_value_steer.training.judges.base import Judge
 from hf_value_steer.training.prompts import Prompt
 

@@ -1,13 +1,12 @@
-"""What can be said to `train`: which preset, what otherwise, and which share of the prompts is for what."""
+"""What `train` is told: which preset, what otherwise, and which share of the prompts is for what."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from hf_value_steer.configuration.value_head import check_attributes
-from hf_value_steer.policy import Polarity
-from hf_value_steer.training.arguments import check_kinds
-from hf_value_steer.training.losses import Loss
-from hf_value_steer.training.targets import Target, parse_attributes
+from hf_value_steer.arguments.base import check_kinds
+from hf_value_steer.checks import check_attributes
+from hf_value_steer.choices import Loss, Polarity, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +46,34 @@ PRESETS = {
         patience=3,
     ),
 }
+
+
+@dataclass(frozen=True)
+class JudgedAttribute:
+    """One of several attributes of a head: its name, whose labels it has, and what a high label means."""
+
+    name: str
+    judge: str
+    polarity: Polarity
+
+
+def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
+    """Read `name=judge` and `name=judge@desirable`.
+
+    Raises:
+        ValueError: names an entry that is neither.
+    """
+    attributes = []
+    for entry in entries:
+        name, _, judge = entry.partition("=")
+        polarity: Polarity = "undesirable"
+        for each in get_args(Polarity):
+            if judge.endswith(f"@{each}"):
+                judge, polarity = judge.removesuffix(f"@{each}"), each
+        if not (name.strip() and judge):
+            raise ValueError(f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}.")
+        attributes.append(JudgedAttribute(name.strip(), judge, polarity))
+    return attributes
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,4 @@
-"""What can be said to `collect`, and how tokens are drawn."""
+"""What several commands are told: the model, how tokens are drawn, how much is generated; and checks of all of it."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -79,43 +79,3 @@ class GenerationArguments(BackboneArguments, SamplingArguments):
     def sizes(self) -> dict[str, Any]:
         """Arguments of a [`~hf_value_steer.evaluation.runs.Runner`]."""
         return {name: getattr(self, name) for name in ("samples", "max_new_tokens", "batch_size", "seed")}
-
-
-@dataclass(kw_only=True)
-class CollectArguments(GenerationArguments):
-    """What to generate. Every field is recorded; a folder holds one collection for good."""
-
-    output: str = field(metadata={"help": "folder of the collection; a collection that is there is completed"})
-    backbone: str | None = field(default=None, metadata={"help": "Hub id to record, if `model` is not it"})
-    prompts: str = field(
-        metadata={"help": "a .txt file (one prompt a line), a .jsonl file, a data set, or python:module:function"}
-    )
-    prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
-    prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
-    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
-    forced_samples: int = field(
-        default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
-    )
-    force_words: str | None = field(
-        default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
-    )
-    next_tokens: int = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
-    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
-    seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
-    engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
-    engine_args: str | None = field(
-        default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}
-    )
-
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        if self.engine not in ("generate", "vllm"):
-            raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
-        if self.engine_args is not None and self.engine != "vllm":
-            raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
-        if self.force_words and self.engine == "vllm":
-            raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
-        check_least(self, 1, "samples", "max_new_tokens", "batch_size", "limit")
-        check_least(self, 0, "forced_samples", "next_tokens")
-        if bool(self.forced_samples) != bool(self.force_words):
-            raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")

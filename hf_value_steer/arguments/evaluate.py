@@ -1,11 +1,12 @@
-"""What `evaluate` is told."""
+"""What `evaluate` and `vectors sweep` are told."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from hf_value_steer.training.arguments import GenerationArguments, check_kinds, check_least
+from hf_value_steer.arguments.base import GenerationArguments, check_kinds, check_least
+from hf_value_steer.choices import HeadMethod, VectorMode
 
 
+MULTIPLIERS = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)  # of calibrated vectors most work below 1
 BASELINES = ("best_of_n", "args", "bad_words", "system_prompt")
 
 
@@ -22,7 +23,7 @@ class EvaluateArguments(GenerationArguments):
     label_judge: str | None = field(default=None, metadata={"help": "the judge that gave the labels, for comparison"})
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
-    method: Literal["filter", "abstain"] = field(default="filter", metadata={"help": "what the head is for"})
+    method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
     num_candidates: list[int] = field(default_factory=lambda: [8], metadata={"help": "grid of K"})
     thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
     placebo: bool = field(default=True, metadata={"help": "a head with shuffled weights beside it"})
@@ -52,3 +53,17 @@ class EvaluateArguments(GenerationArguments):
     def all_judges(self) -> list[str]:
         """Those that gave no label, and then the one that did."""
         return list(dict.fromkeys([*self.judges, *([self.label_judge] if self.label_judge else [])]))
+
+
+@dataclass(kw_only=True)
+class SweepArguments(GenerationArguments):
+    """Which multipliers, on what, by whom, at which price."""
+
+    output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
+    vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
+    prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
+    judges: list[str] = field(metadata={"help": "judges, by whose first the window is described"})
+    multipliers: list[float] = field(default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"})
+    budget: float = field(default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"})
+    mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
+    max_new_tokens: int = field(default=64, metadata={"help": "length of a generation"})

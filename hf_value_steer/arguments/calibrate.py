@@ -1,0 +1,39 @@
+"""What `calibrate` is told."""
+
+from dataclasses import dataclass, field
+
+from hf_value_steer.choices import HeadMethod, PromiseMode
+
+
+@dataclass(kw_only=True)
+class CalibrateArguments:
+    """Which promise, and on what."""
+
+    collection: str = field(metadata={"help": "folder of a labelled collection"})
+    value_head: str = field(metadata={"help": "folder of the head; calibration.json and its threshold are written"})
+    judge: str | None = field(
+        default=None, metadata={"help": "the judge that says which generations are safe, or correct"}
+    )
+    attributes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "instead of a judge, as for `train`: safe is what each attribute's judge finds safe"},
+    )
+    method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
+    mode: PromiseMode = field(default="marginal", metadata={"help": "what is promised; selective is for abstain only"})
+    delta: float | None = field(default=None, metadata={"help": "how often a promise with confidence may fail"})
+    alpha: float | None = field(default=None, metadata={"help": "make the threshold of this promise the default"})
+    token_rate: float | None = field(
+        default=None, metadata={"help": "make the default threshold one that this share of tokens fails; no promise"}
+    )
+    group_column: str | None = field(
+        default=None, metadata={"help": "column of the prompts: thresholds for each group"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the choice of one generation for each prompt"})
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and self.token_rate is not None:
+            raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
+        if self.token_rate is not None and not 0 < self.token_rate < 1:
+            raise ValueError(f"`token_rate` has to be a share in (0, 1), got {self.token_rate}.")
+        if (self.judge is None) != bool(self.attributes):
+            raise ValueError("`judge` says which generations are safe, or `attributes` do: pass one of them.")

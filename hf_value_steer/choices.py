@@ -1,0 +1,12 @@
+"""The words that options take, each with one meaning everywhere."""
+
+from typing import Literal
+
+
+Polarity = Literal["undesirable", "desirable"]
+Fallback = Literal["argmin", "args", "abstain"]
+VectorMode = Literal["broadcast", "last_token"]
+HeadMethod = Literal["filter", "abstain"]
+PromiseMode = Literal["marginal", "pac", "uniform", "martingale", "selective"]
+Target = Literal["response", "prefix", "hazard", "risk"]
+Loss = Literal["bce", "focal"]
