@@ -57,3 +57,10 @@ class LabelArguments:
 
     def __post_init__(self) -> None:
         check_kinds(self)
+
+
+@dataclass(kw_only=True)
+class LabelCommandArguments(LabelArguments):
+    """What is labelled."""
+
+    collection: str = field(metadata={"help": "folder of the collection; labels that are there already are kept"})

@@ -50,6 +50,25 @@ class PromptTrace:
         return any(token.intervened for token in self.steered)
 
 
+class Pieces:
+    """The piece of text that a token adds to the tokens before it; special tokens appear under their names.
+
+    A character of several tokens belongs to the last of them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer, self.special = tokenizer, set(tokenizer.all_special_ids)
+
+    def __call__(self, before: Sequence[int], token: int) -> str:
+        if token in self.special:
+            return str(self.tokenizer.convert_ids_to_tokens(token))
+        return self._decode([*before, token])[len(self._decode(before)) :]
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).rstrip("\ufffd")
+
+
 def trace_tokens(
     output: ValueSteerDecoderOnlyOutput, tokenizer: PreTrainedTokenizerBase, row: int, prompt_length: int
 ) -> list[TokenTrace]:
@@ -62,26 +81,17 @@ def trace_tokens(
         prompt_length (`int`): number of prompt tokens in `output.sequences`, padding included.
     """
     assert output.token_values is not None and output.interventions is not None  # every steered generation has them
-    special, sequence = set(tokenizer.all_special_ids), output.sequences[row].tolist()
-
-    def decode(ids: list[int]) -> str:
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(text).rstrip("\ufffd")  # a character of several tokens belongs to the last of them
-
-    def piece(token: int, position: int) -> str:
-        if token in special:
-            return str(tokenizer.convert_ids_to_tokens(token))
-        return decode([*sequence[:position], token])[len(decode(sequence[:position])) :]
-
+    piece, sequence = Pieces(tokenizer), output.sequences[row].tolist()
     traces = []
     for step in range(int((~output.token_values[row].isnan()).sum())):
         position, candidates = prompt_length + step, {}
         if output.candidates is not None and output.candidate_values is not None:
             ids, values = (each[row, step].tolist() for each in (output.candidates, output.candidate_values))
             pairs = zip(ids, values, strict=True)
-            candidates = {token: (piece(token, position), value) for token, value in pairs if token >= 0}
+            candidates = {token: (piece(sequence[:position], token), value) for token, value in pairs if token >= 0}
         value, intervened = output.token_values[row, step].item(), bool(output.interventions[row, step])
-        traces.append(TokenTrace(piece(sequence[position], position), value, intervened, tuple(candidates.values())))
+        text = piece(sequence[:position], sequence[position])
+        traces.append(TokenTrace(text, value, intervened, tuple(candidates.values())))
     return traces
 
 
@@ -165,7 +175,7 @@ class Colours:
     """
 
     def __init__(self, threshold: float, polarity: Polarity):
-        self.polarity = polarity
+        self.threshold, self.polarity = threshold, polarity
         limit = self._turned(threshold)
         self.bounds = [limit * factor / (1 + limit * (factor - 1)) for factor in (1 / 16, 1 / 4, 1, 4, 16)]
 

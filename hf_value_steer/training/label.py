@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_value_steer.arguments.collect import LabelArguments
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.progress import progress
 from hf_value_steer.training.judges import Judge, agreement, load_judge
 from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.training.references import model_name
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
 
@@ -56,6 +57,11 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
     }
     write_json(collection.folder / "labels" / "report.json", report)
     return report
+
+
+def tokenizer_of(collection: Collection) -> PreTrainedTokenizerBase:
+    """The tokenizer of the backbone that wrote a collection, from where the backbone was loaded."""
+    return AutoTokenizer.from_pretrained(model_name(collection.manifest["arguments"]["model"]))
 
 
 class Labels:

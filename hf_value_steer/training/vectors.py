@@ -1,7 +1,7 @@
 """Directions of an attribute: from contrastive texts, from labelled generations, from the gradient of a value head."""
 
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from hf_value_steer.activation.residual import layer_range, read_residuals, resi
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
 from hf_value_steer.checks import check_choice
+from hf_value_steer.choices import DirectionMethod, Pooling
 from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.judges.base import import_optional
@@ -19,8 +20,6 @@ from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
 
 
-Method: TypeAlias = Literal["mean_difference", "pca", "logistic"]
-Pooling: TypeAlias = Literal["last", "mean"]
 Side: TypeAlias = tuple[list[list[int]], list[int]]  # token ids of each text, and where in it reading begins
 
 
@@ -30,7 +29,7 @@ def vectors_from_pairs(
     positive: Sequence[str],
     negative: Sequence[str],
     *,
-    method: Method = "mean_difference",
+    method: DirectionMethod = "mean_difference",
     pooling: Pooling = "last",
     read_token_index: int = -1,
     layers: Sequence[int] | None = None,
@@ -71,7 +70,7 @@ def vectors_from_collection(
     collection: Collection,
     judge: str,
     *,
-    method: Method = "mean_difference",
+    method: DirectionMethod = "mean_difference",
     pooling: Pooling = "mean",
     threshold: float = 0.5,
     prompts: Container[str] | None = None,
@@ -164,7 +163,7 @@ def _layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
 
 
 def _check(method: str, pooling: str, positive: Sequence[Any], negative: Sequence[Any]) -> None:
-    check_choice(method, Method, "method")
+    check_choice(method, DirectionMethod, "method")
     check_choice(pooling, Pooling, "pooling")
     if not positive or not negative:
         raise ValueError(f"There are {len(positive)} positive and {len(negative)} negative texts: both are needed.")

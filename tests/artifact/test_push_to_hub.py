@@ -390,10 +390,10 @@ def test_the_command_line_hands_on_what_was_said_and_nothing_else(monkeypatch):
     from hf_value_steer.cli import main
 
     said = []
-    monkeypatch.setattr("hf_value_steer.cli.pipeline.push_head", lambda *args, **options: said.append((args, options)))
+    monkeypatch.setattr("hf_value_steer.cli.pipeline.push_head", lambda **options: said.append(options))
     assert main(["push", "head", "org/head", "--private"]) == 0
-    ((args, options),) = said
-    assert args == ("head", "org/head") and options.pop("private") is True
-    assert set(options) <= {"evaluation", "limits", "accept_limits", "datasets", "license", "dry_run"}
+    (options,) = said
+    assert [options.pop(name) for name in ("folder", "repo_id", "private")] == ["head", "org/head", True]
+    assert not any(options.values())
     with pytest.raises(SystemExit):
         main(["push", "head", "org/head", "--privat3"])

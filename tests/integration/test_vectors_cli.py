@@ -74,7 +74,7 @@ def test_sweep(world, to_bad, capsys):
 def test_apply_and_bake(world, to_bad, capsys):
     (world / "one.txt").write_text(f"{GOOD[0]} {GOOD[1]}\n")
     chosen = ["--vectors", str(to_bad), "--prompts", f"{world}/one.txt", "--max_new_tokens", "8"]
-    assert vectors(world, "apply", *chosen, "--multipliers", "6", "--do_sample", "false") == 0
+    assert vectors(world, "apply", *chosen, "--multipliers", "6", "--no-do-sample") == 0
     plain, steered = capsys.readouterr().out.splitlines()[-2:]
     assert plain.startswith("  m 0") and steered.startswith("  m 6") and plain[10:] != steered[10:]
     assert sum(word in BAD for word in steered.split()) > sum(word in BAD for word in plain.split())

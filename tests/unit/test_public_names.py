@@ -35,8 +35,8 @@ def told():
 
 def exported():
     """The names in the `__all__` of each module that has one."""
-    found = {}
-    for path in sorted((ROOT / "hf_value_steer").rglob("*.py")):
+    found = {"hf_value_steer": hf_value_steer.__all__}
+    for path in sorted((ROOT / "hf_value_steer").glob("*/**/*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         for node in ast.parse(path.read_text(encoding="utf-8")).body:

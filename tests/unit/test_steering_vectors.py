@@ -12,7 +12,7 @@ from hf_value_steer.activation import SteeringVectors
 from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.activation.residual import layer_range, pad_right, read_residuals
 from hf_value_steer.arguments.evaluate import MULTIPLIERS, SweepArguments
-from hf_value_steer.cli.vectors import ApplyArguments
+from hf_value_steer.arguments.vectors import ApplyArguments
 from hf_value_steer.training.vectors import vectors_from_pairs, vectors_from_value_head
 from tests.families import FAMILIES, build, random_head
 from tests.tiny_models import build_tiny
