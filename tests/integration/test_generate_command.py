@@ -1,0 +1,168 @@
+"""`hf-value-steer generate`: both texts as `generate` gives them; in a pipe, in terminals wide and narrow; stopped."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_value_steer import AbstentionConfig, SteeringVectors, ValueFilterConfig, ValueHead, enable_value_steer
+from hf_value_steer.cli import main
+from hf_value_steer.cli.generate import Screen, Side, Watch
+from hf_value_steer.evaluation import TokenTrace
+from tests.families import random_head
+from tests.tiny_text import save_tiny_model
+
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "goodak goodbl"
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*(?:[34]\d|48;2)[0-9;]*m")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model, and two heads for it: for the filter and for abstention."""
+    folder = tmp_path_factory.mktemp("world")
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_model(folder / "model"))
+    for name, polarity in (("filter", "undesirable"), ("abstain", "desirable")):
+        random_head(model, polarity).save_pretrained(folder / name)
+    return folder
+
+
+def words(world, *more, method="filter"):
+    how = ["--value-head", str(world / method), "--method", method, "--threshold", "0.5", "--max-new-tokens", "12"]
+    return ["generate", PROMPT, "--model", str(world / "model"), *how, *more]
+
+
+def expected(world, value_steer=None, tokens=12, seed=0):
+    """The text that `generate` itself continues the prompt with."""
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    enable_value_steer(model)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    torch.manual_seed(seed)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "value_steer": value_steer}
+    return tokenizer.decode(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :])
+
+
+def sides(out):
+    """The two texts, and the lines below them."""
+    found = re.fullmatch(r"base: (.*?)\n\nsteered: (.*?)\n\n(base .*)", out, re.DOTALL)
+    return found[1], found[2], found[3].splitlines()
+
+
+def in_terminal(columns, words, stop_after=None):
+    """What a command writes into a terminal of so many columns, and its status; Ctrl-C is typed after some text."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+    for name in ("NO_COLOR", "COLUMNS"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "hf_value_steer.cli", *words]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=ROOT, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    written, typed = b"", False
+    while True:
+        try:
+            written += os.read(master, 65536)
+        except OSError:  # nobody writes any more
+            break
+        if stop_after is not None and not typed and stop_after in written:
+            time.sleep(0.5)
+            os.write(master, b"\x03")
+            typed = True
+    os.close(master)
+    return written.decode(), process.wait()
+
+
+def test_a_pipe_gets_both_texts_and_nothing_else(world, capsys):
+    assert main(words(world, "--seed", "3")) == 0
+    out = capsys.readouterr().out
+    base, steered, summary = sides(out)
+    head = ValueHead.from_pretrained(world / "filter")
+    assert base == expected(world, seed=3)
+    assert steered != base and "[" in steered
+    assert re.sub(r"[\[\]]", "", steered) == expected(world, ValueFilterConfig(value_head=head, threshold=0.5), seed=3)
+    assert "\x1b" not in out and [line.split()[0] for line in summary[:2]] == ["base", "steered"]
+    replaced = steered.count("[")
+    assert f"{replaced} of 12 tokens replaced" in summary[1]
+    assert summary[2].startswith("A high value is undesirable; a token is acceptable below 0.5000. Tokens in brackets")
+
+
+def test_abstention_says_where_a_text_was_ended(world, capsys):
+    assert main(words(world, method="abstain")) == 0
+    base, steered, summary = sides(capsys.readouterr().out)
+    config = AbstentionConfig(value_head=ValueHead.from_pretrained(world / "abstain"), threshold=0.5)
+    assert base == expected(world) and steered == expected(world, config) and len(steered) < len(base)
+    assert "ended because it would not end well" in summary[1] and "acceptable above 0.5000" in summary[2]
+
+
+def test_methods_without_a_head_have_no_values(world, capsys, tmp_path):
+    width = AutoModelForCausalLM.from_pretrained(world / "model").config.hidden_size
+    SteeringVectors((1,), torch.eye(width)[:1], torch.ones(1)).save_pretrained(tmp_path)
+    spelled = json.dumps({"method": "activate", "vectors": str(tmp_path), "multiplier": 20.0})
+    command = ["generate", PROMPT, "--model", str(world / "model"), "--value-steer", spelled, "--max-new-tokens", "12"]
+    assert main(command) == 0
+    base, steered, summary = sides(capsys.readouterr().out)
+    assert base == expected(world) and steered != base and "[" not in steered
+    assert len(summary) == 2 and "value" not in " ".join(summary)
+
+
+def test_a_wide_terminal_shows_the_texts_side_by_side_and_a_narrow_one_below_each_other(world):
+    written, status = in_terminal(100, words(world))
+    last = CONTROL.sub("", written.split("\x1b[2K")[-1])
+    assert status == 0 and COLOUR.search(written) and re.search(r"^base +steered", last, re.MULTILINE)
+    assert re.search("\x1b\\[1;4[0-9;]*m (?:good|bad)", written)  # what was replaced is underlined
+    written, status = in_terminal(60, words(world))
+    assert status == 0 and COLOUR.search(written) and "base +steered" not in written
+    assert re.search(r"steered: ", CONTROL.sub("", written))
+
+
+@pytest.mark.parametrize("columns", [60, 100])
+def test_without_colour_there_is_none(world, columns):
+    written, status = in_terminal(columns, words(world, "--no-color"))
+    assert status == 0 and not COLOUR.search(written) and re.search(r"\[(?:good|bad)", CONTROL.sub("", written))
+
+
+def test_ctrl_c_leaves_no_traceback(world):
+    written, status = in_terminal(100, words(world, "--max-new-tokens", "4000"), stop_after=b"steered")
+    assert status == 130 and "Traceback" not in written and written.rstrip().endswith("generate: stopped.")
+
+
+def test_a_text_cannot_control_the_terminal(world):
+    watch = Watch(None, AutoTokenizer.from_pretrained(world / "model"))
+    screen = Screen([Side("base"), Side("steered")], watch, colour=False)
+    shown = screen.text(TokenTrace(" \x1b[2J\x07[bold]\u202eé\n", 0.5)).plain
+    assert shown == " \ufffd[2J\ufffd[bold]\ufffdé\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "Pass --value-head, or --value-steer."),
+        (["--value-head", "HEAD"], "Pass --model: the head names no backbone."),
+        (["--value-head", "HEAD", "--value-steer", "{}"], "--value-steer says it all: leave out --value-head."),
+        (["--value-steer", "{'a'}"], "--value-steer has to be JSON, got \"{'a'}\""),
+        (
+            ["--value-steer", '{"method": "filter", "treshold": 1}'],
+            "`treshold` is not a field of ValueFilterConfig",
+        ),
+    ],
+)
+def test_what_is_missing_is_said(world, capsys, more, message):
+    assert main(["generate", PROMPT, *(str(world / "filter") if word == "HEAD" else word for word in more)]) == 2
+    assert message in capsys.readouterr().err
