@@ -217,7 +217,7 @@ class Calibration:
             possible = "none at all" if smallest is None else f"at least {smallest}"
             raise ValueError(
                 f"`alpha`={alpha} has no finite threshold: this calibration (mode {self.mode!r}, n={self.n}) can "
-                f"promise {possible}. Raise `alpha`, calibrate on more texts, or pass `threshold`."
+                f"promise {possible}. Raise `alpha`, or calibrate on more texts."
             )
         return threshold
 

@@ -1,6 +1,5 @@
 """`vectors extract`, `scale`, `sweep`, `apply`, `bake`: steering vectors, one command a step."""
 
-import json
 from typing import Any
 
 import torch
@@ -101,11 +100,16 @@ def apply(arguments: ApplyArguments) -> None:
 
 
 def bake(arguments: BakeArguments) -> None:
-    """Write the checkpoint, and print the report that lies beside it."""
+    """Write the checkpoint, and say how near it is to the steered model."""
     model, tokenizer = _load(arguments)
     sequences = _encoded(arguments, tokenizer, arguments.texts) if arguments.texts else None
     vectors = SteeringVectors.from_pretrained(arguments.vectors)
     report = vectors.bake(model, arguments.multiplier, arguments.output, sequences=sequences, tokenizer=tokenizer)
-    print(json.dumps(report, indent=2))
+    print(
+        f"{arguments.output}: {report['kind']}, in {report['dtype']}; steering changes logits by up to "
+        f"{report['max_logit_change']:.3g}, baking by up to {report['max_logit_difference']:.3g} more or less; "
+        f"{100 * report['same_greedy_tokens']:.4g} % of the greedy tokens are those of the steered model. "
+        "All of it is in steering/report.json."
+    )
     if report["kind"] == "custom code":
         print("No plain export of this family is exact: load this checkpoint with trust_remote_code=True.")

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -25,7 +24,7 @@ def when_imported(package: str, function: Callable[[], None], needed_by: Callabl
         sys.meta_path.insert(0, _Waiting(package, function, needed_by))
 
 
-class _Waiting(MetaPathFinder):
+class _Waiting:
     """Is asked about every import until the package is imported.
 
     Nothing within the package is half imported when `function` is called: what imports a module of it imports the

@@ -80,7 +80,8 @@ def test_apply_and_bake(world, to_bad, capsys):
     assert sum(word in BAD for word in steered.split()) > sum(word in BAD for word in plain.split())
     bake = ["--vectors", str(to_bad), "--multiplier", "6", "--output", f"{world}/baked"]
     assert vectors(world, "bake", *bake, "--texts", f"{world}/prompts.txt") == 0
-    assert json.loads(capsys.readouterr().out)["same_greedy_tokens"] == 1.0
+    assert "; 100 % of the greedy tokens are those of the steered model." in capsys.readouterr().out
+    assert json.loads((world / "baked" / "steering" / "report.json").read_text())["same_greedy_tokens"] == 1.0
     assert type(AutoModelForCausalLM.from_pretrained(world / "baked")).__name__ == "LlamaForCausalLM"
     assert vectors(world, "bake", *bake) == 2
     assert "there already" in capsys.readouterr().err
