@@ -46,6 +46,7 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
         judges agree, see [`~hf_value_steer.training.judges.agreement`]. The same is in `labels/report.json`.
 
     Raises:
+        RuntimeError: if a judge fails. What was labelled stays, by shards.
         ValueError: if a judge is missing or answers out of range. What was labelled stays.
     """
     state = PartialState()
@@ -60,7 +61,10 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
             pieces = vocabulary_pieces(tokenizer)
         reader = _Reader(collection, tokenizer, judge, arguments, pieces)
         for index in progress(missing, f"label {spec}", "shard", not state.is_main_process):
-            write_tensors(_file(folder, index), reader.tensors(index))
+            try:
+                write_tensors(_file(folder, index), reader.tensors(index))
+            except RuntimeError as error:
+                raise RuntimeError(f"{error} (what is labelled stays: run it again for the rest)") from error
     state.wait_for_everyone()
     labels = {spec: Labels(collection, spec) for spec in arguments.judges}
     scores = {spec: each.responses().numpy() for spec, each in labels.items()}
