@@ -92,7 +92,7 @@ class Labels:
 
     def digest(self) -> str:
         """What tells these labels from others."""
-        return hashlib.sha256("".join(file.metadata["sha256"] for file in self.files).encode()).hexdigest()
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
     def responses(self) -> Tensor:
         """Scores of whole responses, `(rows,)`."""
@@ -106,7 +106,7 @@ class Labels:
     @property
     def kinds(self) -> set[str]:
         """`"responses"`, and with prefixes `"prefixes"` and perhaps `"next"`."""
-        return set(self.files[0].header)
+        return set(self.files[0].tensors)
 
     def read(self, name: str, row: int) -> Tensor:
         """Scores of a row's tokens: `"prefixes"` `(tokens,)`, `"next"` `(tokens, next_tokens)`."""
@@ -151,7 +151,7 @@ class _Reader:
         before = self._troubles()
         labels = {"responses": torch.from_numpy(self.judge(prompts, texts))}
         if self.pieces is not None:
-            following = shard.read("next_tokens").tolist() if "next_tokens" in shard.header else None
+            following = shard.read("next_tokens").tolist() if "next_tokens" in shard.tensors else None
             labels |= self._prefixes(prompts, rows, offsets, following)
         return {**labels, "troubles": self._troubles() - before}
 
