@@ -24,7 +24,7 @@ _FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors spells them
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+def reading(path: str | os.PathLike[str], kind: str, remedy: str = "Save it, or download it, again") -> Iterator[None]:
     """Whatever is found to be wrong with a file inside the block becomes an `ArtefactError` that names the file.
 
     That a file is not there stays an `OSError`.
@@ -32,6 +32,7 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     Args:
         path: the file.
         kind (`str`): what it should be.
+        remedy (`str`): what to do about it.
     """
     try:
         yield
@@ -42,7 +43,7 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = textwrap.shorten(reason, 400, placeholder=" ...").rstrip(".")
-        raise ArtefactError(f"{path} is no {kind}: {reason}. Save it, or download it, again.") from error
+        raise ArtefactError(f"{path} is no {kind}: {reason}. {remedy}.") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_value_steer.files.reading import read_object, reading
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there completely or not at all, whenever the process or the machine stops."""
@@ -60,18 +62,24 @@ def claim(path: Path, document: dict[str, Any]) -> None:
     """Write what a folder holds, or refuse to go on in a folder that holds something else.
 
     Raises:
+        ArtefactError: if what is there cannot be read.
         ValueError: names what differs.
     """
     if path.exists():
-        _refuse(path, _difference("", json.loads(path.read_text(encoding="utf-8")), document))
+        _refuse(path, _difference("", _record(path), document))
     write_json(path, document)
 
 
 def refuse_other(path: Path, part: dict[str, Any]) -> None:
     """Refuse a folder of which it is plain already that it holds something else than this `part` of what is to be."""
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = _record(path)
         _refuse(path, _difference("", {name: before.get(name) for name in part}, part))
+
+
+def _record(path: Path) -> dict[str, Any]:
+    with reading(path, "record of what its folder holds", "Delete it and run again"):
+        return read_object(path)
 
 
 def _refuse(path: Path, difference: str | None) -> None:
