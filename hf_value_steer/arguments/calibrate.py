@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from hf_value_steer.arguments.base import Arguments
+from hf_value_steer.checks import check_probability
 from hf_value_steer.choices import HeadMethod, PromiseMode
 
 
@@ -24,9 +25,7 @@ class CalibrateArguments(Arguments):
     delta: float | None = field(
         default=None, metadata={"help": "how often a promise with confidence may fail", "least": 0, "most": 1}
     )
-    alpha: float | None = field(
-        default=None, metadata={"help": "make the threshold of this promise the default", "least": 0, "most": 1}
-    )
+    alpha: float | None = field(default=None, metadata={"help": "make the threshold of this promise the default"})
     token_rate: float | None = field(
         default=None, metadata={"help": "make the default threshold one that this share of tokens fails; no promise"}
     )
@@ -38,7 +37,8 @@ class CalibrateArguments(Arguments):
     def check(self) -> None:
         if self.alpha is not None and self.token_rate is not None:
             raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
-        if self.token_rate is not None and not 0 < self.token_rate < 1:
-            raise ValueError(f"`token_rate` has to be a share in (0, 1), got {self.token_rate}.")
+        for name in ("alpha", "token_rate"):
+            if getattr(self, name) is not None:
+                check_probability(getattr(self, name), name)
         if (self.judge is None) != bool(self.attributes):
             raise ValueError("`judge` says which generations are safe, or `attributes` do: pass one of them.")

@@ -1,8 +1,10 @@
 """What `collect` and `label` are told."""
 
+import json
 from dataclasses import dataclass, field
 
 from hf_value_steer.arguments.base import COUNT, MOST, SEED, Arguments, GenerationArguments
+from hf_value_steer.arguments.kinds import shown
 
 
 @dataclass(kw_only=True)
@@ -46,10 +48,19 @@ class CollectArguments(GenerationArguments):
             raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
         if self.engine_args is not None and self.engine != "vllm":
             raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
+        if self.engine_args is not None and not _is_json_object(self.engine_args):
+            raise ValueError(f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}.")
         if self.force_words and self.engine == "vllm":
             raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
         if bool(self.forced_samples) != bool(self.force_words):
             raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (RecursionError, ValueError):
+        return False
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from hf_value_steer.arguments.base import COUNT, GenerationArguments
-from hf_value_steer.checks import MOST_CANDIDATES
+from hf_value_steer.checks import MOST_CANDIDATES, check_probability
 from hf_value_steer.choices import HeadMethod, VectorMode
 
 
@@ -28,9 +28,7 @@ class EvaluateArguments(GenerationArguments):
     num_candidates: list[int] = field(
         default_factory=lambda: [8], metadata={"help": "grid of K", "least": 1, "most": MOST_CANDIDATES}
     )
-    thresholds: list[float] = field(
-        default_factory=list, metadata={"help": "grid; the head's own if empty", "least": 0, "most": 1}
-    )
+    thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
     placebo: bool = field(default=True, metadata={"help": "a head with shuffled weights beside it"})
     baselines: list[str] = field(
         default_factory=list, metadata={"help": f"other methods under the same loop: {', '.join(BASELINES)}"}
@@ -52,6 +50,10 @@ class EvaluateArguments(GenerationArguments):
                 raise ValueError(f"The baseline {name!r} needs `{name}`.")
         if not self.judges:
             raise ValueError("`judges` is empty: name at least one judge that gave no label.")
+        if not self.num_candidates:
+            raise ValueError("`num_candidates` is empty: pass at least one K.")
+        for threshold in self.thresholds:
+            check_probability(threshold, "thresholds")
 
     def all_judges(self) -> list[str]:
         """Those that gave no label, and then the one that did."""
@@ -74,5 +76,6 @@ class SweepArguments(GenerationArguments):
     max_new_tokens: int = field(default=64, metadata={"help": "length of a generation", **COUNT})
 
     def check(self) -> None:
-        if not self.judges:
-            raise ValueError("`judges` is empty: name at least one judge.")
+        for name in ("judges", "multipliers"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is empty: pass at least one.")

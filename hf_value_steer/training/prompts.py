@@ -73,7 +73,7 @@ def _records(source: str, split: str, argument: str, kept: bool) -> Iterator[tup
     path = Path(source)
     if source.startswith(PREFIX) or path.suffix not in (".txt", ".jsonl"):
         records = resolve(source)() if source.startswith(PREFIX) else _dataset(source, split, argument)
-        if isinstance(records, str | Mapping) or not isinstance(records, Iterable):
+        if isinstance(records, str | Mapping) or not (hasattr(records, "__iter__") or hasattr(records, "__getitem__")):
             raise ValueError(f"`{argument}`: {source} has to give a list of texts or records, got {shown(records)}.")
         yield from ((f"{source}, record {number}", record) for number, record in enumerate(records, 1))
         return
@@ -108,7 +108,7 @@ def _prompt(record: Any, column: str, kept: bool) -> Prompt:
     if not isinstance(columns, Mapping):
         raise ValueError(f"a record has to be a text, or an object with `{column}`, got {shown(record)}.")
     if column not in columns:
-        raise ValueError(f"the record has no column {column!r}, only {sorted(map(str, columns))}.")
+        raise ValueError(f"the record has no column {column!r}, only {shown(sorted(map(str, columns)))}.")
     given, others = columns[column], {name: entry for name, entry in columns.items() if name != column}
     if isinstance(given, list | tuple):
         _check_messages(column, given)
@@ -139,7 +139,7 @@ def _check_messages(column: str, messages: Sequence[Any]) -> None:
         tools = message is not messages[-1] and message.get("tool_calls") and message.get("content") is None
         for key in ("role",) if tools else ("role", "content"):
             if key not in message:
-                raise ValueError(f"`{name}` has no {key!r}, only {sorted(map(str, message))}.")
+                raise ValueError(f"`{name}` has no {key!r}, only {shown(sorted(map(str, message)))}.")
             _check_text(f"{name}.{key}", message[key])
 
 

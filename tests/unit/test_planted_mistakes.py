@@ -110,7 +110,11 @@ RECIPES = {
     ),
     "one fold": ("folds: 4", "folds: 1", ", line 19, evaluate.folds: has to be at least 2, got 1."),
     "folds in words": ("folds: 4", "folds: four", ", line 19, evaluate.folds: has to be a whole number, got 'four'"),
-    "a share above one": ("alpha: 0.1", "alpha: 10", ", line 17, calibrate.alpha: has to be at most 1, got 10."),
+    "a share above one": (
+        "alpha: 0.1",
+        "alpha: 10",
+        ", line 17, calibrate.alpha: has to be a number in (0, 1), got 10.",
+    ),
     "a date": (
         "attribute: rude",
         "attribute: 2024-01-01",
@@ -139,6 +143,16 @@ RECIPES = {
         ", line 9, label.judges: has to be a list, got 'lexicon:words.txt'.",
     ),
     "no judge": ('["lexicon:words.txt"]', "[]", ", line 9, label.judges: `judges` is empty: name at least one"),
+    "no candidates": (
+        "[8, 16]",
+        "[]",
+        ", line 21, evaluate.num_candidates: `num_candidates` is empty: pass at least one",
+    ),
+    "arguments of vLLM that are no JSON": (
+        "  samples: 4\n",
+        "  engine: vllm\n  engine_args: max_model_len=4096\n",
+        ", line 6, collect.engine_args: has to be a JSON object in a text, got 'max_model_len=4096'.",
+    ),
     "a word that is no option": (
         "preset: hazard",
         "preset: hazzard",
@@ -472,9 +486,9 @@ def test_no_field_takes_what_is_of_another_kind(kind, field):
 def test_what_python_has_for_numbers_lists_and_paths():
     made = EvaluateArguments(
         **{**NEEDED[EvaluateArguments], "output": Path("o")},
-        samples=np.int64(2), thresholds=(np.float32(0.5), 1), num_candidates=np.array([2, 3]),
+        samples=np.int64(2), thresholds=(np.float32(0.5), 0.25), num_candidates=np.array([2, 3]),
     )  # fmt: skip
-    assert (made.output, made.samples, made.thresholds, made.num_candidates) == ("o", 2, [0.5, 1], [2, 3])
+    assert (made.output, made.samples, made.thresholds, made.num_candidates) == ("o", 2, [0.5, 0.25], [2, 3])
     assert json.dumps(vars(made))
 
 
