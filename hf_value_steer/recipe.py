@@ -11,8 +11,8 @@ from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments
-from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.arguments.hub import CardArguments, RecipePushArguments
+from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.arguments.train import TrainArguments, parse_attributes
 from hf_value_steer.checks import refuse_unknown
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted

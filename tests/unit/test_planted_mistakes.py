@@ -9,6 +9,8 @@ import random
 import re
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -16,11 +18,15 @@ import pytest
 from hf_value_steer import arguments
 from hf_value_steer.arguments.base import Arguments, renamed
 from hf_value_steer.arguments.calibrate import CalibrateArguments
-from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments, LabelCommandArguments
+from hf_value_steer.arguments.doctor import DoctorArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments, SweepArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments, LossWeights
-from hf_value_steer.arguments.hub import RecipePushArguments
+from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipePushArguments, RunArguments
+from hf_value_steer.arguments.steer import GenerateArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
+from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, ExtractArguments, ScaleArguments
+from hf_value_steer.cli.options import parser_of, read
 from hf_value_steer.files.marked import Marked, read_marked
 from hf_value_steer.recipe import _Steps, run_recipe
 from hf_value_steer.training.collect import collect
@@ -446,7 +452,18 @@ NEEDED = {
     SweepArguments: {"output": "o", "vectors": "v", "prompts": "p", "model": "m", "judges": ["j"]},
     GuidanceTrainArguments: {"collection": "c", "output": "o", "judge": "j", "model": "m"},
     LossWeights: {},
+    PushArguments: {"folder": "f", "repo_id": "a/b"},
     RecipePushArguments: {"repo_id": "a/b"},
+    ExportArguments: {"folder": "f"},
+    RunArguments: {"recipe": "r.yaml"},
+    DoctorArguments: {"model": "m"},
+    LabelCommandArguments: {"collection": "c", "judges": ["j"]},
+    GenerateArguments: {"prompt": "p"},
+    ServeArguments: {"model": "m"},
+    ExtractArguments: {"model": "m", "output": "o"},
+    ScaleArguments: {"model": "m", "vectors": "v", "texts": "t"},
+    ApplyArguments: {"model": "m", "vectors": "v", "prompts": "p"},
+    BakeArguments: {"model": "m", "vectors": "v", "output": "o", "multiplier": 1.0},
 }
 FIELDS = [(kind, each) for kind in NEEDED for each in fields(kind)]
 
@@ -468,7 +485,7 @@ def test_all_arguments_are_checked_in_one_way():
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=[f"{kind.__name__}-{each.name}" for kind, each in FIELDS])
 def test_no_field_takes_what_is_of_another_kind(kind, field):
     wrong = [object(), {"a": 1}, [[1]], float("nan"), b"x"]
-    if field.default is not None and field.name not in ("judge",):
+    if NoneType not in get_args(get_type_hints(kind)[field.name]):
         wrong.append(None)
     for each in wrong:
         with pytest.raises(ValueError) as caught:
@@ -502,6 +519,13 @@ def test_the_old_word_of_a_field(tmp_path):
     assert renamed(TrainArguments, {"recipe": "hazard", "seed": 1}, None) == {"preset": "hazard", "seed": 1}
     with pytest.raises(TypeError, match="unexpected keyword argument 'recip'"):
         TrainArguments(**NEEDED[TrainArguments], recip="hazard")
+
+
+def test_the_old_word_on_the_command_line(capsys):
+    words = ["--collection", "c", "--output", "o", "--judge", "j", "--recipe", "hazard"]
+    parser = parser_of("train", "train a head", "train", [TrainArguments])
+    assert read(parser, [TrainArguments], words) == ([TrainArguments(**NEEDED[TrainArguments], preset="hazard")], [])
+    assert capsys.readouterr().err == "--recipe is --preset now.\n"
 
 
 def test_the_old_word_in_a_recipe(tmp_path):
