@@ -58,7 +58,7 @@ def load_prompts(
     # What a collection keeps was looked at when it was collected, by the rules of that day.
     kept = source.endswith(".jsonl") and (Path(source).parent / "collection.json").is_file()
     prompts = []
-    for place, record in _records(source, split, argument, kept):
+    for place, record in read_records(source, split, argument, kept):
         try:
             prompts.append(_prompt(record, column, kept))
         except ValueError as error:
@@ -68,8 +68,14 @@ def load_prompts(
     return prompts[:limit]
 
 
-def _records(source: str, split: str, argument: str, kept: bool) -> Iterator[tuple[str, Any]]:
-    """Each record, and where it stands."""
+def read_records(
+    source: str, split: str = "train", argument: str = "prompts", kept: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Where each record of a source of [`load_prompts`] stands, and the record, not looked at yet.
+
+    Args:
+        kept (`bool`): whether a collection keeps them: it knows NaN.
+    """
     path = Path(source)
     if source.startswith(PREFIX) or path.suffix not in (".txt", ".jsonl"):
         records = resolve(source)() if source.startswith(PREFIX) else _dataset(source, split, argument)

@@ -51,6 +51,10 @@ def rare(prompts, responses):
     return [float(share(prompt.text) >= 0.6 and _coin(text, "c") > 0.93) for prompt, text in pairs]
 
 
+def a_word_and_a_number():
+    return ["word", 5]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts, a word list, and a collection with labels that mean nothing."""
@@ -174,6 +178,11 @@ def test_it_says_how_much_is_positive_and_warns_where_that_is_little(world, tmp_
         ({}, ["something"], "names no judge"),
         ({"forced_samples": 1, "force_words": "missing.txt"}, [NOISE], "`force_words`: there is no file missing.txt"),
         ({"forced_samples": 1, "force_words": f"{HERE}:missing"}, [NOISE], "cannot be found"),
+        (
+            {"forced_samples": 1, "force_words": f"{HERE}:a_word_and_a_number"},
+            [NOISE],
+            "record 2: a word has to be a text",
+        ),
     ],
 )
 def test_what_is_not_there_stops_it_before_the_backbone_is_loaded(
