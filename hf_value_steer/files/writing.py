@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hf_value_steer.files.reading import read_object, reading
+from hf_value_steer.files.reading import read_record
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -52,7 +52,10 @@ def read_utf8(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 (at byte {error.start}): save it in UTF-8.") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not in UTF-8 (line {line}, byte {error.start} of it): save it in UTF-8."
+        ) from error
     if "\0" in text:  # in every other byte of English text in UTF-16, which can be read as UTF-8
         raise ValueError(f"{path} is not a text in UTF-8, but perhaps in UTF-16: save it in UTF-8.")
     return text
@@ -66,20 +69,15 @@ def claim(path: Path, document: dict[str, Any]) -> None:
         ValueError: names what differs.
     """
     if path.exists():
-        _refuse(path, _difference("", _record(path), document))
+        _refuse(path, _difference("", read_record(path), document))
     write_json(path, document)
 
 
 def refuse_other(path: Path, part: dict[str, Any]) -> None:
     """Refuse a folder of which it is plain already that it holds something else than this `part` of what is to be."""
     if path.exists():
-        before = _record(path)
+        before = read_record(path)
         _refuse(path, _difference("", {name: before.get(name) for name in part}, part))
-
-
-def _record(path: Path) -> dict[str, Any]:
-    with reading(path, "record of what its folder holds", "Delete it and run again"):
-        return read_object(path)
 
 
 def _refuse(path: Path, difference: str | None) -> None:

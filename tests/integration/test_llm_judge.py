@@ -4,9 +4,9 @@ import time
 from collections import defaultdict
 
 import pytest
+from hf_value_steer.training.arguments import CollectArguments
 from transformers import AutoTokenizer
 
-from hf_value_steer.training.arguments import CollectArguments
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.judges import server as client
 from hf_value_steer.training.label import LabelArguments, Labels, label, labels_folder
