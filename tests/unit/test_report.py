@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from hf_value_steer.cards.results import results_markdown
-from hf_value_steer.evaluation.axes import linear, logarithmic, odds
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.sweep import sweep_page
 from tests import documents, hostile
@@ -15,6 +14,7 @@ from tests.integration.test_trace_page import Reader
 
 
 HOSTILE = "</style><script src='//x'>&\"$style"
+BARRED = "fill: var(--barred)"
 SECRET = "old"  # stands for an offensive word
 
 
@@ -24,6 +24,11 @@ def parts(page: str) -> list[str]:
 
 def charts(page: str) -> list[str]:
     return re.findall(r"<figcaption><b>([^<]*)</b>", page)
+
+
+def legends(page: str) -> list[list[str]]:
+    """Names in each legend of the charts."""
+    return [re.findall(r"</svg>([^<]*)</li>", each) for each in re.findall(r'<ul class="series">.*?</ul>', page)]
 
 
 def without(key: str, document: dict[str, Any]) -> dict[str, Any]:
@@ -53,10 +58,11 @@ def test_a_full_document_has_every_part(page: str) -> None:
 def test_it_is_one_file_and_well_formed(page: str) -> None:
     read = Reader(page)
     assert not re.search(r"https?:|url\(|@import|//[a-z]", page)
-    assert not read.tags & {"script", "iframe", "img", "object", "embed", "form", "base", "image", "use"}
+    assert not read.tags & {"script", "iframe", "img", "object", "embed", "form", "base", "image"}
     links = {value for name, value in read.attributes if name in ("href", "src", "xlink:href")}
     ids = re.findall(r'\bid="([^"]*)"', page)
-    assert links == {"data:,", "#trade-off", "#runs", "#calibration", "#abstention", "#examples"}
+    assert links >= {"#trade-off", "#runs", "#calibration", "#abstention", "#examples"}
+    assert links - {f"#{each}" for each in ids} == {"data:,"}
     assert len(ids) == len(set(ids))
     for reference in re.findall(r'aria-(?:labelledby|describedby)="([^"]*)"', page):
         assert set(reference.split()) <= set(ids)
@@ -153,29 +159,21 @@ def free_texts(text: str) -> str:
     )
 
 
-@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
-def test_what_a_document_says_is_text(text: str) -> None:
-    assert Shape(free_texts(text)).tags == Shape(free_texts("o" * len(text))).tags
+@pytest.fixture(scope="module")
+def ordinary() -> list[tuple[str, list[str]]]:
+    return Shape(free_texts("ordinary")).tags
 
 
-def swept(judge: str) -> str:
-    runs = [
-        {
-            "multiplier": m,
-            "method": method,
-            "judges": {judge: {"rate": 0.1}},
-            "perplexity_ratio": 1.1,
-            "collapsed": m > 1,
-        }
-        for m, method in ((0.0, "base"), (-1.0, "broadcast"), (2.0, "broadcast"))
-    ]
-    return sweep_page({"runs": runs, "window": [-1.0, 0.0], "budget": 1.5, "layers": [0, 1], "norms": [1.0, 2.0]})
+@pytest.mark.parametrize("text", [*hostile.TEXTS.values(), "long " * 200], ids=[*hostile.TEXTS, "long"])
+def test_what_a_document_says_is_text(text: str, ordinary: list[tuple[str, list[str]]]) -> None:
+    assert Shape(free_texts(text)).tags == ordinary
 
 
 @pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
 def test_the_name_of_a_judge_is_text_in_a_sweep(text: str) -> None:
-    page = swept(text)
-    assert Shape(page).tags == Shape(swept("ordinary")).tags
+    page = sweep_page(documents.sweep(text))
+    assert Shape(page).tags == Shape(sweep_page(documents.sweep("ordinary"))).tags
+    assert "default-src 'none'" in page and "<h1>Working window: -0.5 to 1</h1>" in page
     ids = re.findall(r'\bid="([^"]*)"', page)
     for reference in re.findall(r'aria-labelledby="([^"]*)"', page):
         assert set(reference.split()) <= set(ids)
@@ -222,8 +220,7 @@ def test_judges_can_be_chosen_where_there_are_several(page: str) -> None:
 
 
 def test_runs_are_joined_by_method_and_number_of_candidates(page: str) -> None:
-    names = re.findall(r"</svg>([^<]*)</li>", page)
-    assert names == [
+    assert legends(page)[0] == [
         "base", "filter, K=8", "filter, K=4", "placebo K=8", "best of N", "ARGS K=8", "system prompt", "bad words"
     ]  # fmt: skip
     tips = re.findall(r'aria-label="([^"]*)"', page)
@@ -235,9 +232,9 @@ def test_where_nothing_can_be_promised_the_chart_says_so(page: str) -> None:
     assert page.count("alpha 0.02\nno threshold keeps the promise") == 2 * 2  # twice a drawing, for two widths
     assert "alpha 0.05\nthreshold 0.62" in page and "alpha 0.02\nthreshold" not in page
     everything = {**documents.calibration(), "curve": [{"alpha": 0.1, "threshold": 0.4}]}
-    assert 'class="barred"' not in render_report(documents.evaluation(calibration=everything))
+    assert BARRED in page and BARRED not in render_report(documents.evaluation(calibration=everything))
     nothing = {**documents.calibration(), "curve": [{"alpha": 0.1, "threshold": None}]}
-    assert 'class="barred"' in render_report(documents.evaluation(calibration=nothing))
+    assert BARRED in render_report(documents.evaluation(calibration=nothing))
     assert documents.calibration()["guarantee"] in page
 
 
@@ -250,7 +247,7 @@ def test_growth_of_odds_is_not_called_a_threshold() -> None:
 def test_groups_have_curves_of_their_own() -> None:
     groups = {name: {"n": 30, "curve": documents.calibration()["curve"]} for name in ("short", "long")}
     page = render_report(documents.evaluation(calibration={**documents.calibration(), "groups": groups}))
-    assert re.findall(r"</svg>([^<]*)</li>", page)[-4:] == ["all texts", "short", "long", "nothing can be promised"]
+    assert legends(page)[1] == ["all texts", "short", "long", "nothing can be promised", "own threshold 0.1"]
 
 
 def test_masked_words_are_in_the_file_only_with_a_switch() -> None:
@@ -274,7 +271,7 @@ def test_candidates_and_trajectories_belong_to_their_tokens(page: str) -> None:
     assert len(re.findall(r'<span class="t v\d swap"', page)) == swaps > 0
     replaced = re.findall(r'<div class="plot small"><svg[^>]*path-\d.*?</svg>', page)
     assert len(replaced) == 4
-    assert sum(each.count('<g class="m-filter k0"><circle') for each in replaced) == swaps
+    assert sum(each.count("fill: var(--s-filter0)") for each in replaced) == swaps
 
 
 def test_runs_without_keys_and_a_head_that_only_abstains() -> None:
@@ -292,19 +289,3 @@ def test_other_documents_are_refused() -> None:
         render_report({"format": "x"})
     with pytest.raises(ValueError, match="start with the run of the base model"):
         render_report(documents.evaluation(runs=documents.runs()[1:]))
-
-
-def test_axes_put_numbers_where_they_belong() -> None:
-    axis = linear("x", [0.0, 0.093], str)
-    assert (axis.low, axis.high) == (0.0, pytest.approx(0.1)) and axis.place(0.05) == pytest.approx(0.5)
-    assert axis.ticks == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
-    tight = linear("x", [0.9, 1.4], str, tight=True)
-    assert tight.low == pytest.approx(0.88) and tight.ticks == pytest.approx([0.9, 1.0, 1.1, 1.2, 1.3, 1.4])
-    assert linear("x", [1.0, 1.0], str).place(1.0) == 0
-    scale = logarithmic("x", [0.01, 1.0], str)
-    assert scale.place(0.1) == pytest.approx(0.5) and scale.ticks == pytest.approx(
-        [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
-    )
-    values = odds("x", [0.01, 0.99])
-    assert values.place(0.5) == pytest.approx(0.5) and values.place(0.0) == 0 and values.place(1.0) == 1
-    assert values.ticks == [0.01, 0.1, 0.5, 0.9, 0.99]
