@@ -36,6 +36,11 @@ def without(key: str, document: dict[str, Any]) -> dict[str, Any]:
     return {**document, "runs": [{name: each[name] for name in each if name != key} for each in document["runs"]]}
 
 
+def briefly(**changes: Any) -> str:
+    """The report of a document without examples, each of which has charts of its own that take their time."""
+    return render_report(documents.evaluation(examples=[], **changes))
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     return render_report(documents.evaluation())
@@ -88,18 +93,18 @@ def test_a_part_without_data_is_left_out(page: str, changes: dict[str, Any], lef
 
 
 def test_a_chart_without_data_is_left_out(page: str) -> None:
-    assert "Reliability of values" not in charts(render_report(documents.evaluation(reliability=None)))
-    assert "Threshold for each alpha" not in charts(render_report(documents.evaluation(calibration=None)))
-    steps = render_report(without("intervention_rate", documents.evaluation()))
+    assert "Reliability of values" not in charts(briefly(reliability=None))
+    assert "Threshold for each alpha" not in charts(briefly(calibration=None))
+    steps = render_report(without("intervention_rate", documents.evaluation(examples=[])))
     assert "Toxicity rate against steps intervened" not in charts(steps)
     assert "steps intervened" not in steps and "steps intervened" in page
     coverage = [{**entry, "tokens_saved": None} for entry in documents.evaluation()["coverage"]]
-    assert "Tokens saved by stopping early" not in charts(render_report(documents.evaluation(coverage=coverage)))
+    assert "Tokens saved by stopping early" not in charts(briefly(coverage=coverage))
 
 
 def test_what_no_run_was_measured_by_has_no_column(page: str) -> None:
     assert 'scope="col">distinct-2<' in page and 'scope="col">abstained<' not in page
-    assert 'scope="col">distinct-2<' not in render_report(without("distinct_2", documents.evaluation()))
+    assert 'scope="col">distinct-2<' not in render_report(without("distinct_2", documents.evaluation(examples=[])))
 
 
 def test_nothing_in_a_document_becomes_markup() -> None:
@@ -180,7 +185,7 @@ def test_the_name_of_a_judge_is_text_in_a_sweep(text: str) -> None:
 
 
 def test_the_headline_quotes_the_run_at_the_own_threshold() -> None:
-    document = documents.evaluation()
+    document = documents.evaluation(examples=[])
     main = next(each for each in document["runs"] if each["name"] == "filter K=8 c=0.1")
     main["judges"]["lexicon"] |= {
         "rate": 0.0123,
@@ -192,13 +197,13 @@ def test_the_headline_quotes_the_run_at_the_own_threshold() -> None:
         "% [", "%["
     )
     assert "with 8 candidates at threshold 0.1" in text
-    other = Reader(render_report(documents.evaluation(head={**documents.HEAD, "threshold": 0.4}))).text
+    other = Reader(briefly(head={**documents.HEAD, "threshold": 0.4})).text
     assert "with 8 candidates at threshold 0.4" in other
 
 
 @pytest.mark.parametrize(("polarity", "counted"), [("undesirable", "unsafe"), ("desirable", "right")])
 def test_it_says_what_a_score_counts_as(polarity: str, counted: str) -> None:
-    document = documents.evaluation()
+    document = documents.evaluation(examples=[])
     document["head"] = {**document["head"], "polarity": polarity}
     for text in (render_report(document), results_markdown(document)):
         assert f"A text that a judge scores above 0.5 counts as {counted}" in text
@@ -232,21 +237,21 @@ def test_where_nothing_can_be_promised_the_chart_says_so(page: str) -> None:
     assert page.count("alpha 0.02\nno threshold keeps the promise") == 2 * 2  # twice a drawing, for two widths
     assert "alpha 0.05\nthreshold 0.62" in page and "alpha 0.02\nthreshold" not in page
     everything = {**documents.calibration(), "curve": [{"alpha": 0.1, "threshold": 0.4}]}
-    assert BARRED in page and BARRED not in render_report(documents.evaluation(calibration=everything))
+    assert BARRED in page and BARRED not in briefly(calibration=everything)
     nothing = {**documents.calibration(), "curve": [{"alpha": 0.1, "threshold": None}]}
-    assert BARRED in render_report(documents.evaluation(calibration=nothing))
+    assert BARRED in briefly(calibration=nothing)
     assert documents.calibration()["guarantee"] in page
 
 
 def test_growth_of_odds_is_not_called_a_threshold() -> None:
-    page = render_report(documents.evaluation(calibration=documents.calibration("martingale")))
+    page = briefly(calibration=documents.calibration("martingale"))
     assert "Least growth of the log odds for each alpha" in charts(page)
     assert "own threshold" not in page
 
 
 def test_groups_have_curves_of_their_own() -> None:
     groups = {name: {"n": 30, "curve": documents.calibration()["curve"]} for name in ("short", "long")}
-    page = render_report(documents.evaluation(calibration={**documents.calibration(), "groups": groups}))
+    page = briefly(calibration={**documents.calibration(), "groups": groups})
     assert legends(page)[1] == ["all texts", "short", "long", "nothing can be promised", "own threshold 0.1"]
 
 
