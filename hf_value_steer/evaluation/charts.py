@@ -1,7 +1,6 @@
 """Charts: drawn by matplotlib for several widths, and made part of a page, whose colours and font they take."""
 
 import io
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +57,11 @@ _STYLE = {
 }
 _LOCK = Lock()  # matplotlib's settings belong to the process
 _SVG = "{http://www.w3.org/2000/svg}"
-_BESIDE = ((6, 8), (-6, -8), (7, 0), (-7, 0), (-6, 8), (6, -8))  # where a label may stand, from its point
+# Where a label may stand: so far from its point, with this side of it.
+_BESIDE = (
+    (6, 8, "left"), (-6, -8, "right"), (7, 0, "left"), (-7, 0, "right"), (-6, 8, "right"), (6, -8, "left"),
+    (0, 12, "center"), (0, -12, "center"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -249,15 +252,13 @@ def _label(axes: "Axes", points: Sequence[Point]) -> None:
     places = axes.transData.transform([(point.x, point.y) for point in points])
     marks = [Bbox([place, place]) for place in places]
     taken = [mark.padded(9 if point.ring else 5) for mark, point in zip(marks, points, strict=True)]
-    for point in points:
-        for x, y in _BESIDE if point.label else ():
-            beside = (x + math.copysign(4 * point.ring, x), y)
-            text = axes.annotate(
-                point.label, (point.x, point.y), beside, textcoords="offset points", color=COLOURS["ink"]
-            )
-            text.set(ha="left" if x > 0 else "right", va="center_baseline")
-            box = text.get_window_extent()
-            if axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and not box.count_overlaps(taken):
+    for point in sorted(points, key=lambda point: not point.ring):
+        far = 1.6 if point.ring else 1
+        for x, y, side in _BESIDE if point.label else ():
+            text = axes.annotate(point.label, (point.x, point.y), (far * x, far * y), textcoords="offset points")
+            text.set(ha=side, va="center_baseline", color=COLOURS["ink"])
+            box, frame = text.get_window_extent(), axes.bbox
+            if frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and not box.count_overlaps(taken):
                 taken.append(box)
                 break
             text.remove()

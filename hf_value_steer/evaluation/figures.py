@@ -55,15 +55,16 @@ def _pareto(evaluation: Evaluation, judge: str, name: str, cost: str, label: str
     reach = [bound for point in points for bound in (point.x, *(point.x_interval or ()))]
 
     def finish(axes: "Axes") -> None:
-        axes.set_ylim(bottom=0)
-        percents(axes.yaxis)
         if cost == "intervention_rate":
+            axes.update_datalim([(0, 0)])
+            axes.autoscale_view()
             percents(axes.xaxis)
-            axes.set_xlim(left=-0.04 * axes.get_xlim()[1])
         elif max(reach) > 4 * min(reach):
             logarithmic(axes, "x", f"{TIMES}{{x:g}}")
         else:
             axes.xaxis.set_major_formatter(f"{TIMES}{{x:.6g}}")
+        axes.set_ylim(bottom=0)
+        percents(axes.yaxis)
 
     return Chart(
         name=name,

@@ -60,7 +60,14 @@ def test_a_page_is_well_below_the_limit() -> None:
 def test_settings_of_others_count_for_nothing_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it is an error now
     expected = sweep_page(documents.sweep())
-    with matplotlib.rc_context({"font.size": 40, "axes.grid": False, "text.parse_math": True, "svg.fonttype": "path"}):
+    theirs = {
+        "font.size": 40,
+        "text.parse_math": True,
+        "svg.fonttype": "path",
+        "xtick.labelsize": 40,
+        "axes.xmargin": 1,
+    }
+    with matplotlib.rc_context(theirs):
         before = matplotlib.rcParams.copy()
         assert sweep_page(documents.sweep()) == expected
         assert matplotlib.rcParams.copy() == before
