@@ -8,13 +8,13 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from hf_value_steer.evaluation.arguments import EvaluateArguments
 
+from hf_value_steer.arguments.evaluate import EvaluateArguments, SweepArguments
 from hf_value_steer.evaluation import figures
 from hf_value_steer.evaluation.charts import COLOURS, Chart, Point, Series, logarithmic, percents, reference
 from hf_value_steer.evaluation.evaluate import Evaluator, check_sources
 from hf_value_steer.evaluation.report import render_report
-from hf_value_steer.evaluation.sweep import SweepArguments, sweep, sweep_page
+from hf_value_steer.evaluation.sweep import sweep, sweep_page
 from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace
 from tests import documents
 
