@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_value_steer.arguments.steer import GenerateArguments
 from hf_value_steer.configuration.methods import SteeringConfig
@@ -42,6 +43,7 @@ class Side:
 
 def generate(arguments: GenerateArguments) -> None:
     """Write both texts, token by token, and then what the values were."""
+    logging.disable_progress_bar()
     asked = list(parse_configs(arguments.configuration()).values())
     valued = next((each for each in asked if isinstance(each, SteeringConfig) and each.value_head is not None), None)
     head = None if valued is None else given_or_loaded(ValueHead.from_pretrained, valued.value_head)
@@ -65,7 +67,7 @@ def generate(arguments: GenerateArguments) -> None:
 def _backbone(arguments: GenerateArguments, head: ValueHead | None) -> str:
     named = arguments.model or (head and head.config.backbone)
     if not named:
-        raise ValueError("Pass `model`: the head names no backbone.")
+        raise ValueError("Pass --model: the head names no backbone.")
     return str(named)
 
 

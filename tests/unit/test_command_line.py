@@ -127,13 +127,13 @@ def test_old_spellings_are_understood(capsys):
 
 
 def test_values_are_left_as_they_are():
-    line = "hf-value-steer push a_b org/c_d --limits '--not_an option' --datasets x_y --no-private"
-    _, (arguments,), _ = parsed(line.replace("'--not_an option'", "'not_an option'"))
+    line = "hf-value-steer push a_b org/c_d --limits='--not_an option' --datasets x_y --no-private"
+    _, (arguments,), _ = parsed(line)
     assert arguments == PushArguments(
-        folder="a_b", repo_id="org/c_d", limits="not_an option", datasets=["x_y"], private=False
+        folder="a_b", repo_id="org/c_d", limits="--not_an option", datasets=["x_y"], private=False
     )
     name, (arguments,), others = parsed("hf-value-steer serve m --value-head h --max_model_len 64 --port 1")
-    assert name == "serve" and arguments.value_head == "h" and others == ["--max-model-len", "64", "--port", "1"]
+    assert name == "serve" and arguments.value_head == "h" and others == ["--max_model_len", "64", "--port", "1"]
 
 
 def test_switches_numbers_and_lists():
@@ -157,7 +157,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(monkeypatch, capsys):
     monkeypatch.setattr(running, "_quieten", lambda: None)
     command = Command("is tested", ("hf_value_steer.arguments.hub:RunArguments",), f"{__name__}:failing", "")
     for error, status, said in (
-        (ValueError("`recipe` is wrong."), 2, "hf-value-steer x: RECIPE is wrong.\n"),
+        (ValueError("`recipe` is wrong."), 2, "hf-value-steer x: `recipe` is wrong.\n"),
         (KeyboardInterrupt(), 130, "\nhf-value-steer x: stopped.\n"),
         (None, 0, ""),
     ):
