@@ -46,9 +46,12 @@ class SteeringArguments(Arguments):
         if given:
             raise ValueError(f"`value_steer` says it all: leave out {', '.join(f'`{name}`' for name in given)}.")
         try:
-            return json.loads(self.value_steer)
-        except ValueError as error:
+            found = json.loads(self.value_steer)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`value_steer` has to be JSON, got {self.value_steer!r} ({error}).") from error
+        if not isinstance(found, dict | list):
+            raise ValueError(f"`value_steer` has to be an object or a list, got {self.value_steer!r}.")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -66,6 +69,13 @@ class GenerateArguments(SteeringArguments, SamplingArguments):
     max_new_tokens: int = field(default=64, metadata={"help": "length of the text", **COUNT})
     seed: int = field(default=0, metadata={"help": "of sampling; both texts are drawn from it", **SEED})
     color: bool = field(default=True, metadata={"help": "colour tokens by their values, where the terminal can"})
+
+    def check(self) -> None:
+        super().check()
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:  # a terminal's bytes that are none of UTF-8
+            raise ValueError("`prompt` has to be a text in UTF-8.") from error
 
 
 @dataclass(kw_only=True)

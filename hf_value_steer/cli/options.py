@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 _REQUIRED = "required"
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse knows no exponents
 Kinds = Sequence[type[Any]]  # dataclasses of arguments
 
 
@@ -55,6 +56,7 @@ def parser_of(prog: str, summary: str, example: str, kinds: Kinds) -> Parser:
         formatter_class=Help,
         allow_abbrev=False,
     )
+    parser._negative_number_matcher = _NEGATIVE
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(title for title, _ in found)}
     for title, each in found:
         groups[title].add_argument(each.name if _positional(each) else _flag(each.name), **_how(each, kinds))
@@ -81,7 +83,8 @@ def respelt(kinds: Kinds, words: Sequence[str]) -> list[str]:
     names = {_flag(each.name): each for _, each in _grouped(kinds)}
     today = {name: name for name in names} | {f"--no-{name[2:]}": f"--no-{name[2:]}" for name in names}
     today |= {_flag(each.metadata["was"]): name for name, each in names.items() if "was" in each.metadata}
-    return [_respelt(word, today) if word.startswith("--") else word for word in words]
+    end = list(words).index("--") if "--" in words else len(words)
+    return [_respelt(word, today) if word.startswith("--") else word for word in words[:end]] + list(words[end:])
 
 
 def _respelt(word: str, today: dict[str, str]) -> str:
