@@ -62,14 +62,8 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         check_column(column, collection.prompts)
     named = " ".join(judge for judge, _ in judges)
     chosen = rows[one_per_prompt(prompts[rows].tolist(), arguments.seed)]
-    asked = len(chosen)
     if arguments.method == "filter":  # only now: a prompt that is seldom safe must not count more than it does
-        chosen = chosen[~bad[chosen]]
-    if not len(chosen):
-        raise ValueError(
-            f"{named} finds none of the {asked} held-out generations safe, one for each prompt: collect more prompts, "
-            "or train with a larger `calibration`."
-        )
+        chosen = _safe(chosen, bad, named)
     if arguments.token_rate is not None and _worst_counts(head):
         _set_attribute_thresholds(collection, head, rows.tolist(), arguments.token_rate)
     values = _values(collection, head, chosen.tolist(), arguments.method)
@@ -91,6 +85,17 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     calibration.save(arguments.value_head)
     write_atomically(Path(arguments.value_head) / "config.json", head.config.to_json_string().encode())
     return calibration
+
+
+def _safe(chosen: NDArray[np.int64], bad: NDArray[np.bool_], named: str) -> NDArray[np.int64]:
+    """Those of the `chosen` rows, one for each prompt, that are not `bad`."""
+    safe = chosen[~bad[chosen]]
+    if not len(safe):
+        raise ValueError(
+            f"{named} finds none of the {len(chosen)} held-out generations safe, one for each prompt: collect more "
+            "prompts, or train with a larger `calibration`."
+        )
+    return safe
 
 
 def _check_head(arguments: CalibrateArguments, collection: Collection, head: ValueHead) -> None:
