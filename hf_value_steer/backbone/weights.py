@@ -17,7 +17,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sample(parameter: Tensor) -> Tensor:
-    """Up to 16 entries of a parameter, at regular distances; of one that is made of several tensors up to 16 of each."""
+    """Up to 16 entries of a parameter, at regular distances; up to 16 of each tensor that it is made of."""
     stride = max(parameter.numel() // SAMPLES_PER_PARAMETER, 1)
     if type(parameter) in PLAIN and parameter.is_contiguous():  # much faster than what it is the same as
         count = min(-(-parameter.numel() // stride), SAMPLES_PER_PARAMETER)

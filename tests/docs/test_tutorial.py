@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def at_a_tiny_size(words):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("judges", None)  # of another folder
+    yield tmp_path
+    sys.modules.pop("judges", None)
 
 
 def test_prompts_and_judge_are_as_the_page_says(folder):
