@@ -39,8 +39,9 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         else:
             names = ("index.md" if target == "README.md" else target, f"{target}/README.md")
             target = next((name for name in names if files.get_file_from_path(name)), "")
-        path = posixpath.relpath(target, posixpath.dirname(here) or ".")
-        return f"[{text}]({path}{anchor or ''})" if target else text
+        if not target:
+            return text
+        return f"[{text}]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{anchor or ''})"
 
     return LINK.sub(link, markdown.replace("```python no-run\n", "```python\n"))
 
