@@ -8,6 +8,7 @@ from typing import Any, get_args
 from hf_value_steer.choices import Polarity
 
 
+MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is
 _ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
 
 
@@ -28,7 +29,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> No
     known = sorted(known)
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
+            close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
             raise ValueError(f"`{key}` is not a field of {owner}: {hint}")
 

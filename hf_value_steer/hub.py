@@ -1,7 +1,6 @@
 """The way to the Hub: heads with all that belongs to them, and the `custom_generate` repository."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from hf_value_steer.cards import head as cards
 from hf_value_steer.cards.head import NO_LIMITS, lacks_limits
 from hf_value_steer.cards.parts import LIBRARY_NAME
 from hf_value_steer.errors import UploadError
+from hf_value_steer.files.reading import read_object, reading
 from hf_value_steer.files.upload import check_base_model, is_generated, push
 from hf_value_steer.heads.value_head import ValueHead
 
@@ -173,9 +173,10 @@ def _files(root: Path, evaluation: Path | None) -> dict[str, Path]:
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"`evaluation` has to be a folder with an evaluation.json, but {path}: {error}") from error
+        with reading(path, "evaluation"):
+            return dict(read_object(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`evaluation` has to be a folder with an evaluation.json, but {error}") from error
 
 
 def _fact(content: bytes) -> tuple[int, str]:

@@ -1,25 +1,30 @@
 """A recipe: collect, train, calibrate, evaluate and push, or train a guidance module, all from one YAML file."""
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
+from hf_value_steer.arguments.base import check_bounds, renamed
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments
+from hf_value_steer.arguments.hub import CardArguments, RecipePushArguments
+from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.arguments.train import TrainArguments, parse_attributes
+from hf_value_steer.checks import refuse_unknown
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
 from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
+from hf_value_steer.files.marked import Marked, read_marked
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.upload import check_hub_id
-from hf_value_steer.files.writing import read_utf8, write_atomically
+from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hub import push_head, renew_card
 from hf_value_steer.training.calibrate import calibrate, check_column
+from hf_value_steer.training.checkpoints import check_further
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.guidance.train import train_guidance
 from hf_value_steer.training.prompts import Prompt, load_prompts
@@ -29,6 +34,7 @@ from hf_value_steer.vllm.start import vllm_engine
 
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
+MOST_FOLDS = 1000  # a head is trained for each
 # What later steps take from `collect` unless they say otherwise.
 _SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
 T = TypeVar("T")
@@ -68,12 +74,11 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
         The folder of what was trained: of the head, if there is one.
 
     Raises:
-        ValueError: for an unknown section or field, and for a judge, a function, a file or a column that is not there,
-            before anything is generated; for a head that learned nothing, see
+        ValueError: before anything is generated, for what is no recipe, names file, line and key; and for a judge, a
+            function, a file or a column that is not there. For a head that learned nothing, see
             [`~hf_value_steer.training.train.train`].
     """
-    content = recipe if isinstance(recipe, Mapping) else yaml.safe_load(read_utf8(Path(recipe)))
-    steps = _Steps(content)
+    steps = _Steps(Marked(recipe) if isinstance(recipe, Mapping) else read_marked(Path(recipe)))
     steps.look_for_sources()
     collect(steps.collect, steps.label, vllm_engine)
     trained = []
@@ -103,7 +108,7 @@ def _make_head(steps: "_Steps", arguments: TrainArguments) -> Path:
 def _renew_card(head: Path, results: Path | None, said: Mapping[str, Any]) -> None:
     """The card of the finished head, with what was measured of it, and what the recipe says."""
     card = head / "README.md"
-    document = json.loads((results / "evaluation.json").read_text(encoding="utf-8")) if results else None
+    document = read_record(results / "evaluation.json") if results else None
     text = renew_card(ValueHead.from_pretrained(head), card.read_text(encoding="utf-8"), document, **said)
     write_atomically(card, text.encode())
 
@@ -111,94 +116,142 @@ def _renew_card(head: Path, results: Path | None, said: Mapping[str, Any]) -> No
 class _Steps:
     """The arguments of every step, all checked before the first is done."""
 
-    def __init__(self, content: Mapping[str, Any]):
-        _check_sections(content)
-        folder, labels = Path(content["output"]), content["label"]
+    def __init__(self, recipe: Marked):
+        self.recipe = recipe
+        self._check_sections()
+        folder = Path(recipe.content["output"])
         head, collection = str(folder / "head"), {"collection": str(folder / "collection")}
-        learned = _learned(labels.get("judges") or [], content.get("train") or {})
-        given = {"output": collection["collection"], **content["collect"]}
-        self.collect = _arguments(CollectArguments, "collect", given)
-        self.label = _arguments(LabelArguments, "label", labels)
-        self.train = self.calibrate = self.evaluate = self.guide = None
-        if "train" in content:
-            chosen = {**collection, "output": head, **learned, **content["train"]}
-            self.train = _arguments(TrainArguments, "train", chosen)
-            check_target(self.train.preset().target, self.label.prefixes, self.collect.next_tokens)
-        if "guide" in content:
-            same = {name: given[name] for name in ("model", "dtype") if name in given}
-            own = {"output": str(folder / "module"), "judge": (labels.get("judges") or [None])[0]}
-            self.guide = self._guide({**collection, **same, **own, **content["guide"]})
-        self.folds, self.card, self.push = 0, content.get("card") or {}, content.get("push")
-        self._check_publishing()
-        if "calibrate" in content:
-            own = content["calibrate"] or {}
-            chosen = {**collection, "value_head": head, **({} if "judge" in own else learned), **own}
-            self.calibrate = _arguments(CalibrateArguments, "calibrate", chosen)
-        if "evaluate" in content:
-            shared = {name: given[name] for name in _SHARED if name in given}
+        self.collect = self._arguments(CollectArguments, "collect", {"output": collection["collection"]})
+        self.label = self._arguments(LabelArguments, "label", {})
+        self.train: TrainArguments | None = None
+        self.guide: GuidanceTrainArguments | None = None
+        self.calibrate: CalibrateArguments | None = None
+        self.evaluate: EvaluateArguments | None = None
+        self.folds = 0
+        learned: dict[str, Any] = {"judge": self.label.judges[0]}
+        if "train" in recipe.content:
+            self.train, learned = self._train({**collection, "output": head}, learned)
+        if "guide" in recipe.content:
+            filled = {"output": str(folder / "module"), "judge": self.label.judges[0]}
+            self.guide = self._guide({**collection, **self._same("model", "dtype"), **filled})
+        self.card, self.push = self._publishing()
+        if "calibrate" in recipe.content:
+            judged = {} if "judge" in self._own("calibrate") else learned
+            chosen = {**collection, "value_head": head, **judged}
+            self.calibrate = self._arguments(CalibrateArguments, "calibrate", chosen)
+        if "evaluate" in recipe.content:
             own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": _label_judge(learned)}
-            chosen = {**shared, **own, **content["evaluate"]}
-            _refuse_unmarked(learned, chosen)
-            self.folds = chosen.pop("folds", 0)
-            self.evaluate = self._evaluate(chosen)
+            self.folds, self.evaluate = self._evaluate({**self._same(*_SHARED), **own}, learned)
 
-    def _guide(self, chosen: Mapping[str, Any]) -> GuidanceTrainArguments:
-        if not self.label.prefixes:
-            raise ValueError("Section 'guide' needs `prefixes: true` in section 'label': stage `bridge` reads them.")
-        guide = _arguments(GuidanceTrainArguments, "guide", chosen)
-        check_target(guide.target, self.label.prefixes, self.collect.next_tokens)
+    def _check_sections(self) -> None:
+        """Raise a `ValueError` for what is no recipe: sections, those that are needed among them, of fields."""
+        content = self.recipe.content
+        if not isinstance(content, Mapping):
+            raise ValueError(
+                f"{self.recipe.place()}: a recipe has to be a mapping of sections ({', '.join(SECTIONS)}), got "
+                f"{shown(content)}."
+            )
+        with self.recipe.blaming():
+            refuse_unknown(content, SECTIONS, "a recipe")
+            if missing := [name for name in ("output", "collect", "label") if name not in content]:
+                raise ValueError(f"it lacks {', '.join(missing)}.")
+            of_a_head = {"calibrate", "evaluate", "card", "push"} & set(content)
+            if "train" not in content and (of_a_head or "guide" not in content):
+                raise ValueError("it lacks train.")
+            output = content["output"]
+            output = os.fspath(output) if isinstance(output, os.PathLike) else output
+            check_kind("output", str, output, in_yaml=True)
+            for name in SECTIONS[1:]:
+                if not isinstance(content.get(name), Mapping | None):
+                    raise ValueError(f"`{name}` has to be a mapping of its fields, got {shown(content[name])}.")
+
+    def _own(self, section: str) -> dict[str, Any]:
+        """What the recipe says in a section, which may be left empty."""
+        return dict(self.recipe.content.get(section) or {})
+
+    def _same(self, *names: str) -> dict[str, Any]:
+        """What section `collect` says of these fields."""
+        return {name: getattr(self.collect, name) for name in names if name in self._own("collect")}
+
+    def _arguments(self, kind: type[T], section: str, filled: Mapping[str, Any], *besides: str) -> T:
+        """What a section says, but for the keys `besides`, with what is filled in where it says nothing."""
+        with self.recipe.blaming(section):
+            own, known = renamed(kind, self._own(section), self.recipe.place(section)), fields(kind)  # type: ignore[arg-type]
+            refuse_unknown(own, [*besides, *(each.name for each in known)], f"section {section!r}")
+            given = {name: choice for name, choice in {**filled, **own}.items() if name not in besides}
+            needed = [each.name for each in known if each.default is each.default_factory is MISSING]
+            if missing := [name for name in needed if name not in given]:
+                raise ValueError(f"it lacks {', '.join(missing)}.")
+            return kind(**given)
+
+    def _train(self, filled: Mapping[str, Any], learned: dict[str, Any]) -> tuple[TrainArguments, dict[str, Any]]:
+        """The section `train`, and whose labels are learned: the first judge's, or for several attributes each one's.
+
+        Raises:
+            ValueError: if an attribute's judge gives no labels.
+        """
+        several = "attributes" in self._own("train")
+        train = self._arguments(TrainArguments, "train", filled if several else {**filled, **learned})
+        with self.recipe.blaming("train"):
+            check_further(train.trainer)
+            for attribute in parse_attributes(train.attributes):
+                if attribute.judge not in self.label.judges:
+                    raise ValueError(
+                        f"`judges` of section 'label' lack {attribute.judge}, which {attribute.name!r} is from."
+                    )
+            check_target(train.settings().target, self.label.prefixes, self.collect.next_tokens)
+        return train, {"attributes": train.attributes} if several else learned
+
+    def _guide(self, filled: Mapping[str, Any]) -> GuidanceTrainArguments:
+        guide = self._arguments(GuidanceTrainArguments, "guide", filled)
+        with self.recipe.blaming("guide"):
+            check_further(guide.trainer)
+            if not self.label.prefixes:
+                raise ValueError("it needs `prefixes: true` in section 'label': stage `bridge` reads them.")
+            check_target(guide.target, self.label.prefixes, self.collect.next_tokens)
         return guide
 
-    def _evaluate(self, chosen: Mapping[str, Any]) -> EvaluateArguments:
-        if not self.folds:
-            return _arguments(EvaluateArguments, "evaluate", chosen)
-        if self.calibrate is None or "prompts" in chosen:
-            raise ValueError("`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`.")
-        return _arguments(EvaluateArguments, "evaluate", {**chosen, "prompts": self.collect.prompts})
+    def _evaluate(self, filled: Mapping[str, Any], learned: Mapping[str, Any]) -> tuple[int, EvaluateArguments]:
+        """The folds and what else section `evaluate` says; with folds the prompts are those of `collect`."""
+        own = self._own("evaluate")
+        with self.recipe.blaming("evaluate"):
+            folds = own.get("folds", 0)
+            check_kind("folds", int, folds, in_yaml=True)
+            if folds:
+                check_bounds("folds", folds, {"least": 2, "most": MOST_FOLDS})
+                if self.calibrate is None or "prompts" in own:
+                    raise ValueError(
+                        "`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`."
+                    )
+                filled = {**filled, "prompts": self.collect.prompts}
+        evaluate = self._arguments(EvaluateArguments, "evaluate", filled, "folds")
+        with self.recipe.blaming("evaluate"):
+            _refuse_unmarked(learned, evaluate)
+        return folds, evaluate
 
-    def _check_publishing(self) -> None:
-        if unknown := sorted(set(self.card) - {"limits", "license", "datasets"}):
-            raise ValueError(f"Section 'card' of the recipe has no {', '.join(unknown)}.")
-        if self.push is not None and "repo_id" not in self.push:
-            raise ValueError("Section 'push' of the recipe needs `repo_id`.")
-        if self.push is not None:
+    def _publishing(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What sections `card` and `push` say."""
+        self._arguments(CardArguments, "card", {})
+        if "push" not in self.recipe.content:
+            return self._own("card"), None
+        self._arguments(RecipePushArguments, "push", {})
+        with self.recipe.blaming("push"):
             check_hub_id(self.collect.backbone or self.collect.model, "The backbone of section 'collect'")
+        return self._own("card"), self._own("push")
 
     def look_for_sources(self) -> None:
         """Look for everything that later steps will ask for; `collect` does so for its own."""
+        prompts: list[Prompt] = []
+        if self.folds or (self.calibrate is not None and self.calibrate.group_column is not None):
+            with self.recipe.blaming("collect"):
+                given = self.collect
+                prompts = load_prompts(given.prompts, given.prompt_column, given.prompt_split, given.limit)
         if self.calibrate is not None and self.calibrate.group_column is not None:
-            check_column(self.calibrate.group_column, self._prompts())
+            with self.recipe.blaming("calibrate"):
+                check_column(self.calibrate.group_column, prompts)
         if self.evaluate is not None:
-            check_sources(self.evaluate, self._prompts() if self.folds else evaluation_prompts(self.evaluate))
-
-    def _prompts(self) -> list[Prompt]:
-        given = self.collect
-        return load_prompts(given.prompts, given.prompt_column, given.prompt_split, given.limit)
-
-
-def _check_sections(content: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` for a section that is not known, and for one that is missing."""
-    if unknown := sorted(set(content) - set(SECTIONS)):
-        raise ValueError(f"A recipe has no section {', '.join(unknown)}; it has {', '.join(SECTIONS)}.")
-    if missing := [name for name in ("output", "collect", "label") if name not in content]:
-        raise ValueError(f"The recipe lacks {', '.join(missing)}.")
-    of_a_head = {"calibrate", "evaluate", "card", "push"} & set(content)
-    if "train" not in content and (of_a_head or "guide" not in content):
-        raise ValueError("The recipe lacks train.")
-
-
-def _learned(judges: Sequence[str], train: Mapping[str, Any]) -> dict[str, Any]:
-    """Whose labels are learned: those of the first judge, or for several attributes those of each one's own.
-
-    Raises:
-        ValueError: if an attribute's judge gives no labels.
-    """
-    if "attributes" not in train:
-        return {"judge": judges[0] if judges else None}
-    for attribute in parse_attributes(train["attributes"]):
-        if attribute.judge not in judges:
-            raise ValueError(f"`judges` of section 'label' lack {attribute.judge}, which {attribute.name!r} is from.")
-    return {"attributes": train["attributes"]}
+            with self.recipe.blaming("evaluate"):
+                check_sources(self.evaluate, prompts if self.folds else evaluation_prompts(self.evaluate))
 
 
 def _label_judge(learned: Mapping[str, Any]) -> str | None:
@@ -209,18 +262,11 @@ def _label_judge(learned: Mapping[str, Any]) -> str | None:
     return next(undesirable, None)
 
 
-def _refuse_unmarked(learned: Mapping[str, Any], evaluate: Mapping[str, Any]) -> None:
+def _refuse_unmarked(learned: Mapping[str, Any], evaluate: EvaluateArguments) -> None:
     """Raise a `ValueError` if a judge that gave labels would be reported as one that did not."""
     gave = {each.judge for each in parse_attributes(learned.get("attributes", ()))}
-    if unmarked := sorted(gave & set(evaluate.get("judges", ())) - {evaluate["label_judge"]}):
+    if unmarked := sorted(gave & set(evaluate.judges) - {evaluate.label_judge}):
         raise ValueError(
             f"`judges` of section 'evaluate' hold {', '.join(unmarked)}, which gave labels. A report can say that of "
-            f"one judge only, {evaluate['label_judge']}: name judges that gave none."
+            f"one judge only, {evaluate.label_judge}: name judges that gave none."
         )
-
-
-def _arguments(kind: type[T], section: str, given: Mapping[str, Any]) -> T:
-    try:
-        return kind(**given)
-    except TypeError as error:
-        raise ValueError(f"Section {section!r} of the recipe: {error}.") from error

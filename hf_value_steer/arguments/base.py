@@ -1,48 +1,90 @@
 """What several commands are told: the model, how tokens are drawn, how much is generated; and checks of all of it."""
 
-import math
+import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_type_hints
+
+from hf_value_steer.arguments.kinds import check_kind, shown
 
 
-def check_kinds(arguments: Any) -> None:
-    """Refuse what is none of the choices, or of another kind than is due: a recipe may hold anything.
+MOST = 1_000_000  # of what is counted: no run that holds, or does, more comes to an end
+COUNT = {"least": 1, "most": MOST}
+SEED = {"least": -(2**63), "most": 2**63 - 1}  # what torch takes
+
+
+def renamed(kind: type[Any], given: Mapping[str, Any], place: str | None) -> dict[str, Any]:
+    """What a dataclass of arguments is given, each field under its name of today.
+
+    Args:
+        kind: the dataclass; the metadata of a field that had another name say it, as `was`.
+        given: values by name.
+        place (`str`, *optional*): where a person wrote it, whom a warning tells; of our own records there is none.
 
     Raises:
-        ValueError: names the field of the dataclass `arguments`.
+        ValueError: if a field is given under both names.
     """
-    for each in fields(arguments):
-        choice, origin, options = getattr(arguments, each.name), get_origin(each.type), get_args(each.type)
-        if choice is None:
-            continue
-        if origin is Literal and choice not in options:
-            raise ValueError(f"`{each.name}` has to be one of {', '.join(options)}; got {choice!r}.")
-        if origin is list and not isinstance(choice, list | tuple):
-            raise ValueError(f"`{each.name}` has to be a list, got {choice!r}.")
-        if each.type is bool and not isinstance(choice, bool):
-            raise ValueError(f"`{each.name}` has to be true or false, got {choice!r}.")
-        if {int, float} & {each.type, *options}:
-            for number in choice if origin is list else [choice]:
-                _check_number(each.name, number)
-
-
-def _check_number(name: str, number: Any) -> None:
-    if not isinstance(number, int | float) or isinstance(number, bool):
-        raise ValueError(f"`{name}` has to be a number, got {number!r} (in YAML 1.0e-3, not 1e-3).")
-    if not math.isfinite(number):
-        raise ValueError(f"`{name}` has to be a finite number, got {number!r}.")
-
-
-def check_least(arguments: Any, least: int, *names: str) -> None:
-    """Refuse numbers below `least`; fields that are `None` are passed over."""
-    for name in names:
-        number = getattr(arguments, name)
-        if number is not None and number < least:
-            raise ValueError(f"`{name}` has to be at least {least}, got {number}.")
+    found = dict(given)
+    for each in fields(kind):
+        was = each.metadata.get("was")
+        if was in found:
+            if each.name in found:
+                raise ValueError(f"`{was}` is the old name of `{each.name}`: pass `{each.name}` alone.")
+            if place is not None:
+                warnings.warn(f"{place}: `{was}` is `{each.name}` now: say that.", FutureWarning, stacklevel=3)
+            found[each.name] = found.pop(was)
+    return found
 
 
 @dataclass(kw_only=True)
-class BackboneArguments:
+class Arguments:
+    """What a command, a section of a recipe or a function is told.
+
+    When one is made, each field is checked against its annotation and against `least` and `most` in its metadata, and
+    what fields say together by `check`. Tuples, paths and the numbers of numpy become lists, texts and numbers.
+
+    Raises:
+        ValueError: names the field, and says what was expected.
+    """
+
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for each in fields(self):
+            given = _plain(getattr(self, each.name))
+            check_kind(each.name, kinds[each.name], given, in_yaml=True)
+            check_bounds(each.name, given, each.metadata)
+            setattr(self, each.name, given)
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` for what no field alone is wrong about."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    value = _number(value)
+    return [_number(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _number(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
+
+
+def check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` for a number, or one in a list, below `bounds["least"]` or above `bounds["most"]`."""
+    if value is None or not {"least", "most"} & bounds.keys():
+        return
+    for number in value if isinstance(value, list) else [value]:
+        if "least" in bounds and number < bounds["least"]:
+            raise ValueError(f"`{name}` has to be at least {bounds['least']:,}, got {shown(number)}.")
+        if "most" in bounds and number > bounds["most"]:
+            raise ValueError(f"`{name}` has to be at most {bounds['most']:,}, got {shown(number)}.")
+
+
+@dataclass(kw_only=True)
+class BackboneArguments(Arguments):
     """The model that reads or writes."""
 
     model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
@@ -50,13 +92,13 @@ class BackboneArguments:
 
 
 @dataclass(kw_only=True)
-class SamplingArguments:
+class SamplingArguments(Arguments):
     """How tokens are drawn, in `collect` and in `evaluate`."""
 
     do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
-    temperature: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_p: float = field(default=1.0, metadata={"help": "of the sampling"})
-    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampling", "least": 0})
+    top_p: float = field(default=1.0, metadata={"help": "of the sampling", "least": 0, "most": 1})
+    top_k: int = field(default=0, metadata={"help": "of the sampling; 0 is off", "least": 0})
 
     def sampling(self) -> dict[str, Any]:
         """The same as arguments of `generate`."""
@@ -69,12 +111,12 @@ class SamplingArguments:
 class GenerationArguments(BackboneArguments, SamplingArguments):
     """What several generations of some prompts are made of."""
 
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts", "least": 1})
     chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
-    samples: int = field(default=4, metadata={"help": "generations of each prompt"})
-    max_new_tokens: int = field(default=128, metadata={"help": "length of a generation"})
-    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate"})
-    seed: int = field(default=0, metadata={"help": "of all generation"})
+    samples: int = field(default=4, metadata={"help": "generations of each prompt", **COUNT})
+    max_new_tokens: int = field(default=128, metadata={"help": "length of a generation", **COUNT})
+    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate", **COUNT})
+    seed: int = field(default=0, metadata={"help": "of all generation", **SEED})
 
     def sizes(self) -> dict[str, Any]:
         """Arguments of a [`~hf_value_steer.evaluation.runs.Runner`]."""

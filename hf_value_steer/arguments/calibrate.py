@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
+from hf_value_steer.arguments.base import Arguments
+from hf_value_steer.checks import check_probability
 from hf_value_steer.choices import HeadMethod, PromiseMode
 
 
 @dataclass(kw_only=True)
-class CalibrateArguments:
+class CalibrateArguments(Arguments):
     """Which promise, and on what."""
 
     collection: str = field(metadata={"help": "folder of a labelled collection"})
@@ -20,7 +22,9 @@ class CalibrateArguments:
     )
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
     mode: PromiseMode = field(default="marginal", metadata={"help": "what is promised; selective is for abstain only"})
-    delta: float | None = field(default=None, metadata={"help": "how often a promise with confidence may fail"})
+    delta: float | None = field(
+        default=None, metadata={"help": "how often a promise with confidence may fail", "least": 0, "most": 1}
+    )
     alpha: float | None = field(default=None, metadata={"help": "make the threshold of this promise the default"})
     token_rate: float | None = field(
         default=None, metadata={"help": "make the default threshold one that this share of tokens fails; no promise"}
@@ -28,12 +32,13 @@ class CalibrateArguments:
     group_column: str | None = field(
         default=None, metadata={"help": "column of the prompts: thresholds for each group"}
     )
-    seed: int = field(default=0, metadata={"help": "of the choice of one generation for each prompt"})
+    seed: int = field(default=0, metadata={"help": "of the choice of one generation for each prompt", "least": 0})
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.alpha is not None and self.token_rate is not None:
             raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
-        if self.token_rate is not None and not 0 < self.token_rate < 1:
-            raise ValueError(f"`token_rate` has to be a share in (0, 1), got {self.token_rate}.")
+        for name in ("alpha", "token_rate"):
+            if getattr(self, name) is not None:
+                check_probability(getattr(self, name), name)
         if (self.judge is None) != bool(self.attributes):
             raise ValueError("`judge` says which generations are safe, or `attributes` do: pass one of them.")

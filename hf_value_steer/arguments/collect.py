@@ -1,8 +1,10 @@
 """What `collect` and `label` are told."""
 
+import json
 from dataclasses import dataclass, field
 
-from hf_value_steer.arguments.base import GenerationArguments, check_kinds, check_least
+from hf_value_steer.arguments.base import COUNT, MOST, SEED, Arguments, GenerationArguments
+from hf_value_steer.arguments.kinds import shown
 
 
 @dataclass(kw_only=True)
@@ -16,47 +18,64 @@ class CollectArguments(GenerationArguments):
     )
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
-    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
+    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most", **COUNT})
     forced_samples: int = field(
-        default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
+        default=0,
+        metadata={
+            "help": "further generations of each prompt, for training only, with words forced in",
+            "least": 0,
+            "most": MOST,
+        },
     )
     force_words: str | None = field(
         default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
     )
-    next_tokens: int = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
-    batch_size: int = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
-    seed: int = field(default=0, metadata={"help": "of sampling and forcing"})
+    next_tokens: int = field(
+        default=0,
+        metadata={"help": "keep so many most likely next tokens of every step", "least": 0, "most": MOST},
+    )
+    batch_size: int = field(
+        default=16, metadata={"help": "prompts in one call of generate, and in one shard", **COUNT}
+    )
+    seed: int = field(default=0, metadata={"help": "of sampling and forcing", **SEED})
     engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
     engine_args: str | None = field(
         default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}
     )
 
-    def __post_init__(self) -> None:
-        check_kinds(self)
+    def check(self) -> None:
         if self.engine not in ("generate", "vllm"):
             raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
         if self.engine_args is not None and self.engine != "vllm":
             raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
+        if self.engine_args is not None and not _is_json_object(self.engine_args):
+            raise ValueError(f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}.")
         if self.force_words and self.engine == "vllm":
             raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
-        check_least(self, 1, "samples", "max_new_tokens", "batch_size", "limit")
-        check_least(self, 0, "forced_samples", "next_tokens")
         if bool(self.forced_samples) != bool(self.force_words):
             raise ValueError("`forced_samples` and `force_words` go together: pass both or none.")
 
 
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (RecursionError, ValueError):
+        return False
+
+
 @dataclass(kw_only=True)
-class LabelArguments:
+class LabelArguments(Arguments):
     """Who reads the generations, and how much of them."""
 
     judges: list[str] = field(metadata={"help": "lexicon:, classifier:, reward:, llm:, math: or python: judges"})
     prefixes: bool = field(default=False, metadata={"help": "let judges score every prefix, not whole texts only"})
     prefix_words: int | None = field(
-        default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default"}
+        default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default", "least": 1}
     )
 
-    def __post_init__(self) -> None:
-        check_kinds(self)
+    def check(self) -> None:
+        if not self.judges:
+            raise ValueError("`judges` is empty: name at least one judge.")
 
 
 @dataclass(kw_only=True)

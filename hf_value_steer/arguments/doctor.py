@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_value_steer.arguments.base import Arguments
+from hf_value_steer.checks import MOST_CANDIDATES
+
 
 @dataclass(kw_only=True)
-class DoctorArguments:
+class DoctorArguments(Arguments):
     """What is examined."""
 
     model: str | None = field(
@@ -13,7 +16,9 @@ class DoctorArguments:
     )
     vllm: bool = field(default=False, metadata={"help": "check the installed vLLM instead of a model"})
     value_head: str | None = field(default=None, metadata={"help": "Hub id or folder of a value head"})
-    num_candidates: int = field(default=8, metadata={"help": "candidates of a step"})
+    num_candidates: int = field(
+        default=8, metadata={"help": "candidates of a step", "least": 1, "most": MOST_CANDIDATES}
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "dtype of the model; auto is that of the checkpoint"}
     )
@@ -22,6 +27,6 @@ class DoctorArguments:
     )
     json: bool = field(default=False, metadata={"help": "print JSON instead of a table"})
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.vllm == (self.model is not None):
             raise ValueError("Pass a model, or `vllm`.")

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from hf_value_steer.arguments.base import GenerationArguments, check_kinds, check_least
+from hf_value_steer.arguments.base import COUNT, GenerationArguments
+from hf_value_steer.checks import MOST_CANDIDATES, check_probability
 from hf_value_steer.choices import HeadMethod, VectorMode
 
 
@@ -24,7 +25,9 @@ class EvaluateArguments(GenerationArguments):
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
-    num_candidates: list[int] = field(default_factory=lambda: [8], metadata={"help": "grid of K"})
+    num_candidates: list[int] = field(
+        default_factory=lambda: [8], metadata={"help": "grid of K", "least": 1, "most": MOST_CANDIDATES}
+    )
     thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
     placebo: bool = field(default=True, metadata={"help": "a head with shuffled weights beside it"})
     baselines: list[str] = field(
@@ -35,12 +38,10 @@ class EvaluateArguments(GenerationArguments):
     mask: str | None = field(
         default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
     )
-    best_of: int = field(default=4, metadata={"help": "N, for best_of_n"})
-    batch_size: int = field(default=8, metadata={"help": "prompts in one call of generate"})
+    best_of: int = field(default=4, metadata={"help": "N, for best_of_n", **COUNT})
+    batch_size: int = field(default=8, metadata={"help": "prompts in one call of generate", **COUNT})
 
-    def __post_init__(self) -> None:
-        check_kinds(self)
-        check_least(self, 1, "samples", "max_new_tokens", "batch_size", "limit", "best_of")
+    def check(self) -> None:
         if unknown := sorted(set(self.baselines) - set(BASELINES)):
             raise ValueError(f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
         needs = {"bad_words": self.bad_words, "system_prompt": self.system_prompt}
@@ -49,6 +50,10 @@ class EvaluateArguments(GenerationArguments):
                 raise ValueError(f"The baseline {name!r} needs `{name}`.")
         if not self.judges:
             raise ValueError("`judges` is empty: name at least one judge that gave no label.")
+        if not self.num_candidates:
+            raise ValueError("`num_candidates` is empty: pass at least one K.")
+        for threshold in self.thresholds:
+            check_probability(threshold, "thresholds")
 
     def all_judges(self) -> list[str]:
         """Those that gave no label, and then the one that did."""
@@ -64,6 +69,13 @@ class SweepArguments(GenerationArguments):
     prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
     judges: list[str] = field(metadata={"help": "judges, by whose first the window is described"})
     multipliers: list[float] = field(default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"})
-    budget: float = field(default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"})
+    budget: float = field(
+        default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's", "least": 0}
+    )
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
-    max_new_tokens: int = field(default=64, metadata={"help": "length of a generation"})
+    max_new_tokens: int = field(default=64, metadata={"help": "length of a generation", **COUNT})
+
+    def check(self) -> None:
+        for name in ("judges", "multipliers"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is empty: pass at least one.")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from hf_value_steer.arguments.base import check_kinds
+from hf_value_steer.arguments.base import COUNT, Arguments
 from hf_value_steer.checks import check_attributes
 from hf_value_steer.choices import Loss, Polarity, Target
 
@@ -22,6 +22,8 @@ class Preset:
     epochs: int
     patience: int
 
+
+TRAINING_SEED = {"least": 0, "most": 2**32 - 1}  # what numpy takes
 
 # What works out of the box. "value-steer" is that of the package of arXiv 2605.14746.
 PRESETS = {
@@ -77,7 +79,7 @@ def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
 
 
 @dataclass(kw_only=True)
-class SplitArguments:
+class SplitArguments(Arguments):
     """Which share of the prompts is for what; the rest trains."""
 
     validation: float = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
@@ -85,8 +87,7 @@ class SplitArguments:
     held_out: float = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
     rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
 
-    def __post_init__(self) -> None:
-        check_kinds(self)
+    def check(self) -> None:
         shares = (self.validation, self.calibration, self.held_out)
         if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
             raise ValueError(
@@ -112,20 +113,24 @@ class TrainArguments(SplitArguments):
         default="worst", metadata={"help": "how several attributes are one value"}
     )
     architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "of the head"})
-    recipe: Literal["value-steer", "hazard"] = field(
+    preset: Literal["value-steer", "hazard"] = field(
         default="value-steer",
-        metadata={"help": "preset of target, loss, weights, learning rate, decay, epochs, patience"},
+        metadata={"help": "of target, loss, weights, learning rate, decay, epochs, patience", "was": "recipe"},
     )
     target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
     loss: Loss | None = field(default=None, metadata={"help": "token loss"})
-    positive_weight: float | None = field(default=None, metadata={"help": "weight of the positive class"})
-    coherence_weight: float | None = field(default=None, metadata={"help": "weight of the TD-coherence term"})
-    learning_rate: float | None = field(default=None, metadata={"help": "of AdamW"})
-    weight_decay: float | None = field(default=None, metadata={"help": "of AdamW"})
-    epochs: int | None = field(default=None, metadata={"help": "at most"})
-    patience: int | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
-    batch_rows: int = field(default=32, metadata={"help": "generations in one step"})
-    seed: int = field(default=0, metadata={"help": "of weights and order"})
+    positive_weight: float | None = field(default=None, metadata={"help": "weight of the positive class", "least": 0})
+    coherence_weight: float | None = field(
+        default=None, metadata={"help": "weight of the TD-coherence term", "least": 0}
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "of AdamW", "least": 0})
+    weight_decay: float | None = field(default=None, metadata={"help": "of AdamW", "least": 0})
+    epochs: int | None = field(default=None, metadata={"help": "at most", **COUNT})
+    patience: int | None = field(
+        default=None, metadata={"help": "epochs without improvement before it stops", "least": 0}
+    )
+    batch_rows: int = field(default=32, metadata={"help": "generations in one step", **COUNT})
+    seed: int = field(default=0, metadata={"help": "of weights and order", **TRAINING_SEED})
     accept_chance: bool = field(
         default=False, metadata={"help": "go on with a head that is no better than chance on the validation texts"}
     )
@@ -134,10 +139,8 @@ class TrainArguments(SplitArguments):
         metadata={"help": "further TrainingArguments as name=value, for instance report_to=wandb, bf16=true"},
     )
 
-    def __post_init__(self) -> None:
-        if self.recipe not in PRESETS:
-            raise ValueError(f"`recipe` has to be one of {', '.join(PRESETS)}; got {self.recipe!r}.")
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if (self.judge is None) != bool(self.attributes):
             raise ValueError(
                 "`judge` says whose labels are learned, or `attributes` do, for several: pass one of them."
@@ -165,7 +168,7 @@ class TrainArguments(SplitArguments):
         left_out = ("collection", "output", "accept_chance", *(() if self.attributes else ("attributes", "combine")))
         return {name: choice for name, choice in asdict(self).items() if name not in left_out}
 
-    def preset(self) -> Preset:
-        """The preset of `recipe`, with what was chosen otherwise."""
+    def settings(self) -> Preset:
+        """The preset, with what was chosen otherwise."""
         chosen = {each.name: getattr(self, each.name) for each in fields(Preset)}
-        return replace(PRESETS[self.recipe], **{name: value for name, value in chosen.items() if value is not None})
+        return replace(PRESETS[self.preset], **{name: value for name, value in chosen.items() if value is not None})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from hf_value_steer.arguments.base import BackboneArguments, SamplingArguments
+from hf_value_steer.arguments.base import COUNT, SEED, BackboneArguments, SamplingArguments
 from hf_value_steer.choices import DirectionMethod, Pooling, VectorMode
 
 
@@ -29,7 +29,9 @@ class ExtractArguments(ModelArguments):
     pooling: Pooling | None = field(
         default=None, metadata={"help": "which states of a text count; of pairs the last by default"}
     )
-    layers: list[float] = field(default_factory=lambda: [0.4, 0.9], metadata={"help": "range, as shares of the depth"})
+    layers: list[float] = field(
+        default_factory=lambda: [0.4, 0.9], metadata={"help": "range, as shares of the depth", "least": 0, "most": 1}
+    )
     attribute: str | None = field(default=None, metadata={"help": "what a positive multiplier brings more of"})
 
 
@@ -40,7 +42,7 @@ class ScaleArguments(ModelArguments):
     vectors: str = field(metadata={"help": "folder of the vectors"})
     texts: str = field(metadata={"help": "a few dozen texts, as prompts of `collect`"})
     rho: float | None = field(
-        default=None, metadata={"help": "relative influence at m = 1; 1/sqrt(width) if left out"}
+        default=None, metadata={"help": "relative influence at m = 1; 1/sqrt(width) if left out", "least": 0}
     )
 
 
@@ -51,10 +53,10 @@ class ApplyArguments(ModelArguments, SamplingArguments):
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "as for `collect`"})
     multipliers: list[float] = field(default_factory=lambda: [-0.25, 0.25], metadata={"help": "which to show"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts"})
+    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts", "least": 1})
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
-    max_new_tokens: int = field(default=64, metadata={"help": "length of a text"})
-    seed: int = field(default=0, metadata={"help": "of sampling"})
+    max_new_tokens: int = field(default=64, metadata={"help": "length of a text", **COUNT})
+    seed: int = field(default=0, metadata={"help": "of sampling", **SEED})
 
 
 @dataclass(kw_only=True)

@@ -4,11 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from hf_value_steer.checks import MOST_CANDIDATES
 from hf_value_steer.choices import Fallback
 from hf_value_steer.configuration.methods import SteeringConfig
-
-
-MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,10 @@
 """Generating under one setting: base, filter, placebo, baselines, by the same loop on the same prompts and seeds."""
 
 import copy
-import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.heads.value_head import ValueHead
@@ -106,7 +106,7 @@ class Runner:
         """Generate under `setting`, or read what was generated before."""
         path = self.folder / f"{_slug(setting.name)}.json"
         if path.exists():
-            return Texts(**json.loads(path.read_text(encoding="utf-8")))
+            return Texts(**read_record(path, *(each.name for each in fields(Texts))))
         texts, samples = Texts(), samples or self.samples
         for first in progress(range(0, len(self.prompts), self.batch_size), setting.name, "batch"):
             self._batch(setting, first, samples, texts)
@@ -189,7 +189,7 @@ def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float, n
     path = runner.folder / f"{_slug(name)}-threshold.json"
     if not path.exists():
         write_json(path, _placebo_threshold(runner, head, num_candidates, rate))
-    threshold = json.loads(path.read_text(encoding="utf-8"))
+    threshold = read_record(path, kind=float)
     config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=num_candidates)
     return Setting(name, "placebo", config, num_candidates, threshold)
 

@@ -24,7 +24,7 @@ _FLOATING = ("F16", "BF16", "F32", "F64")  # as safetensors spells them
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+def reading(path: str | os.PathLike[str], kind: str, remedy: str = "Save it, or download it, again") -> Iterator[None]:
     """Whatever is found to be wrong with a file inside the block becomes an `ArtefactError` that names the file.
 
     That a file is not there stays an `OSError`.
@@ -32,6 +32,7 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     Args:
         path: the file.
         kind (`str`): what it should be.
+        remedy (`str`): what to do.
     """
     try:
         yield
@@ -42,15 +43,33 @@ def reading(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         reason = textwrap.shorten(reason, 400, placeholder=" ...").rstrip(".")
-        raise ArtefactError(f"{path} is no {kind}: {reason}. Save it, or download it, again.") from error
+        raise ArtefactError(f"{path} is no {kind}: {reason}. {remedy}.") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; for use inside [`reading`]."""
+def read_object(path: Path, kind: type = dict) -> Any:
+    """The JSON object in a file, or what else of a `kind` is there; for use inside [`reading`]."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"it should hold a JSON object, but holds a {type(found).__name__}.")
+    if not isinstance(found, kind):
+        wanted = {dict: "object", list: "list", float: "number"}[kind]
+        raise ValueError(f"it should hold a JSON {wanted}, but holds a {type(found).__name__}.")
     return found
+
+
+def read_record(path: Path, *needed: str, kind: type[Any] = dict) -> Any:
+    """The JSON that this library wrote into a file, which somebody may have cut or edited since.
+
+    Args:
+        needed (`str`): keys that have to be there.
+        kind: of the JSON: `dict`, `list`, `float`.
+
+    Raises:
+        ArtefactError: names the file.
+    """
+    with reading(path, "record of what was done", "Put the original back, or delete it and run again"):
+        found = read_object(path, kind)
+        if missing := [name for name in needed if name not in found]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return found
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

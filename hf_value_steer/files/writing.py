@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_value_steer.files.reading import read_record
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that is there completely or not at all, whenever the process or the machine stops."""
@@ -50,7 +52,10 @@ def read_utf8(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 (at byte {error.start}): save it in UTF-8.") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not in UTF-8 (line {line}, byte {error.start} of it): save it in UTF-8."
+        ) from error
     if "\0" in text:  # in every other byte of English text in UTF-16, which can be read as UTF-8
         raise ValueError(f"{path} is not a text in UTF-8, but perhaps in UTF-16: save it in UTF-8.")
     return text
@@ -60,17 +65,18 @@ def claim(path: Path, document: dict[str, Any]) -> None:
     """Write what a folder holds, or refuse to go on in a folder that holds something else.
 
     Raises:
+        ArtefactError: if what is there cannot be read.
         ValueError: names what differs.
     """
     if path.exists():
-        _refuse(path, _difference("", json.loads(path.read_text(encoding="utf-8")), document))
+        _refuse(path, _difference("", read_record(path), document))
     write_json(path, document)
 
 
 def refuse_other(path: Path, part: dict[str, Any]) -> None:
     """Refuse a folder of which it is plain already that it holds something else than this `part` of what is to be."""
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_record(path)
         _refuse(path, _difference("", {name: before.get(name) for name in part}, part))
 
 

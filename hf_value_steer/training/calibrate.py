@@ -1,12 +1,10 @@
 """`calibrate`: from generations that training never saw to thresholds and what they promise."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +16,14 @@ from hf_value_steer.arguments.train import SplitArguments, parse_attributes
 from hf_value_steer.calibration import Calibration, one_per_prompt
 from hf_value_steer.checks import check_attributes
 from hf_value_steer.choices import Polarity
+from hf_value_steer.files.reading import reading
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import split_rows
+from hf_value_steer.training.train import recorded_arguments, split_rows
 
 
 logger = logging.getLogger(__name__)
@@ -128,11 +127,13 @@ def _judges(arguments: CalibrateArguments, head: ValueHead) -> list[tuple[str, P
 def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
     """Rows that neither trained the head nor stopped its training; all natural ones if it was trained elsewhere."""
     record = head_folder / "training.json"
-    recorded: Any = json.loads(record.read_text(encoding="utf-8"))["arguments"] if record.exists() else {}
+    recorded = recorded_arguments(record) if record.exists() else {}
     if recorded.get("collection_sha256") != collection.digest():
         return collection.rows.natural.nonzero().flatten().tolist()
     shares = {each.name: recorded[each.name] for each in fields(SplitArguments) if each.name in recorded}
-    rows = split_rows(collection, SplitArguments(**shares))["calibration"]
+    with reading(record, "record of a training", "Put the original back"):
+        split = SplitArguments(**shares)
+    rows = split_rows(collection, split)["calibration"]
     if not rows:
         raise ValueError("Training set nothing aside to calibrate on: train with `calibration` above 0.")
     return rows

@@ -1,8 +1,10 @@
 """Checkpoints of a `Trainer` that are whole or do not count: their files are written, and deleted, one by one."""
 
+import difflib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,24 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_json
 
 
 MARK = "complete.json"  # names and sizes of the files of a checkpoint, written after all of them
+
+
+def check_further(further: Sequence[str]) -> None:
+    """Raise a `ValueError` unless each is `name=value`, with the name of a field of `TrainingArguments`."""
+    known = [each.name for each in fields(TrainingArguments)]
+    for entry in further:
+        name, equals, _ = entry.partition("=")
+        if not equals:
+            raise ValueError(f"`trainer` takes entries name=value, got {entry!r}.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {close[0]}?" if close else "."
+            raise ValueError(f"`trainer`: {name!r} is no argument of TrainingArguments{hint}")
 
 
 def training_arguments(folder: Path, rows: int, seed: int, further: Sequence[str], **own: Any) -> TrainingArguments:
@@ -38,14 +54,19 @@ def training_arguments(folder: Path, rows: int, seed: int, further: Sequence[str
         "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": seed,
     }
+    check_further(further)
     parted = (entry.partition("=") for entry in further)
-    return TrainingArguments(**shared | own | {name: _json_or_text(choice) for name, _, choice in parted})
+    given = {name: _json_or_text(choice) for name, _, choice in parted}
+    try:
+        return TrainingArguments(**shared | own | given)
+    except TypeError as error:
+        raise ValueError(f"`trainer`: {error}.") from error
 
 
 def _json_or_text(choice: str) -> Any:
     try:
         return json.loads(choice)
-    except json.JSONDecodeError:
+    except (RecursionError, ValueError):
         return choice
 
 
@@ -77,5 +98,5 @@ def _is_complete(checkpoint: Path) -> bool:
     mark = checkpoint / MARK
     if not mark.exists():
         return False
-    sizes = json.loads(mark.read_text(encoding="utf-8"))
+    sizes = read_record(mark)
     return all((checkpoint / name).exists() and (checkpoint / name).stat().st_size == sizes[name] for name in sizes)

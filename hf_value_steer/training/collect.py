@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.arguments.kinds import shown
 from hf_value_steer.backbone.parts import feature_width, fingerprint
 from hf_value_steer.backbone.points import feature_point
 from hf_value_steer.files.writing import claim, refuse_other
@@ -29,8 +30,15 @@ from hf_value_steer.training.continuation import Batch, Continuation, Start, see
 from hf_value_steer.training.forced_words import ForcedWords
 from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import label
-from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, prompts_digest, write_prompts
-from hf_value_steer.training.references import PREFIX, model_name, resolve
+from hf_value_steer.training.prompts import (
+    Formatter,
+    Prompt,
+    load_prompts,
+    prompts_digest,
+    read_records,
+    write_prompts,
+)
+from hf_value_steer.training.references import PREFIX, model_name
 from hf_value_steer.training.sampling import generate_arguments
 from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 
@@ -187,7 +195,11 @@ class _Generate:
 def _words(source: str) -> list[str]:
     if not source.startswith(PREFIX):
         return [prompt.text for prompt in load_prompts(source, argument="force_words")]
-    words = list(resolve(source)())
+    words = []
+    for place, word in read_records(source, argument="force_words"):
+        if not isinstance(word, str):
+            raise ValueError(f"`force_words`: {place}: a word has to be a text, got {shown(word)}.")
+        words.append(word)
     if not words:
         raise ValueError(f"`force_words`: {source} gave no word.")
     return words

@@ -33,6 +33,7 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
         judges agree, see [`~hf_value_steer.training.judges.agreement`]. The same is in `labels/report.json`.
 
     Raises:
+        RuntimeError: if a judge fails. What was labelled stays, by shards.
         ValueError: if a judge is missing or answers out of range. What was labelled stays.
     """
     state = PartialState()
@@ -47,7 +48,10 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
             pieces = vocabulary_pieces(tokenizer)
         reader = _Reader(collection, tokenizer, judge, arguments, pieces)
         for index in progress(missing, f"label {spec}", "shard", not state.is_main_process):
-            write_tensors(_file(folder, index), reader.tensors(index))
+            try:
+                write_tensors(_file(folder, index), reader.tensors(index))
+            except RuntimeError as error:
+                raise RuntimeError(f"{error} (what is labelled stays: run it again for the rest)") from error
     state.wait_for_everyone()
     labels = {spec: Labels(collection, spec) for spec in arguments.judges}
     scores = {spec: each.responses().numpy() for spec, each in labels.items()}
@@ -80,7 +84,7 @@ class Labels:
 
     def digest(self) -> str:
         """What tells these labels from others."""
-        return hashlib.sha256("".join(file.metadata["sha256"] for file in self.files).encode()).hexdigest()
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
     def responses(self) -> Tensor:
         """Scores of whole responses, `(rows,)`."""
@@ -94,7 +98,7 @@ class Labels:
     @property
     def kinds(self) -> set[str]:
         """`"responses"`, and with prefixes `"prefixes"` and perhaps `"next"`."""
-        return set(self.files[0].header)
+        return set(self.files[0].tensors)
 
     def read(self, name: str, row: int) -> Tensor:
         """Scores of a row's tokens: `"prefixes"` `(tokens,)`, `"next"` `(tokens, next_tokens)`."""
@@ -139,7 +143,7 @@ class _Reader:
         before = self._troubles()
         labels = {"responses": torch.from_numpy(self.judge(prompts, texts))}
         if self.pieces is not None:
-            following = shard.read("next_tokens").tolist() if "next_tokens" in shard.header else None
+            following = shard.read("next_tokens").tolist() if "next_tokens" in shard.tensors else None
             labels |= self._prefixes(prompts, rows, offsets, following)
         return {**labels, "troubles": self._troubles() - before}
 

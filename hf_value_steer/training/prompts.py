@@ -2,15 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import from_json
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.files.writing import read_utf8
 from hf_value_steer.training.references import PREFIX, resolve
 
@@ -50,25 +52,50 @@ def load_prompts(
         argument (`str`): what errors call the source.
 
     Raises:
-        ValueError: if there is no prompt, a record does not hold `column`, or a file is not in UTF-8.
+        ValueError: if there is no prompt, or a record is neither a text nor holds one, or chat messages, in `column`;
+            names file, line and key. The same for a file that is not in UTF-8.
     """
-    records = _records(source, split, argument)
-    prompts = [_prompt(record, column, f"`{argument}`: a record of {source}") for record in records][:limit]
-    if not prompts:
+    # What a collection keeps was looked at when it was collected, by the rules of that day.
+    kept = source.endswith(".jsonl") and (Path(source).parent / "collection.json").is_file()
+    prompts = []
+    for place, record in read_records(source, split, argument, kept):
+        try:
+            prompts.append(_prompt(record, column, kept))
+        except ValueError as error:
+            raise ValueError(f"`{argument}`: {place}: {error}") from error
+    if not prompts[:limit]:
         raise ValueError(f"`{argument}`: {source} holds no prompt.")
-    return prompts
+    return prompts[:limit]
 
 
-def _records(source: str, split: str, argument: str) -> Iterable[Any]:
-    if source.startswith(PREFIX):
-        return resolve(source)()  # type: ignore[no-any-return]
+def read_records(
+    source: str, split: str = "train", argument: str = "prompts", kept: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Where each record of a source of [`load_prompts`] stands, and the record, not looked at yet.
+
+    Args:
+        kept (`bool`): whether a collection keeps them: it knows NaN.
+    """
     path = Path(source)
-    if path.suffix not in (".txt", ".jsonl"):
-        return _dataset(source, split, argument)
+    if source.startswith(PREFIX) or path.suffix not in (".txt", ".jsonl"):
+        records = resolve(source)() if source.startswith(PREFIX) else _dataset(source, split, argument)
+        if isinstance(records, str | Mapping) or not (hasattr(records, "__iter__") or hasattr(records, "__getitem__")):
+            raise ValueError(f"`{argument}`: {source} has to give a list of texts or records, got {shown(records)}.")
+        yield from ((f"{source}, record {number}", record) for number, record in enumerate(records, 1))
+        return
     if not path.is_file():
         raise ValueError(f"`{argument}`: there is no file {source}.")
-    lines = [line for line in read_utf8(path).split("\n") if line.strip()]
-    return lines if path.suffix == ".txt" else [json.loads(line) for line in lines]
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+        if line.strip():
+            place = f"{source}, line {number}"
+            yield place, line if path.suffix == ".txt" else _json(line, f"`{argument}`: {place}", kept)
+
+
+def _json(line: str, place: str, kept: bool) -> Any:
+    try:
+        return from_json(line, allow_inf_nan=kept)
+    except ValueError as error:
+        raise ValueError(f"{place}: this is no JSON: {str(error).replace(' at line 1 ', ' at ')}.") from error
 
 
 def _dataset(source: str, split: str, argument: str) -> Iterable[Any]:
@@ -82,15 +109,44 @@ def _dataset(source: str, split: str, argument: str) -> Iterable[Any]:
     return load_dataset(source, split=split)  # type: ignore[no-any-return]
 
 
-def _prompt(record: Any, column: str, place: str) -> Prompt:
-    if isinstance(record, str):
-        return Prompt(record.strip())
-    if column not in record:
-        raise ValueError(f"{place} has no column {column!r}, only {sorted(record)}.")
-    columns = {name: entry for name, entry in record.items() if name != column}
-    if isinstance(record[column], str):
-        return Prompt(record[column].strip(), columns)
-    return Prompt(record[column][-1]["content"], columns, record[column])
+def _prompt(record: Any, column: str, kept: bool) -> Prompt:
+    columns = {column: record} if isinstance(record, str) else record
+    if not isinstance(columns, Mapping):
+        raise ValueError(f"a record has to be a text, or an object with `{column}`, got {shown(record)}.")
+    if column not in columns:
+        raise ValueError(f"the record has no column {column!r}, only {shown(sorted(map(str, columns)))}.")
+    given, others = columns[column], {name: entry for name, entry in columns.items() if name != column}
+    if isinstance(given, list | tuple):
+        _check_messages(column, given)
+        if given[-1]["role"] != "user" and not kept:
+            raise ValueError(f"`{column}` has to end with a message of the role user, got {shown(given[-1]['role'])}.")
+        return Prompt(given[-1]["content"], others, list(given))
+    if not isinstance(given, str):
+        raise ValueError(f"`{column}` has to be a text, or a list of chat messages, got {shown(given)}.")
+    _check_text(column, given)
+    return Prompt(given.strip(), others)
+
+
+def _check_text(name: str, text: Any) -> None:
+    check_kind(name, str, text)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` holds half a character (a lone surrogate), at {error.start}: mend it.") from error
+
+
+def _check_messages(column: str, messages: Sequence[Any]) -> None:
+    """Raise a `ValueError` unless each has a role and a content; where tools are called the content may be missing."""
+    if not messages:
+        raise ValueError(f"`{column}` has to hold chat messages, but is an empty list.")
+    for index, message in enumerate(messages):
+        name = f"{column}[{index}]"
+        check_kind(name, dict, message)
+        tools = message is not messages[-1] and message.get("tool_calls") and message.get("content") is None
+        for key in ("role",) if tools else ("role", "content"):
+            if key not in message:
+                raise ValueError(f"`{name}` has no {key!r}, only {shown(sorted(map(str, message)))}.")
+            _check_text(f"{name}.{key}", message[key])
 
 
 def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
@@ -104,8 +160,15 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 
 def _as_json_lines(prompts: Sequence[Prompt]) -> bytes:
-    records = ({"prompt": prompt.messages or prompt.text, **prompt.columns} for prompt in prompts)
-    return "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n" for record in records).encode()
+    return b"".join(_as_json_line(number, prompt) for number, prompt in enumerate(prompts, 1))
+
+
+def _as_json_line(number: int, prompt: Prompt) -> bytes:
+    record = {"prompt": prompt.messages or prompt.text, **prompt.columns}
+    try:
+        return f"{json.dumps(record, ensure_ascii=False, sort_keys=True)}\n".encode()
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"record {number} of the prompts cannot be kept as JSON: {error}.") from error
 
 
 class Formatter:

@@ -1,6 +1,5 @@
 """`train`: from a labelled collection to a saved head."""
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,10 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
+from hf_value_steer.arguments.base import renamed
 from hf_value_steer.arguments.train import SplitArguments, TrainArguments
 from hf_value_steer.configuration.value_head import ValueHeadConfig
+from hf_value_steer.files.reading import read_object, read_record, reading
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
@@ -63,7 +64,7 @@ def train(arguments: TrainArguments) -> ValueHead:
     recorded = _recorded(collection, arguments)
     record = output / "training.json"
     if record.exists():
-        if json.loads(record.read_text(encoding="utf-8"))["arguments"] != recorded:
+        if _in_todays_words(recorded_arguments(record)) != recorded:
             raise ValueError(f"{output} holds a head that was trained otherwise: choose another folder.")
         head: ValueHead = ValueHead.from_pretrained(output)
         _refuse_chance(head.config.training, arguments)
@@ -71,8 +72,8 @@ def train(arguments: TrainArguments) -> ValueHead:
     rows, work = split_rows(collection, arguments), output / "checkpoints"
     head, history = _fitted(collection, arguments, rows, work)
     head.config.training = {
-        "recipe": arguments.recipe,
-        **asdict(arguments.preset()),
+        "preset": arguments.preset,
+        **asdict(arguments.settings()),
         "seed": arguments.seed,
         **({"attributes": arguments.attributes} if arguments.attributes else {"judge": arguments.judge}),
         "metrics": history[-1],
@@ -90,13 +91,24 @@ def _fitted(
 ) -> tuple[ValueHead, list[dict[str, Any]]]:
     """What [`fit`] returns, kept in `work`: whoever accepts a head at chance does not train it again."""
     done, claimed = work / "history.json", work / "arguments.json"
-    if done.exists() and json.loads(claimed.read_text(encoding="utf-8")) != _learned(collection, arguments):
+    if done.exists() and _in_todays_words(read_record(claimed)) != _learned(collection, arguments):
         shutil.rmtree(work)  # of a head that was refused
     if not done.exists():
         head, history = fit(collection, arguments, rows["train"], rows["validation"], work)
         head.save_pretrained(work / "head")
         write_json(done, history)
-    return ValueHead.from_pretrained(work / "head"), json.loads(done.read_text(encoding="utf-8"))
+    return ValueHead.from_pretrained(work / "head"), read_record(done, kind=list)
+
+
+def recorded_arguments(record: Path) -> dict[str, Any]:
+    """The arguments that a `training.json` holds."""
+    with reading(record, "record of a training", "Put the original back, or delete it and train again"):
+        return dict(read_object(record)["arguments"])
+
+
+def _in_todays_words(recorded: Any) -> dict[str, Any]:
+    """The arguments in a record, which may be older than the names of today."""
+    return renamed(TrainArguments, recorded, None)
 
 
 def _recorded(collection: Collection, arguments: TrainArguments) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def _refuse_chance(training: Mapping[str, Any] | None, arguments: TrainArguments
     if report and not arguments.accept_chance:
         raise ValueError(
             f"The head is not shown to be better than chance: {report}. Collect more prompts or `samples`, look "
-            "whether the judge's labels make sense, or try another `recipe` or `target`. To go on with this head all "
+            "whether the judge's labels make sense, or try another `preset` or `target`. To go on with this head all "
             "the same say `accept_chance`: nothing is trained again."
         )
 
@@ -140,8 +152,8 @@ def fit(
         The head of the best epoch, and the metrics of every epoch, those of the best one last. What cannot be
         computed, such as the AUROC where all labels are on one side, is `None`.
     """
-    preset, judges = arguments.preset(), arguments.judges()
-    targets = Targets(collection, judges, preset.target)
+    settings, judges = arguments.settings(), arguments.judges()
+    targets = Targets(collection, judges, settings.target)
     refuse_one_class(targets, train_rows, judges)
     refuse_what_cannot_be_told(targets, validation_rows, judges, arguments.accept_chance)
     report_balance(targets, judges, {"training": train_rows, "validation": validation_rows})
@@ -150,9 +162,9 @@ def fit(
     model = HeadInTraining(
         _new_head(collection, arguments),
         *feature_moments(training),
-        preset.loss,
-        preset.positive_weight,
-        preset.coherence_weight,
+        settings.loss,
+        settings.positive_weight,
+        settings.coherence_weight,
     )
     trainer = ValueHeadTrainer(
         model=model,
@@ -160,19 +172,25 @@ def fit(
         train_dataset=training,
         eval_dataset=validation,
         callbacks=[
-            EarlyStoppingCallback(early_stopping_patience=preset.patience),
-            *(() if arguments.accept_chance else (StopAtChance(preset.patience),)),
+            EarlyStoppingCallback(early_stopping_patience=settings.patience),
+            *(() if arguments.accept_chance else (StopAtChance(settings.patience),)),
         ],
     )
-    claim(work / "arguments.json", _learned(collection, arguments))
+    _claim(work / "arguments.json", _learned(collection, arguments))
     train_on(trainer)
     history = _history(trainer.state.log_history, [each["name"] for each in arguments.head_attributes()])
     if not (finite := [entry for entry in history if entry["loss"] is not None]):
         raise ValueError(
-            f"The validation loss was never finite: lower `learning_rate` (it is {preset.learning_rate:g}), or look "
+            f"The validation loss was never finite: lower `learning_rate` (it is {settings.learning_rate:g}), or look "
             "for infinite features in the collection."
         )
     return model.folded(), [*history, min(finite, key=lambda entry: entry["loss"])]
+
+
+def _claim(path: Path, learned: dict[str, Any]) -> None:
+    if path.exists():
+        write_json(path, _in_todays_words(read_record(path)))
+    claim(path, learned)
 
 
 def _history(log: Sequence[Mapping[str, Any]], attributes: Sequence[str]) -> list[dict[str, Any]]:
@@ -208,15 +226,15 @@ def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
 
 
 def _training_arguments(arguments: TrainArguments, work: Path) -> TrainingArguments:
-    preset = arguments.preset()
+    settings = arguments.settings()
     return training_arguments(
         work,
         arguments.batch_rows,
         arguments.seed,
         arguments.trainer,
-        num_train_epochs=preset.epochs,
-        learning_rate=preset.learning_rate,
-        weight_decay=preset.weight_decay,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
         warmup_steps=0.1,
         save_total_limit=2,
         load_best_model_at_end=True,

@@ -46,7 +46,7 @@ def recipe(world, output, **changes):
         "label": {"judges": judges, "prefixes": True, "prefix_words": 1},
         "train": {
             "attributes": attributes(world),
-            "recipe": "hazard",
+            "preset": "hazard",
             "target": "prefix",
             "validation": 0.25,
             "calibration": 0.3,
@@ -94,7 +94,7 @@ def test_what_it_leaves(world, finished):
 
 def test_a_record_of_other_arguments_still_says_what_was_held_out(finished, tmp_path):
     record = json.loads((finished / "head" / "training.json").read_text())
-    record["arguments"] |= {"recipe": "one that is gone", "no longer there": 1}
+    record["arguments"] |= {"preset": "one that is gone", "no longer there": 1}
     (tmp_path / "training.json").write_text(json.dumps(record))
     assert held_out_rows(Collection(finished / "collection"), tmp_path) == held_out(finished)[1]
 

@@ -211,7 +211,7 @@ def test_a_recipe_without_a_head(world, tmp_path):
         "label": {"judges": [judge], "prefixes": True, "prefix_words": 1},
         "guide": {**small, "text_epochs": 1, "pair_epochs": 1, "bridge_epochs": 1, "validation": 0.25},
     }  # fmt: skip
-    with pytest.raises(ValueError, match="Section 'guide' of the recipe: .*epocs"):
+    with pytest.raises(ValueError, match="The recipe, guide.epocs: .*`epocs`"):
         run_recipe(recipe | {"guide": {"epocs": 1}})
     for change in ({"calibrate": {}}, {"push": {"repo_id": "me/head"}}):
         with pytest.raises(ValueError, match="lacks train"):
@@ -219,10 +219,10 @@ def test_a_recipe_without_a_head(world, tmp_path):
     with pytest.raises(ValueError, match="needs `prefixes: true` in section 'label'"):
         run_recipe(recipe | {"label": {"judges": [judge]}})
     for change, message in (
-        ({"target": "rsik"}, "`target` has to be one of response, prefix, hazard, risk; got 'rsik'"),
-        ({"injection": "injct"}, "`injection` has to be one of bridge, inject"),
-        ({"text_rate": "1e-3"}, "`text_rate` has to be a number, got '1e-3'"),
-        ({"layer": "first"}, "`layer` has to be a number"),
+        ({"target": "rsik"}, "guide.target: has to be one of response, prefix, hazard, risk, got 'rsik'"),
+        ({"injection": "injct"}, "guide.injection: has to be one of bridge, inject"),
+        ({"text_rate": "1e-3"}, "guide.text_rate: has to be a number, got '1e-3'"),
+        ({"layer": "first"}, "guide.layer: has to be a whole number"),
     ):
         with pytest.raises(ValueError, match=message):
             run_recipe(recipe | {"guide": small | change})

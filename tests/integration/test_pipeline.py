@@ -20,6 +20,7 @@ from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cli import main
+from hf_value_steer.files.marked import Marked
 from hf_value_steer.recipe import _Steps, run_recipe
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import Labels, label, labels_folder, vocabulary_pieces
@@ -55,7 +56,7 @@ def recipe(world, output, **evaluate):
         },
         "label": {"judges": [judge], "prefixes": True, "prefix_words": 1},
         "train": {
-            "recipe": "hazard",
+            "preset": "hazard",
             "validation": 0.25,
             "calibration": 0.25,
             "learning_rate": 0.01,
@@ -181,6 +182,45 @@ def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):
     assert files(finished) == before
 
 
+def say_the_old_word(record):
+    """As if it had been written when `preset` was `recipe`."""
+    text = record.read_text()
+    assert text.count('"preset": ') == 1
+    record.write_text(text.replace('"preset": ', '"recipe": '))
+
+
+def test_a_head_that_was_trained_under_the_old_word_goes_on(world, finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "run")
+    record = tmp_path / "run" / "head" / "training.json"
+    say_the_old_word(record)
+    before = record.read_bytes()
+    monkeypatch.setattr("hf_value_steer.training.train.fit", None)
+    content = {name: part for name, part in recipe(world, tmp_path / "run").items() if name != "evaluate"}
+    run_recipe(content)
+    assert record.read_bytes() == before
+    with pytest.raises(ValueError, match="trained otherwise"):
+        run_recipe({**content, "train": {**content["train"], "preset": "value-steer"}})
+
+
+@pytest.mark.parametrize("damage", ["", "[", '{"arguments": 5}', "5", "[" * 100_000, "\ufeff{}"])
+def test_records_that_were_cut_or_edited_are_named(world, finished, damage):
+    """Those that a finished recipe reads again; nothing is done over them."""
+    records = ["head/training.json", "collection/labels/*/labels.json"]
+    records += [f"evaluation/runs/{name}.json" for name in ("base", "runs", "placebo-threshold")]
+    for pattern in records[:-1] if damage == "5" else records:
+        (record,) = finished.glob(pattern)
+        content = record.read_bytes()
+        record.write_text(damage, encoding="utf-8")
+        before = files(finished)
+        try:
+            with pytest.raises(ValueError) as caught:
+                run_recipe(recipe(world, finished))
+            assert str(record.parent) in str(caught.value) and "\n" not in str(caught.value)
+            assert files(finished) == before
+        finally:
+            record.write_bytes(content)
+
+
 def test_cross_fitting_steers_every_prompt_with_a_head_that_never_saw_it(world, finished, tmp_path):
     content = recipe(world, tmp_path / "run", folds=3, baselines=[], num_candidates=[4])
     del content["evaluate"]["prompts"]
@@ -258,6 +298,7 @@ def test_a_kill_in_the_middle_of_a_checkpoint(world, finished, tmp_path, monkeyp
         patch.setattr(ValueHeadTrainer, "_save_optimizer_and_scheduler", killed)
         run_recipe(content)
     assert saved[2].exists()
+    say_the_old_word(saved[2].parent / "arguments.json")
     run_recipe(content)
     ours, theirs = files(tmp_path / "run" / "head"), files(finished / "head")
     assert [name for name in theirs if name != "README.md" and ours[name] != theirs[name]] == []
@@ -380,12 +421,12 @@ def test_a_head_of_another_backbone_is_not_calibrated(world, finished, tmp_path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"colect": {}}, "no section colect"),
-        ({"train": {"recipe": "hazzard"}}, "`recipe` has to be one of"),
-        ({"train": {"lerning_rate": 1}}, "Section 'train' of the recipe: .*lerning_rate"),
+        ({"colect": {}}, "The recipe, colect: `colect` is not a field of a recipe: did you mean `collect`"),
+        ({"train": {"preset": "hazzard"}}, "train.preset: has to be one of value-steer, hazard, got 'hazzard'"),
+        ({"train": {"lerning_rate": 1}}, "The recipe, train.lerning_rate: .* did you mean `learning_rate`"),
         ({"collect": None}, "lacks collect"),
-        ({"card": {"limit": "none"}}, "'card' of the recipe has no limit"),
-        ({"push": {"private": True}}, "needs `repo_id`"),
+        ({"card": {"limit": "none"}}, "card.limit: .* not a field of section 'card': did you mean `limits`"),
+        ({"push": {"private": True}}, "push: it lacks repo_id"),
         (
             {"push": {"repo_id": "me/head"}},
             "The backbone of section 'collect' is '.*model', which is not on the Hub.*--backbone org/name",
@@ -411,7 +452,7 @@ def test_the_commands(world, tmp_path, capsys):
     assert main(["train", *where, "--output", str(tmp_path / "h"), *training]) == 0
     assert main(["calibrate", *where, "--value_head", str(tmp_path / "h"), "--mode", "pac"]) == 0
     assert "with confidence" in capsys.readouterr().out
-    assert main(["train", *where, "--output", str(tmp_path / "h"), "--recipe", "hazard"]) == 2
+    assert main(["train", *where, "--output", str(tmp_path / "h"), "--preset", "hazard"]) == 2
     assert "trained otherwise" in capsys.readouterr().err
 
 
@@ -434,21 +475,16 @@ def test_processes_share_the_shards(world, tmp_path):
     assert files(tmp_path / "two") == files(alone.folder)
 
 
-@pytest.mark.parametrize("command", ["collect", "train", "calibrate", "evaluate", "run"])
-def test_help_teaches(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
-    assert stop.value.code == 0 and len(capsys.readouterr().out) > 400
-
-
 def test_evaluate_reads_prompts_as_collect_does():
     steps = _Steps(
-        {
-            "output": "run",
-            "collect": {"model": "org/backbone", "prompts": "org/questions", "prompt_column": "question"},
-            "label": {"judges": ["lexicon:words.txt"]},
-            "train": {"attribute": "rude"},
-            "evaluate": {"prompts": "org/others", "judges": ["lexicon:other.txt"]},
-        }
+        Marked(
+            {
+                "output": "run",
+                "collect": {"model": "org/backbone", "prompts": "org/questions", "prompt_column": "question"},
+                "label": {"judges": ["lexicon:words.txt"]},
+                "train": {"attribute": "rude"},
+                "evaluate": {"prompts": "org/others", "judges": ["lexicon:other.txt"]},
+            }
+        )
     )
     assert steps.evaluate.prompt_column == steps.collect.prompt_column == "question"

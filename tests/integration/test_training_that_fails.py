@@ -51,6 +51,10 @@ def rare(prompts, responses):
     return [float(share(prompt.text) >= 0.6 and _coin(text, "c") > 0.93) for prompt, text in pairs]
 
 
+def a_word_and_a_number():
+    return ["word", 5]
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts, a word list, and a collection with labels that mean nothing."""
@@ -84,9 +88,9 @@ def finite(path):
     "options",
     [
         {},
-        {"recipe": "hazard"},
-        {"recipe": "hazard", "target": "prefix"},
-        {"recipe": "hazard", "target": "risk"},
+        {"preset": "hazard"},
+        {"preset": "hazard", "target": "prefix"},
+        {"preset": "hazard", "target": "risk"},
         {"attributes": [f"one={NOISE}", f"two={OTHER_NOISE}@desirable"]},
     ],
 )
@@ -96,6 +100,8 @@ def test_labels_that_are_noise_stop_it_and_a_word_goes_on(world, tmp_path, monke
     with pytest.raises(ValueError, match=said):
         train(training(world, output, **options))
     assert not (output / "model.safetensors").exists() and not (output / "training.json").exists()
+    claimed = output / "checkpoints" / "arguments.json"
+    claimed.write_text(claimed.read_text().replace('"preset": ', '"recipe": '))  # the word of older folders
     with monkeypatch.context() as patch:
         patch.setattr("hf_value_steer.training.train.fit", None)  # nothing is trained again
         head = train(training(world, output, **options, accept_chance=True))
@@ -138,7 +144,7 @@ def test_labels_of_a_mended_judge_are_learned_anew(world, tmp_path):
 def test_a_head_that_learned_is_not_stopped(world, tmp_path):
     judge = f"lexicon:{world / 'bad.txt'}"
     collect(asked(world, tmp_path / "c", samples=16), LabelArguments(judges=[judge], prefixes=True, prefix_words=1))
-    options = {"collection": str(tmp_path / "c"), "judge": judge, "recipe": "hazard", "target": "prefix", "epochs": 8}
+    options = {"collection": str(tmp_path / "c"), "judge": judge, "preset": "hazard", "target": "prefix", "epochs": 8}
     head = train(TrainArguments(**{**vars(training(world, tmp_path / "h")), **options}))
     assert head.config.training["metrics"]["text_interval"][0] > 0.5 and not chance_report(head.config.training)
 
@@ -172,6 +178,11 @@ def test_it_says_how_much_is_positive_and_warns_where_that_is_little(world, tmp_
         ({}, ["something"], "names no judge"),
         ({"forced_samples": 1, "force_words": "missing.txt"}, [NOISE], "`force_words`: there is no file missing.txt"),
         ({"forced_samples": 1, "force_words": f"{HERE}:missing"}, [NOISE], "cannot be found"),
+        (
+            {"forced_samples": 1, "force_words": f"{HERE}:a_word_and_a_number"},
+            [NOISE],
+            "record 2: a word has to be a text",
+        ),
     ],
 )
 def test_what_is_not_there_stops_it_before_the_backbone_is_loaded(
@@ -190,13 +201,17 @@ def test_what_is_not_there_stops_it_before_the_backbone_is_loaded(
     [
         ("evaluate", {"judges": ["python:nowhere:judge"]}, "cannot be found"),
         ("evaluate", {"mask": "python:nowhere:mask"}, "cannot be found"),
-        ("evaluate", {"baselines": ["bad_words"], "bad_words": "missing.txt"}, "`bad_words`: there is no file"),
+        (
+            "evaluate",
+            {"baselines": ["bad_words"], "bad_words": "missing.txt"},
+            "The recipe, evaluate.bad_words: there is no file",
+        ),
         ("evaluate", {"prompts": "missing.txt"}, "there is no file missing.txt"),
         ("evaluate", {"judges": ["math:answer"]}, "has no column 'answer'"),
         ("calibrate", {"group_column": "topic"}, "has no column 'topic'"),
-        ("train", {"recipe": "hazard"}, "`target` 'hazard' needs `prefixes: true`"),
-        ("train", {"accept_chance": "no"}, "`accept_chance` has to be true or false"),
-        ("label", {"judges": NOISE}, "`judges` has to be a list"),
+        ("train", {"preset": "hazard"}, "train: `target` 'hazard' needs `prefixes: true`"),
+        ("train", {"accept_chance": "no"}, "train.accept_chance: has to be true or false"),
+        ("label", {"judges": NOISE}, "label.judges: has to be a list"),
     ],
 )
 def test_a_recipe_looks_for_everything_before_it_generates(world, tmp_path, monkeypatch, section, changes, message):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from examples import arithmetic, sentiment
+from hf_value_steer.files.marked import read_marked
 from hf_value_steer.recipe import _Steps
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Prompt, load_prompts
@@ -180,7 +180,7 @@ def test_a_predictor_that_knows_nothing_has_the_accuracy_of_all():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_name_what_is_there(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    steps = _Steps(yaml.safe_load((ROOT / "examples" / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")))
+    steps = _Steps(read_marked(ROOT / "examples" / "recipes" / f"{name}.yaml"))
     assert load_prompts(steps.collect.prompts)
     named = [steps.collect.model, steps.evaluate.mask, *steps.label.judges, *steps.evaluate.judges]
     assert all(callable(resolve(each)) for each in named if each and each.startswith(PREFIX))

@@ -71,11 +71,11 @@ def test_reliability_by_hand():
     assert bins.error == pytest.approx((2 * 0.45 + 2 * 0.025) / 4)
 
 
-def test_a_recipe_is_a_preset():
-    arguments = TrainArguments(collection="c", output="o", judge="j", recipe="hazard", epochs=3)
-    assert arguments.preset().epochs == 3 and arguments.preset().target == "hazard"
-    with pytest.raises(ValueError, match="`recipe` has to be one of value-steer, hazard"):
-        TrainArguments(collection="c", output="o", judge="j", recipe="best")
+def test_a_preset_is_many_settings():
+    arguments = TrainArguments(collection="c", output="o", judge="j", preset="hazard", epochs=3)
+    assert arguments.settings().epochs == 3 and arguments.settings().target == "hazard"
+    with pytest.raises(ValueError, match="`preset` has to be one of value-steer, hazard, got 'best'"):
+        TrainArguments(collection="c", output="o", judge="j", preset="best")
     with pytest.raises(ValueError, match="leave prompts to train on"):
         TrainArguments(collection="c", output="o", judge="j", validation=0.5, calibration=0.5)
 

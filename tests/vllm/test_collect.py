@@ -184,7 +184,7 @@ def test_a_head_learns_from_it(folder: Path, prompts: Path, collected: Collectio
     collect(arguments(folder, prompts, collected.folder, {}, next_tokens=4), labels)
     head = train(
         TrainArguments(
-            collection=str(collected.folder), judge=judge, output=str(tmp_path / "head"), recipe="hazard",
+            collection=str(collected.folder), judge=judge, output=str(tmp_path / "head"), preset="hazard",
             validation=0.3, calibration=0.0, epochs=1, accept_chance=True,
         )
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """`guidance train`: from a labelled collection to a saved guidance module, in three stages."""
 
-import json
 import math
 import shutil
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.configuration.guidance_module import GuidanceModuleConfig
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.guidance.module import GuidanceModule
 from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
@@ -38,7 +38,7 @@ from hf_value_steer.training.guidance.states import States
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.targets import Targets
-from hf_value_steer.training.train import split_rows
+from hf_value_steer.training.train import recorded_arguments, split_rows
 
 
 STAGES = ("text", "pair", "bridge")
@@ -56,7 +56,7 @@ def train_guidance(arguments: GuidanceTrainArguments) -> GuidanceModule:
     recorded = {**arguments.record(), "collection_sha256": collection.digest()}
     record = output / "training.json"
     if record.exists():
-        if json.loads(record.read_text(encoding="utf-8"))["arguments"] != recorded:
+        if recorded_arguments(record) != recorded:
             raise ValueError(f"{output} holds a module that was trained otherwise: choose another folder.")
         return GuidanceModule.from_pretrained(output)  # type: ignore[no-any-return]
     training = _Training(arguments, collection)
@@ -103,7 +103,7 @@ class _Training:
             if not path.exists():
                 found = suggest_guidance_layer(self.model, self.formatter, self.targets, self.rows["train"])
                 write_json(path, asdict(found))
-            suggestion = json.loads(path.read_text(encoding="utf-8"))
+            suggestion = read_record(path, *sizes)
             sizes = {name: suggestion[name] if size is None else size for name, size in sizes.items()}
         same = ("bridge_heads", "correction", "step", "conditional", "injection", "attribute")
         return GuidanceModuleConfig(
@@ -131,7 +131,7 @@ class _Training:
                 result = self._stage(stage)
                 torch.save(self.module.state_dict(), self.work / f"{stage}.pt")
                 write_json(done, result)
-            metrics[stage] = json.loads(done.read_text(encoding="utf-8"))
+            metrics[stage] = read_record(done)
         self.module.requires_grad_(True)
         self.module.eval()
         return metrics

@@ -1,28 +1,19 @@
 """A judge behind an OpenAI-compatible chat-completions server."""
 
 import hashlib
-import json
-import os
 import re
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from http.client import HTTPException
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from hf_value_steer.choices import Polarity
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.training.judges.base import Judge
+from hf_value_steer.training.judges.base import Judge, import_optional
 from hf_value_steer.training.prompts import Prompt
 
-
-_ATTEMPTS = 7
-_FIRST_WAIT = 1.0  # seconds, doubled each time: about a minute in all
-_TIMEOUT = 120.0  # seconds
 
 _ZERO_TO_TEN = {str(number): number / 10 for number in range(11)}
 
@@ -124,8 +115,10 @@ class LLMJudge(Judge):
     default), which says what a high score means. An answer that cannot be read counts as undesirable, and is counted
     in `unparseable`.
 
-    What is worth another try (no connection, status 429 or 5xx) is tried for about a minute. A model that thinks
-    before it answers has to be served with thinking switched off.
+    Seven tries are made, in about a minute, where another may succeed: no connection, a cut answer, status 408, 409,
+    429 or 5xx, and what is no chat completion. A pause that the server asks for in `Retry-After`, in seconds or as a
+    date, is kept in full, up to an hour; after fifty of them they count as tries, too. Proxies are those of the
+    environment. A model that thinks before it answers has to be served with thinking switched off.
 
     Args:
         spec (`str`): name of the judge.
@@ -133,6 +126,7 @@ class LLMJudge(Judge):
         concurrency (`int`): requests at a time.
 
     Raises:
+        ImportError: if urllib3 is missing.
         ValueError: if the address, the model or the template is missing or wrong.
     """
 
@@ -148,49 +142,20 @@ class LLMJudge(Judge):
             self.template = load_template(name or "harm")
         except ValueError as error:
             raise ValueError(f"Judge {spec!r}: {error}") from error
+        import_optional("urllib3", f"Judge {spec!r}")
+        from hf_value_steer.training.judges.server import ChatServer
+
         self.digest = hashlib.sha256(self.template.text.encode()).hexdigest()
-        self.url, self.model, self.concurrency = f"{url.rstrip('/')}/chat/completions", model, concurrency
+        self.concurrency = concurrency
+        self.connect = partial(ChatServer, f"{url.rstrip('/')}/chat/completions", model, concurrency)
+        self.connect()  # a proxy that cannot work is an error now
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
         questions = [self.template.fill(prompt.text, text) for prompt, text in zip(prompts, responses, strict=True)]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            answers = list(pool.map(self._ask, questions))
+        # No executor of `concurrent.futures`: at an error, Ctrl-C or exit it waits for pauses and slow answers.
+        with self.connect() as server, ThreadPool(min(self.concurrency, len(questions))) as pool:
+            answers = list(pool.imap(server.ask, questions))
         scores = [self.template.read(answer) for answer in answers]
         self.unparseable += scores.count(None)
         undesirable = 1.0 if self.template.polarity == "undesirable" else 0.0
         return [undesirable if score is None else score for score in scores]
-
-    def _ask(self, question: str) -> str:
-        """The model's answer."""
-        messages = [{"role": "user", "content": question}]
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 64}
-        reply = self._post(json.dumps(body).encode())
-        try:
-            return json.loads(reply)["choices"][0]["message"]["content"] or ""
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{self.url} sent no chat completion: {reply[:300]!r}") from error
-
-    def _post(self, body: bytes) -> bytes:
-        """Send one request until it succeeds or there is no point in another."""
-        problem: Exception
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                time.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
-            try:
-                with urlopen(self._request(body), timeout=_TIMEOUT) as reply:
-                    return bytes(reply.read())
-            except HTTPError as error:
-                with error:
-                    said = error.read(300).decode(errors="replace")
-                problem = ConnectionError(f"{self.url} answered with status {error.code}: {said}")
-                if error.code != 429 and error.code < 500:
-                    raise problem from None
-            except (OSError, HTTPException) as error:
-                problem = ConnectionError(f"{self.url}: {error}")
-        raise ConnectionError(f"no answer after {_ATTEMPTS} tries: {problem}")
-
-    def _request(self, body: bytes) -> Request:
-        request = Request(self.url, body, {"Content-Type": "application/json"})
-        if key := os.environ.get("OPENAI_API_KEY"):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")  # for this server only
-        return request
