@@ -68,10 +68,12 @@ def _tell_help(field: griffe.Attribute) -> None:
     """A field of what a command is told: its docstring is the command's help."""
     call = ast.parse(str(field.value), mode="eval").body
     said = {keyword.arg: keyword.value for keyword in call.keywords} if isinstance(call, ast.Call) else {}
-    told = said["metadata"].values[0] if isinstance(said.get("metadata"), ast.Dict) else None
-    if isinstance(told, ast.Constant):
-        field.docstring = griffe.Docstring(str(told.value), parent=field)
     field.value = ast.unparse(said["default"]) if "default" in said else None
+    if isinstance(metadata := said.get("metadata"), ast.Dict):
+        told = {ast.unparse(key): value for key, value in zip(metadata.keys, metadata.values, strict=True) if key}
+        parts = getattr(told["'help'"], "values", [told["'help'"]])  # of an f-string
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts)
+        field.docstring = griffe.Docstring(text, parent=field)
 
 
 def _section(match: re.Match[str]) -> str:
