@@ -40,7 +40,7 @@ $(DOCS_STAMP): constraints-docs.txt
 
 # Into site/: `python -m http.server --directory site` shows it, search included.
 docs: $(DOCS_STAMP)
-	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" $(DOCS_BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" $(DOCS_BIN)/mkdocs build --strict
 
 test: setup
 	$(BIN)/python -m pytest $(TESTS)
