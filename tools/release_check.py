@@ -10,7 +10,6 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -36,9 +35,9 @@ def tracked(*folders: str) -> set[str]:
     return set(run("git", "ls-tree", "-r", "--name-only", "HEAD", *folders).splitlines())
 
 
-def compare(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
+def compare(what: str, found: set[str], expected: set[str]) -> None:
     """End the check unless an archive holds the files that it should, and no others."""
-    stray, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    stray, missing = sorted(found - expected), sorted(expected - found)
     if stray or missing:
         sys.exit(f"The {what} holds what it should not: {stray}, and lacks {missing}.")
 
@@ -46,10 +45,10 @@ def compare(what: str, found: Iterable[str], expected: Iterable[str]) -> None:
 def look_into(wheel: Path, sdist: Path) -> None:
     """The wheel is the package, with its templates, styles and `py.typed`; the sdist is the commit."""
     names = zipfile.ZipFile(wheel).namelist()
-    compare("wheel", (name for name in names if ".dist-info/" not in name), tracked("hf_value_steer"))
+    compare("wheel", {name for name in names if ".dist-info/" not in name}, tracked("hf_value_steer"))
     with tarfile.open(sdist) as archive:
-        files = [member.name.partition("/")[2] for member in archive if member.isfile()]
-    compare("sdist", files, {*tracked(), "PKG-INFO"})
+        files = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    compare("sdist", files, tracked() | {"PKG-INFO"})
 
 
 def environment(folder: Path, constraints: str, *packages: object) -> Path:
