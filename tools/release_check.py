@@ -23,10 +23,12 @@ LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained("t
 
 
 def run(*words: object, cwd: Path = ROOT) -> str:
-    """What a command prints. One that fails ends the check, with all that it has printed."""
+    """What a command prints. One that fails ends the check, with the end of what it has printed."""
     done = subprocess.run([str(word) for word in words], cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{done.stdout}{done.stderr}\nFailed with {done.returncode}: {' '.join(map(str, words))}")
+        sys.exit(
+            f"{done.stdout[-4000:]}{done.stderr[-4000:]}\nFailed with {done.returncode}: {' '.join(map(str, words))}"
+        )
     return done.stdout
 
 

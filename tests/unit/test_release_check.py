@@ -1,4 +1,4 @@
-"""The release check says which files of an archive are not those of the commit, and shows what a failed command said."""
+"""The release check names files of an archive that are not the commit's, and shows what a failed command said."""
 
 import sys
 import tarfile
