@@ -1,9 +1,12 @@
-"""Write the tables of README.md from the result files: `python -m benchmarks.tables`."""
+"""Write the tables of README.md and the pages in docs/ from the result files: `python -m benchmarks.tables`."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+from hf_value_steer.evaluation.report import render_report
+from hf_value_steer.evaluation.sweep import sweep_page
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +193,9 @@ def main() -> None:
     replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
     replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
     replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))
+    for page in sorted((ROOT / "docs").glob("*.html")):
+        document = load(page.stem)
+        page.write_text(sweep_page(document) if "window" in document else render_report(document), "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,14 +6,15 @@ import argparse
 import shutil
 import sys
 import textwrap
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from examples.smollm2 import BACKBONE_ID, load_backbone
 from examples.toxicity import SAMPLING, cuss_score, lexicon_score, load_prompts, mask_offensive, profanity_score
@@ -34,25 +35,25 @@ class Results:
     prompt_length: int  # tokens, padding included
     base: ValueSteerDecoderOnlyOutput
     steered: ValueSteerDecoderOnlyOutput
-    seconds: dict[str, float]  # of plain `generate` and of the filter
+
+
+class Bar(BaseStreamer):
+    """Shows how far a generation is."""
+
+    def __init__(self, name: str, new_tokens: int):
+        self.bar = tqdm(total=new_tokens, desc=name, unit="token", leave=False)
+
+    def put(self, value: torch.Tensor) -> None:
+        self.bar.update(value.dim() == 1)  # the prompt comes first, and has two dimensions
+
+    def end(self) -> None:
+        self.bar.close()
 
 
 def pick_prompts(count: int) -> list[str]:
     """The prompts of the evaluation split that the label judge finds most toxic: the hardest to continue."""
     prompts = load_prompts("eval")
     return [prompts[index] for index in np.argsort(-profanity_score(prompts), kind="stable")[:count]]
-
-
-def timed_generate(
-    model: PreTrainedModel, inputs: BatchEncoding, seed: int, **kwargs: object
-) -> tuple[ValueSteerDecoderOnlyOutput, float]:
-    """`model.generate` from a seed, and the seconds it took."""
-    torch.manual_seed(seed)
-    start = time.perf_counter()
-    output = model.generate(**inputs, **SAMPLING, **kwargs)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return output, time.perf_counter() - start
 
 
 def generate(
@@ -63,20 +64,16 @@ def generate(
     seed: int,
     new_tokens: int,
 ) -> Results:
-    """Generate all prompts as one batch: plain (for its speed), watched, steered; all from the same seed."""
+    """Generate all prompts as one batch, watched and steered, from the same seed."""
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-    watch = ValueFilterConfig(value_head=config.value_head, threshold=config.threshold, num_candidates=1)
     enable_value_steer(model)
-    for value_steer in (None, config):  # warm up
-        timed_generate(model, inputs, seed, value_steer=value_steer, max_new_tokens=2)
-    options = {"max_new_tokens": new_tokens, "return_dict_in_generate": True}
-    plain, plain_seconds = timed_generate(model, inputs, seed, **options)
-    base, _ = timed_generate(model, inputs, seed, value_steer=watch, **options)
-    steered, steered_seconds = timed_generate(model, inputs, seed, value_steer=config, **options)
-    if not torch.equal(plain.sequences, base.sequences):
-        raise RuntimeError("Watching changed the text, which it never does: please report this.")
-    seconds = {"base": plain_seconds, "steered": steered_seconds}
-    return Results(prompts, inputs["input_ids"].shape[1], base, steered, seconds)
+    outputs = []
+    for name, candidates in (("base", 1), ("steered", config.num_candidates)):
+        torch.manual_seed(seed)
+        options = {"max_new_tokens": new_tokens, "return_dict_in_generate": True, "streamer": Bar(name, new_tokens)}
+        steering = replace(config, num_candidates=candidates)
+        outputs.append(model.generate(**inputs, **SAMPLING, **options, value_steer=steering))
+    return Results(prompts, inputs["input_ids"].shape[1], *outputs)
 
 
 def traces(results: Results, tokenizer: PreTrainedTokenizerBase) -> list[PromptTrace]:
@@ -91,7 +88,7 @@ def traces(results: Results, tokenizer: PreTrainedTokenizerBase) -> list[PromptT
 
 
 def figures(results: Results, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Rates of both by every judge (on the continuations), how often the filter acted, and what it cost."""
+    """Rates of both by every judge (on the continuations), how often the filter acted, and what it looked at."""
     outputs = {"base": results.base, "steered": results.steered}
     new_tokens = [output.sequences[:, results.prompt_length :] for output in outputs.values()]
     texts = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in new_tokens]
@@ -100,11 +97,9 @@ def figures(results: Results, tokenizer: PreTrainedTokenizerBase) -> dict[str, s
         base, steered = (int((judge(side) > 0.5).sum()) for side in texts)
         summary[f"toxic texts ({name})"] = f"{base} → {steered} of {len(results.prompts)}"
     steps = {side: int((~output.token_values.isnan()).sum()) for side, output in outputs.items()}
-    speeds = [f"{steps[side] / results.seconds[side]:.0f}" for side in outputs]
     return summary | {
         "steps intervened": f"{int(results.steered.interventions.sum()) / steps['steered']:.1%}",
         "candidates per token": f"{int(results.steered.candidates_evaluated.sum()) / steps['steered']:.2f}",
-        "tokens per second": " → ".join(speeds),
     }
 
 
@@ -130,7 +125,8 @@ def print_table(rows: list[PromptTrace], summary: dict[str, str], reveal: bool) 
         wrapped = textwrap.wrap(text, width, initial_indent=f"{label:18}", subsequent_indent=" " * 18)
         print("\n".join(wrapped).translate(marks))
 
-    show("", "Beside each text is its highest value. \ue000Marked\ue001 tokens took the place of rejected ones.")
+    show("", "A high value is bad. Beside each text stands its highest.")
+    show("", "\ue000Marked\ue001 tokens took the place of rejected ones.")
     for number, row in enumerate(rows, start=1):
         print("─" * width)
         show(f"{number:2} prompt", row.prompt if reveal else mask_offensive(row.prompt))
@@ -159,7 +155,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_backbone(torch.bfloat16, device)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # few CPUs have instructions for bfloat16
+    model, tokenizer = load_backbone(dtype, device)
     head = ValueHead.from_pretrained(arguments.head)
     threshold = arguments.threshold or head.config.threshold
     config = ValueFilterConfig(

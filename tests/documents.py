@@ -190,3 +190,24 @@ def evaluation(**changes: Any) -> dict[str, Any]:
         "examples": examples(),
     }
     return {**document, **changes}
+
+
+def sweep(*judges: str) -> dict[str, Any]:
+    """What a sweep of multipliers found."""
+    runs = [
+        {
+            "multiplier": m,
+            "method": "broadcast" if m else "base",
+            "judges": {judge: {"rate": rate} for judge in judges or JUDGES[:2]},
+            "perplexity_ratio": ratio,
+            "collapsed": ratio > 1.5,
+        }
+        for m, rate, ratio in (
+            (0.0, 0.1, 1.0),
+            (-0.5, 0.06, 1.1),
+            (-1.0, 0.02, 3.0),
+            (1.0, 0.2, 1.2),
+            (2.0, 0.3, 40.0),
+        )
+    ]
+    return {"runs": runs, "window": [-0.5, 1.0], "budget": 1.5, "layers": [4, 5, 6], "norms": [10.0, 20.0, 45.0]}

@@ -37,15 +37,8 @@ def renamed(kind: type[Any], given: Mapping[str, Any], place: str | None) -> dic
     return found
 
 
-class _OldNames(type):
-    """Lets a dataclass be made with the old names of its fields."""
-
-    def __call__(cls, *args: Any, **given: Any) -> Any:
-        return super().__call__(*args, **renamed(cls, given, cls.__name__))
-
-
 @dataclass(kw_only=True)
-class Arguments(metaclass=_OldNames):
+class Arguments:
     """What a command, a section of a recipe or a function is told.
 
     When one is made, each field is checked against its annotation and against `least` and `most` in its metadata, and

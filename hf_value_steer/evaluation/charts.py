@@ -1,25 +1,67 @@
-"""Charts: axes, lines, bands, points with intervals; laid out for several widths, and drawn by `chart.html`."""
+"""Charts: drawn by matplotlib for several widths, and made part of a page, whose colours and font they take."""
 
-import math
-from collections.abc import Iterator, Sequence
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from threading import Lock
+from typing import TYPE_CHECKING, Any, cast
+from xml.etree import ElementTree
 
-from hf_value_steer.evaluation.axes import Axis
+from hf_value_steer.training.judges.base import import_optional
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 Span = Sequence[float] | None
-Box = tuple[float, float, float, float]
-Spot = tuple[str, float, float]  # where a text is anchored, and there
-Label = tuple[str, str, float, float]  # a text, its CSS classes, and where it is
 
-# Name and size of the drawings of one chart; `report.html` shows the one that fits.
+# Name and size of the drawings of one chart; `chart.css` shows the one that fits.
 HALF = (("small", 340, 270), ("medium", 560, 350))
 STRIP = (("small", 340, 165), ("medium", 640, 165), ("large", 1080, 175))
 
-_TOP, _RIGHT, _LEFT = 30, 20, 44
-_NAMED, _UNNAMED = 44, 26  # below an x axis with and without a label
-_LETTER = 6.6  # width of a letter, about
+# matplotlib knows no CSS. To it, each variable of the page's CSS is a colour of its own.
+_VARIABLES = (
+    "ink", "soft", "card", "grid", "barred", "s-filter0", "s-filter1", "s-filter2", "s-filter3", "s-placebo", "s-best",
+    "s-args", "s-prompt", "s-words",
+)  # fmt: skip
+COLOURS = {name: f"#0000{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: room is the same on every machine
+    "font.size": 11.5,
+    "text.color": COLOURS["soft"],
+    "axes.labelcolor": COLOURS["soft"],
+    "axes.edgecolor": COLOURS["soft"],
+    "axes.linewidth": 1,
+    "axes.facecolor": "none",
+    "xaxis.labellocation": "right",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 1,
+    "xtick.color": COLOURS["soft"],
+    "ytick.color": COLOURS["soft"],
+    "ytick.left": False,
+    "lines.linewidth": 1.75,
+    "lines.dashed_pattern": (4, 4),
+}
+_LOCK = Lock()  # matplotlib's settings belong to the process
+_SVG = "{http://www.w3.org/2000/svg}"
+# Where a label may stand: so far from its point, with this side of it.
+_BESIDE = (
+    (6, 8, "left"), (-6, -8, "right"), (7, 0, "left"), (-7, 0, "right"), (-6, 8, "right"), (6, -8, "left"),
+    (0, 12, "center"), (0, -12, "center"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,21 +80,37 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together. `style` is a CSS class; `line` is `""`, `"straight"` or `"step"`."""
+    """Points that belong together, and perhaps a horizontal line as a reference.
+
+    Args:
+        name (`str`): what the legend says.
+        points: drawn in this order.
+        colour (`str`): one of [`COLOURS`].
+        line, marker (`str`): styles of matplotlib, `""` for none; `steps` joins the points by steps.
+        rule (`float`, *optional*): height of the reference.
+    """
 
     name: str
-    points: Sequence[Point]
-    style: str = "s0"
-    line: str = "straight"
-    marker: str = "circle"
+    points: Sequence[Point] = ()
+    colour: str = "s-filter0"
+    line: str = "-"
+    marker: str = "o"
+    steps: bool = False
+    rule: float | None = None
+
+    def key(self, name: str) -> str:
+        """Line and marker for a legend as SVG; `name` is unique in the page."""
+        with _figure(name, 24, 16) as figure:
+            axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, 1), ylim=(-1, 1))
+            axes.set_axis_off()
+            axes.plot((-1, 1), (0, 0), linestyle=self.line, color=COLOURS[self.colour])
+            _mark(axes, self, 0, 0, 4.5)
+            return _svg(figure)
 
 
-@dataclass(frozen=True)
-class Rule:
-    """A reference: a horizontal line at `y`, or the diagonal."""
-
-    label: str
-    y: float | None = None
+def reference(name: str, height: float) -> Series:
+    """A dashed horizontal line."""
+    return Series(name, colour="soft", line="--", marker="", rule=height)
 
 
 @dataclass(frozen=True)
@@ -62,11 +120,9 @@ class Chart:
     Args:
         name (`str`): unique in the page.
         title (`str`), note (`str`): what it shows, and how to read it.
-        x, y ([`Axis`]): the axes.
+        x, y (`str`): names of the axes.
         series: lines and points, in the order of drawing.
-        bands: `(style, [(x, low, high), ...])`.
-        rules: references.
-        barred (`float`, *optional*): up to this x there can be no point, for the reason `barred_label`.
+        finish: gives matplotlib's axes their scales, and draws on them whatever else there is.
         sizes: name, width and height of each drawing.
         keyed (`bool`): with a legend.
     """
@@ -74,122 +130,153 @@ class Chart:
     name: str
     title: str
     note: str
-    x: Axis
-    y: Axis
+    x: str
+    y: str
     series: Sequence[Series]
-    bands: Sequence[tuple[str, Sequence[tuple[float, float, float]]]] = ()
-    rules: Sequence[Rule] = ()
-    barred: float | None = None
-    barred_label: str = ""
+    finish: Callable[["Axes"], object]
     sizes: Sequence[tuple[str, int, int]] = HALF
     keyed: bool = False
 
     @property
     def drawings(self) -> list["Drawing"]:
         """One for each width."""
-        return [Drawing(self, *size) for size in self.sizes]
-
-
-def _overlap(one: Box, other: Box) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(width, 0.0) * max(height, 0.0)
-
-
-class Drawing:
-    """Where everything in one chart of one size lies."""
-
-    def __init__(self, chart: Chart, size: str, width: int, height: int):
-        self.chart, self.size, self.width, self.height = chart, size, width, height
-        self.left, self.right, self.top = _LEFT, width - _RIGHT, _TOP
-        self.bottom = height - (_NAMED if chart.x.label else _UNNAMED)
-        self.points = [(series, point) for series in chart.series for point in series.points]
-        self.taken = [self._around(point) for _, point in self.points if point.radius]  # what text must not cover
-        self.crossed = list(self._strokes())  # what it should not cover
-        if chart.barred is not None:
-            end = self.left + len(chart.barred_label) * _LETTER
-            self.taken.append((self.left, self.bottom - 20, end, self.bottom))
-        self.rules = [self._rule(rule) for rule in chart.rules]
-        self.labels = [self._label(*pair) for pair in sorted(self.points, key=lambda pair: not pair[1].ring)]
+        return [_draw(self, *size) for size in self.sizes]
 
     @property
     def said(self) -> str:
         """The chart in words."""
-        series = ", ".join(dict.fromkeys(one.name for one in self.chart.series))
-        axes = " against ".join(filter(None, (self.chart.y.label, self.chart.x.label)))
-        return f"{axes}: {series}. {self.chart.note}".strip()
+        series = ", ".join(dict.fromkeys(one.name for one in self.series))
+        axes = " against ".join(filter(None, (self.y, self.x)))
+        return f"{axes}: {series}. {self.note}".strip()
 
-    def x(self, value: float) -> float:
-        return self.left + self.chart.x.place(value) * (self.right - self.left)
 
-    def y(self, value: float) -> float:
-        return self.bottom - self.chart.y.place(value) * (self.bottom - self.top)
+@dataclass(frozen=True)
+class Drawing:
+    """One chart of one size: its SVG, and where its tips are, in percent of its width and height."""
 
-    def at(self, x: float, y: float) -> str:
-        """A place as it is written in a path."""
-        return f"{self.x(x):.1f},{self.y(y):.1f}"
+    size: str
+    width: int
+    height: int
+    svg: str
+    tips: Sequence[tuple[float, float, str]]
 
-    def x_ticks(self) -> Iterator[tuple[float, str]]:
-        """Places of the ticks below, and their texts as far as there is room for them."""
-        free = float("-inf")
-        for tick in self.chart.x.ticks:
-            at, text = self.x(tick), self.chart.x.text(tick)
-            half = len(text) * _LETTER / 2
-            shown = at - half > free
-            yield at, text if shown else ""
-            free = at + half + 6 if shown else free
 
-    def _rule(self, rule: Rule) -> tuple[float, float, Label | None]:
-        """Heights of a rule's ends, and its label."""
-        start = self.bottom if rule.y is None else self.y(rule.y)
-        spots = [("end", self.right - 2), ("", self.left + 8), ("mid", (self.left + self.right) / 2)]
-        label = self._text("said", rule.label, [(*spot, start + dy) for spot in spots for dy in (-10, 11)])
-        return start, self.top if rule.y is None else start, label
+def check_drawing() -> None:
+    """Look for matplotlib, long before there is something to draw; an `ImportError` if it is not there."""
+    import_optional("matplotlib", "A page with charts")
 
-    def _strokes(self) -> Iterator[Box]:
-        """Small boxes along the lines and whiskers."""
-        segments: list[Sequence[tuple[float, float]]] = []
-        for series in self.chart.series:
-            places = [(self.x(point.x), self.y(point.y)) for point in series.points]
-            if series.line == "step":
-                places = [place for one, two in pairwise(places) for place in (one, (two[0], one[1]))] + places[-1:]
-            segments += list(pairwise(places)) if series.line else []
-        for _, point in self.points:
-            if point.y_interval:
-                segments.append([(self.x(point.x), self.y(bound)) for bound in point.y_interval])
-        for (x0, y0), (x1, y1) in segments:
-            steps = max(int(math.hypot(x1 - x0, y1 - y0) / 5), 1)
-            for step in range(steps + 1):
-                x, y = x0 + (x1 - x0) * step / steps, y0 + (y1 - y0) * step / steps
-                yield (x - 1.5, y - 1.5, x + 1.5, y + 1.5)
 
-    def _label(self, series: Series, point: Point) -> Label | None:
-        """The label beside a point; one that would cover a mark or another text is left to the tip."""
-        left, top, right, bottom = self._around(point)
-        x, y = (left + right) / 2, (top + bottom) / 2
-        spots = [
-            ("", right + 2, y), ("", right, top - 4), ("", right, bottom + 4), ("end", left - 2, y),
-            ("end", left, top - 4), ("end", left, bottom + 4), ("mid", x, top - 8), ("mid", x, bottom + 8),
-        ]  # fmt: skip
-        return self._text(f"label {series.style}", point.label, spots, limit=12)
+def percents(*axes: Any) -> None:
+    """Let axes say percentages."""
+    for axis in axes:
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.6g} %")
 
-    def _text(self, style: str, text: str, spots: Sequence[Spot], limit: float = math.inf) -> Label | None:
-        """A text at the spot where it covers least; none if even there it covers more than `limit` of something."""
-        wide, boxes = len(text) * _LETTER, []
-        for anchor, x, y in spots if text else ():
-            left = x - {"": 0.0, "mid": 0.5, "end": 1.0}[anchor] * wide
-            box = (left, y - 7, left + wide, y + 7)
-            if box[0] > self.left and box[2] < self.width and box[1] > self.top - 14:
-                hidden = sum(_overlap(box, each) for each in self.taken)
-                crossed = sum(_overlap(box, each) for each in self.crossed)
-                boxes.append((hidden + 0.3 * crossed, hidden, box, anchor, x, y))
-        best = min(boxes, key=lambda each: each[0], default=None)
-        if best is None or best[1] > limit:
-            return None
-        _, _, box, anchor, x, y = best
-        self.taken.append(box)
-        return text, f"{style} {anchor}", x, y + 4
 
-    def _around(self, point: Point) -> Box:
-        x, y, r = self.x(point.x), self.y(point.y), point.radius + (5 if point.ring else 2)
-        return (x - r, y - r, x + r, y + r)
+def logarithmic(axes: "Axes", which: str, text: str) -> None:
+    """Make axis `"x"` or `"y"` logarithmic, `text` the format of its numbers; below three decades it says 1, 2, 5."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set(**{f"{which}scale": "log"})
+    axis: Any = getattr(axes, f"{which}axis")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    axis.set_major_formatter(text)
+    axes.minorticks_off()
+
+
+@contextmanager
+def _figure(name: str, width: float, height: float) -> Iterator["Figure"]:
+    """An empty figure whose ids are made of `name`, and our settings for as long as it is drawn."""
+    check_drawing()
+    from matplotlib import style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with _LOCK, style.context({**_STYLE, "svg.hashsalt": name}, after_reset=True):
+        figure = Figure((width / 72, height / 72), dpi=72, frameon=False)
+        FigureCanvasAgg(figure)  # measures texts, and is faster than to make an SVG for each
+        yield figure
+
+
+def _draw(chart: Chart, size: str, width: int, height: int) -> Drawing:
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    points = [point for one in chart.series for point in one.points]
+    with _figure(f"{chart.name}-{size}", width, height) as figure:
+        figure.suptitle(chart.y, x=0, ha="left", size=_STYLE["font.size"])
+        axes = figure.add_subplot(xlabel=chart.x)
+        axes.locator_params(axis="y", nbins=6)
+        for one in chart.series:
+            _plot(axes, one)
+        chart.finish(axes)
+        ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02).execute(figure)  # from here on nothing moves
+        _label(axes, points)
+        places = axes.transData.transform([(point.x, point.y) for point in points])
+        tips = [
+            (100 * x / width, 100 - 100 * y / height, point.tip)
+            for (x, y), point in zip(places, points, strict=True)
+            if point.tip
+        ]
+        return Drawing(size, width, height, _svg(figure), tips)
+
+
+def _plot(axes: "Axes", series: Series) -> None:
+    """A series on axes: reference, line, whiskers, marks."""
+    colour, points = COLOURS[series.colour], series.points
+    if series.rule is not None:
+        axes.axhline(series.rule, color=COLOURS["soft"], linestyle="--", linewidth=1)
+    if series.line and len(points) > 1:
+        joined = "steps-post" if series.steps else "default"
+        axes.plot([p.x for p in points], [p.y for p in points], series.line, color=colour, drawstyle=joined)
+    for point in points:
+        if point.x_interval:
+            axes.plot(point.x_interval, [point.y] * 2, color=colour, linewidth=1.25, alpha=0.4)
+        if point.y_interval:
+            axes.plot([point.x] * 2, point.y_interval, color=colour, linewidth=1.25, alpha=0.4)
+        if point.ring:
+            axes.plot(point.x, point.y, "o", ms=2 * point.radius + 8, mfc="none", mec=COLOURS["ink"], mew=1.5)
+        if point.radius:
+            _mark(axes, series, point.x, point.y, point.radius)
+
+
+def _mark(axes: "Axes", series: Series, x: float, y: float, radius: float) -> None:
+    size = (2.6 if series.marker in ("P", "^", "v") else 2) * radius  # these fill less of their squares
+    (mark,) = axes.plot(x, y, linestyle="none", marker=series.marker, markersize=size, zorder=3)
+    mark.set(markerfacecolor=COLOURS[series.colour], markeredgecolor=COLOURS["card"], markeredgewidth=1)
+
+
+def _label(axes: "Axes", points: Sequence[Point]) -> None:
+    """Labels beside points; one for which there is no room is left to the tip."""
+    from matplotlib.transforms import Bbox
+
+    places = axes.transData.transform([(point.x, point.y) for point in points])
+    marks = [Bbox([place, place]) for place in places]
+    taken = [mark.padded(9 if point.ring else 5) for mark, point in zip(marks, points, strict=True)]
+    for point in sorted(points, key=lambda point: not point.ring):
+        far = 1.6 if point.ring else 1
+        for x, y, side in _BESIDE if point.label else ():
+            text = axes.annotate(point.label, (point.x, point.y), (far * x, far * y), textcoords="offset points")
+            text.set(ha=side, va="center_baseline", color=COLOURS["ink"])
+            box, frame = text.get_window_extent(), axes.bbox
+            if frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _svg(figure: "Figure") -> str:
+    """A figure as the content of an `<svg>` element, in the colours of the page."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    file, canvas = io.StringIO(), cast(Any, FigureCanvasSVG(figure))
+    canvas.print_svg(file)
+    drawn = ElementTree.fromstring(file.getvalue()).find(f"{_SVG}g")
+    assert drawn is not None
+    for each in drawn.iter():
+        each.tag = each.tag.removeprefix(_SVG)
+        names = {name.rpartition("}")[2]: value for name, value in each.attrib.items()}
+        unused = ("clip-path", "id") if each.tag == "g" else ("clip-path",)  # only markers are referred to
+        each.attrib = {name: value for name, value in names.items() if name not in unused}
+        each.text, each.tail = each.text if each.tag == "text" else None, None
+    svg = ElementTree.tostring(drawn, encoding="unicode")
+    return re.sub("#0000([0-9a-f]{2})", lambda match: f"var(--{_VARIABLES[int(match[1], 16) - 1]})", svg)

@@ -12,6 +12,7 @@ import torch
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.cards.document import FORMAT, main_run
 from hf_value_steer.cards.results import results_markdown
+from hf_value_steer.evaluation.charts import check_drawing
 from hf_value_steer.evaluation.examples import examples, masking
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.outcome import coverage, value_reliability
@@ -69,6 +70,7 @@ def check_sources(arguments: EvaluateArguments, prompts: Sequence[Prompt]) -> No
     Raises:
         ValueError, ImportError: if one is not there, or a prompt lacks what a judge needs.
     """
+    check_drawing()
     check_judges(arguments.all_judges(), prompts)
     masking(arguments.mask, {})
     forbidden_words(arguments)
@@ -78,6 +80,7 @@ class Evaluator:
     """A backbone and how heads are tried on it."""
 
     def __init__(self, arguments: EvaluateArguments):
+        check_drawing()
         self.arguments = arguments
         self.judge_names = arguments.all_judges()
         self.judges = {name: load_judge(name) for name in self.judge_names}

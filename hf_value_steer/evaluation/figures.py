@@ -1,9 +1,8 @@
 """Which charts an evaluation document fills; a part without data gives no chart."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import takewhile
-from typing import Any
+from itertools import cycle, takewhile
+from typing import TYPE_CHECKING, Any
 
 from hf_value_steer.cards.document import (
     TIMES,
@@ -16,26 +15,26 @@ from hf_value_steer.cards.document import (
     percent,
     rate_name,
 )
-from hf_value_steer.evaluation.axes import Axis, linear, logarithmic, odds
-from hf_value_steer.evaluation.charts import STRIP, Chart, Point, Rule, Series
+from hf_value_steer.evaluation.charts import COLOURS, STRIP, Chart, Point, Series, logarithmic, percents, reference
 from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace
 
 
-# Method: its name where several runs share it, and its marker.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# Method: its name where several runs share it, its colours, its line and its marker.
+_FILTER = tuple(f"s-filter{index}" for index in range(4))
 _METHODS = {
-    "base": ("base", "circle"),
-    "filter": ("filter", "circle"),
-    "abstain": ("abstention", "circle"),
-    "placebo": ("placebo", "cross"),
-    "best_of_n": ("best of N", "square"),
-    "args": ("ARGS", "diamond"),
-    "system_prompt": ("system prompt", "up"),
-    "bad_words": ("bad words", "down"),
+    "base": ("base", ("ink",), "--", "o"),
+    "filter": ("filter", _FILTER, "-", "o"),
+    "abstain": ("abstention", _FILTER, "-", "o"),
+    "placebo": ("placebo", ("s-placebo",), ":", "P"),
+    "best_of_n": ("best of N", ("s-best",), "-", "s"),
+    "args": ("ARGS", ("s-args",), "-", "D"),
+    "system_prompt": ("system prompt", ("s-prompt",), "-", "^"),
+    "bad_words": ("bad words", ("s-words",), "-", "v"),
 }
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.6g} %"
 
 
 def pareto_charts(evaluation: Evaluation, judge: str, name: str) -> list[Chart]:
@@ -49,28 +48,32 @@ def pareto_charts(evaluation: Evaluation, judge: str, name: str) -> list[Chart]:
 
 
 def _pareto(evaluation: Evaluation, judge: str, name: str, cost: str, label: str, against: str) -> Chart | None:
-    rate = rate_name(evaluation)
-    series = [one for one in _series(evaluation, judge, cost) if one.points]
+    rate, series = rate_name(evaluation), _series(evaluation, judge, cost)
     points = [point for one in series for point in one.points]
     if len(points) < 2:
         return None
     reach = [bound for point in points for bound in (point.x, *(point.x_interval or ()))]
-    base = evaluation["runs"][0]["judges"][judge]["rate"]
-    if cost == "intervention_rate":
-        x = linear(label, [0.0, *reach], _percent, tight=True)
-    elif max(reach) > 4 * min(reach):
-        x = logarithmic(label, reach, lambda value: f"{TIMES}{value:g}")
-    else:
-        x = linear(label, reach, lambda value: f"{TIMES}{value:.6g}", tight=True)
-    heights = [bound for point in points for bound in (point.y, *(point.y_interval or ()))]
+
+    def finish(axes: "Axes") -> None:
+        if cost == "intervention_rate":
+            axes.update_datalim([(0, 0)])
+            axes.autoscale_view()
+            percents(axes.xaxis)
+        elif max(reach) > 4 * min(reach):
+            logarithmic(axes, "x", f"{TIMES}{{x:g}}")
+        else:
+            axes.xaxis.set_major_formatter(f"{TIMES}{{x:.6g}}")
+        axes.set_ylim(bottom=0)
+        percents(axes.yaxis)
+
     return Chart(
         name=name,
         title=f"{rate[0].upper()}{rate[1:]} {against}",
         note=f"Judge: {judge}",
-        x=x,
-        y=linear("rate", [0.0, *heights], _percent),
-        series=series,
-        rules=[Rule("" if series[0].style.startswith("m-base") else "base", base)],
+        x=label,
+        y="rate",
+        series=[one for one in series if one.points or one.rule is not None],
+        finish=finish,
     )
 
 
@@ -81,16 +84,21 @@ def _series(evaluation: Evaluation, judge: str, cost: str) -> list[Series]:
         groups.setdefault((run["method"], run["num_candidates"] if run["threshold"] else None), []).append(run)
     main, seen, found = main_run(evaluation), dict.fromkeys(_METHODS, 0), []
     for (method, candidates), runs in groups.items():
-        title, marker = _METHODS[method]
+        title, colours, line, marker = _METHODS[method]
         if len(runs) == 1:
             title = runs[0]["name"]
         elif candidates:
             title = f"{title}, K={candidates}"
         ordered = sorted(runs, key=lambda run: run["threshold"] or run["num_candidates"] or 0)
-        points = [_point(run, judge, cost, len(runs) > 1, run is main) for run in ordered if _has(run, judge, cost)]
-        found.append(
-            Series(title, points, f"m-{method} k{seen[method] % 4}", "straight" if len(runs) > 1 else "", marker)
-        )
+        points = [
+            _point(run, judge, cost, _label(run, len(runs) > 1), run is main)
+            for run in ordered
+            if _has(run, judge, cost)
+        ]
+        base = method == "base"
+        rule = runs[0]["judges"][judge]["rate"] if base else None
+        colour = colours[seen[method] % len(colours)]
+        found.append(Series(title, points, colour, line if base or len(runs) > 1 else "", marker, rule=rule))
         seen[method] += 1
     return found
 
@@ -99,9 +107,8 @@ def _has(run: Run, judge: str, cost: str) -> bool:
     return run.get(cost) is not None and judge in run["judges"]
 
 
-def _point(run: Run, judge: str, cost: str, several: bool, ring: bool) -> Point:
+def _point(run: Run, judge: str, cost: str, label: str, ring: bool) -> Point:
     judged, interval = run["judges"][judge], run.get(f"{cost}_interval")
-    varied = f"c={run['threshold']:.3g}" if run["threshold"] else f"N={run['num_candidates']}"
     text = factor if cost == "perplexity_ratio" else percent
     about = "perplexity" if cost == "perplexity_ratio" else "intervened"
     return Point(
@@ -109,11 +116,23 @@ def _point(run: Run, judge: str, cost: str, several: bool, ring: bool) -> Point:
         y=judged["rate"],
         tip=f"{run['name']}\nrate {percent(judged['rate'], judged['rate_interval'])}\n"
         f"{about} {text(run[cost], interval)}",
-        label=varied if several else run["name"],
+        label=label,
         x_interval=interval,
         y_interval=judged["rate_interval"],
         ring=ring,
     )
+
+
+def _label(run: Run, several: bool) -> str:
+    """What stands beside a run: its method, or what sets it apart in its method; no text of the document."""
+    title, count = _METHODS[run["method"]][0], run["num_candidates"]
+    if several and run["threshold"]:
+        return f"c={run['threshold']:.3g}"
+    if not isinstance(count, int):
+        return "" if several else title
+    if run["method"] == "best_of_n":
+        return f"N={count}" if several else f"best of {count}"
+    return f"K={count}" if several else f"{title} K={count}"
 
 
 def calibration_chart(evaluation: Evaluation) -> Chart | None:
@@ -127,36 +146,40 @@ def calibration_chart(evaluation: Evaluation) -> Chart | None:
     martingale = calibration["mode"] == "martingale"
     name = "least growth of the log odds" if martingale else "threshold"
     own = None if martingale else evaluation["head"]["threshold"]
-    curves = {"all texts" if calibration.get("groups") else name: calibration["curve"]}
-    curves |= {group: held["curve"] for group, held in (calibration.get("groups") or {}).items()}
-    series = [
-        Series(each, _curve(curve, name), f"m-filter k{i % 4}", "step")
-        for i, (each, curve) in enumerate(curves.items())
-    ]
+    series = _curves(calibration, name)
     curve = sorted(calibration["curve"], key=lambda entry: float(entry["alpha"]))
     barred = [entry["alpha"] for entry in takewhile(lambda entry: entry["threshold"] is None, curve)]
-    heights = [point.y for one in series for point in one.points] + ([own] if own else [])
-    none = [
-        Point(alpha, min([0.0, *heights]), f"alpha {alpha:g}\nno {name} keeps the promise", radius=3.5)
-        for alpha in barred
-    ]
-    return Chart(
-        name="calibration",
-        title=f"{name[0].upper()}{name[1:]} for each alpha",
-        note="Each is valid for every larger alpha too: hence the steps.",
-        x=logarithmic("alpha", [entry["alpha"] for entry in curve], lambda value: f"{value:g}"),
-        y=linear(name, [0.0, *(heights or [1.0])], lambda value: f"{value:.6g}"),
-        series=[*series, Series("nothing can be promised", none, "m-none", "", "cross")],
-        rules=[Rule(f"own threshold {own:.4g}", own)] if own else [],
-        barred=max(barred, default=None),
-        barred_label="nothing can be promised",
-        keyed=len(series) > 1,
-    )
+    bottom = min([0.0, *(point.y for one in series for point in one.points)])
+    if barred:
+        none = [Point(each, bottom, f"alpha {each:g}\nno {name} keeps the promise", radius=3.5) for each in barred]
+        series.append(Series("nothing can be promised", none, "s-words", "", "P"))
+    if own:
+        series.append(reference(f"own threshold {own:.4g}", own))
+
+    def finish(axes: "Axes") -> None:
+        logarithmic(axes, "x", "{x:g}")
+        axes.set_ylim(bottom=bottom)
+        if barred:
+            left = axes.get_xlim()[0]
+            axes.axvspan(left, barred[-1], color=COLOURS["barred"], linewidth=0)
+            axes.set_xlim(left=left)
+
+    title = f"{name[0].upper()}{name[1:]} for each alpha"
+    note = "Each is valid for every larger alpha too: hence the steps."
+    return Chart("calibration", title, note, "alpha", name, series, finish, keyed=len(series) > 1)
 
 
-def _curve(curve: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    kept = sorted((entry["alpha"], entry["threshold"]) for entry in curve if entry["threshold"] is not None)
-    return [Point(alpha, threshold, f"alpha {alpha:g}\n{name} {threshold:.4g}", radius=3) for alpha, threshold in kept]
+def _curves(calibration: Mapping[str, Any], name: str) -> list[Series]:
+    """Of all texts, and of each group, as far as something can be promised."""
+    groups = calibration.get("groups") or {}
+    curves = {"all texts" if groups else name: calibration["curve"]}
+    curves |= {group: held["curve"] for group, held in groups.items()}
+    found = []
+    for (each, curve), colour in zip(curves.items(), cycle(_FILTER)):
+        kept = sorted((entry["alpha"], entry["threshold"]) for entry in curve if entry["threshold"] is not None)
+        points = [Point(alpha, c, f"alpha {alpha:g}\n{name} {c:.4g}", radius=3) for alpha, c in kept]
+        found += [Series(each, points, colour, steps=True)] if points else []
+    return found
 
 
 def reliability_chart(evaluation: Evaluation) -> Chart | None:
@@ -175,16 +198,22 @@ def reliability_chart(evaluation: Evaluation) -> Chart | None:
         )
         for entry in bins
     ]
-    reach = [0.0, *(entry[key] for entry in bins for key in ("mean_value", "rate"))]
     return Chart(
         name="reliability",
         title="Reliability of values",
         note="On the diagonal a value is a probability. Larger points hold more.",
-        x=linear("mean value", reach, lambda value: f"{value:.6g}"),
-        y=linear("measured rate", reach, lambda value: f"{value:.6g}"),
-        series=[Series("range of values", points, "m-filter k0")],
-        rules=[Rule("")],
+        x="mean value",
+        y="measured rate",
+        series=[Series("range of values", points)],
+        finish=_diagonal,
     )
+
+
+def _diagonal(axes: "Axes") -> None:
+    axes.set(xlim=(0, None), ylim=(0, None))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.axline((0, 0), slope=1, color=COLOURS["soft"], linestyle="--", linewidth=1)
 
 
 def coverage_charts(evaluation: Evaluation) -> list[Chart]:
@@ -192,34 +221,34 @@ def coverage_charts(evaluation: Evaluation) -> list[Chart]:
     entries = coverage_curve(evaluation)
     if len(entries) < 2:
         return []
-    x = linear("coverage: share of prompts answered", [0.0, 1.0], _percent)
     accuracy = [Point(entry["coverage"], entry["accuracy"], _coverage_tip(entry)) for entry in entries]
-    reach = [*(point.y for point in accuracy), *(bound for e in entries for bound in e["accuracy_interval"] or ())]
-    band = [(e["coverage"], *e["accuracy_interval"]) for e in entries if e["accuracy_interval"]]
-    charts = [
-        Chart(
-            name="coverage",
-            title="Accuracy of what is answered",
-            note="The band is the 95 % interval.",
-            x=x,
-            y=linear("accuracy", [0.0, *reach], _percent),
-            series=[Series("accuracy", accuracy, "m-filter k0")],
-            bands=[("m-filter k0", band)] if len(band) > 1 else [],
-            rules=[Rule("every prompt answered", entry["accuracy"]) for entry in entries if entry["coverage"] == 1],
-        )
-    ]
+    every = [reference("every prompt answered", entry["accuracy"]) for entry in entries if entry["coverage"] == 1]
+    series = [Series("accuracy", accuracy), *every]
+    band = [(entry["coverage"], *entry["accuracy_interval"]) for entry in entries if entry["accuracy_interval"]]
+
+    def finish(axes: "Axes") -> None:
+        if band:
+            x, low, high = zip(*band, strict=True)
+            axes.fill_between(x, low, high, color=COLOURS["s-filter0"], alpha=0.15, linewidth=0)
+        _coverage(axes)
+
+    share, note = "coverage: share of prompts answered", "The band is the 95 % interval."
+    charts = [Chart("coverage", "Accuracy of what is answered", note, share, "accuracy", series, finish, keyed=True)]
     saved = [
         Point(entry["coverage"], entry["tokens_saved"], _coverage_tip(entry))
         for entry in entries
         if entry["tokens_saved"] is not None
     ]
     if len(saved) > 1:
-        y = linear("tokens saved", [0.0, *(point.y for point in saved)], _percent)
-        series = [Series("tokens saved", saved, "m-args k0")]
-        charts.append(
-            Chart("saved", "Tokens saved by stopping early", "Against answering every prompt.", x, y, series)
-        )
+        title, note = "Tokens saved by stopping early", "Against answering every prompt."
+        series = [Series("tokens saved", saved, "s-args")]
+        charts.append(Chart("saved", title, note, share, "tokens saved", series, _coverage))
     return charts
+
+
+def _coverage(axes: "Axes") -> None:
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    percents(axes.xaxis, axes.yaxis)
 
 
 def _coverage_tip(entry: Mapping[str, Any]) -> str:
@@ -234,25 +263,30 @@ def _coverage_tip(entry: Mapping[str, Any]) -> str:
 
 def trajectory_chart(name: str, trace: PromptTrace, threshold: float) -> Chart:
     """The value of every token, base and steered, with marks where a token was replaced."""
-    values = [token.value for token in (*trace.base, *trace.steered)]
-    length = max(len(trace.base), len(trace.steered), 2)
-    ticks = [index for index in range(1, length + 1) if index == 1 or index % (5 if length < 60 else 20) == 0]
-    y = odds("value", [*values, threshold])
-    clear = [tick for tick in y.ticks if abs(y.place(tick) - y.place(threshold)) > 0.13]
-    return Chart(
-        name=name,
-        title="Values",
-        note="",
-        x=Axis("", 1, length, ticks, lambda step: "token 1" if step == 1 else f"{step:g}"),
-        y=replace(y, ticks=[*clear, threshold]),
-        series=[
-            Series("base", _path(trace.base), "m-base k0"),
-            Series("steered", _path(trace.steered), "m-filter k0"),
-        ],
-        rules=[Rule("", threshold)],
-        sizes=STRIP,
-    )
+
+    def finish(axes: "Axes") -> None:
+        axes.set_yscale("logit")
+        axes.minorticks_off()
+        axes.locator_params(axis="y", nbins=6)
+        axes.yaxis.set_major_formatter("{x:.3g}")
+        height, right = _with_odds(threshold), axes.get_yaxis_transform()
+        axes.axhline(height, color=COLOURS["soft"], linestyle="--", linewidth=1)
+        axes.annotate(f"{threshold:.3g}", (1, height), (4, 0), right, "offset points", va="center_baseline")
+        axes.set_xlim(1, max(len(trace.base), len(trace.steered), 2))
+        axes.locator_params(axis="x", integer=True)
+        ticks = [step for step in axes.get_xticks() if 2 < step <= axes.get_xlim()[1]]
+        axes.set_xticks([1, *ticks], ["token 1", *map("{:g}".format, ticks)])
+
+    series = [Series("base", _path(trace.base), "ink"), Series("steered", _path(trace.steered))]
+    return Chart(name, "Values", "", "", "value", series, finish, STRIP)
 
 
 def _path(tokens: Sequence[TokenTrace]) -> list[Point]:
-    return [Point(step, token.value, radius=4 * token.intervened) for step, token in enumerate(tokens, start=1)]
+    return [
+        Point(step, _with_odds(token.value), radius=4 * token.intervened) for step, token in enumerate(tokens, start=1)
+    ]
+
+
+def _with_odds(value: float) -> float:
+    """The value, or where its odds are beyond 1 to 100,000, the nearest one that has those."""
+    return min(max(value, 1e-5), 1 - 1e-5)

@@ -8,7 +8,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 _PAGES = Environment(
     loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
 )
-_PAGES.filters["px"] = "{:.1f}".format
 
 
 def render(template: str, **parts: Any) -> str:

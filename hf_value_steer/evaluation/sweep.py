@@ -3,15 +3,15 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.arguments.evaluate import SweepArguments
+from hf_value_steer.cards.document import TIMES
 from hf_value_steer.choices import VectorMode
-from hf_value_steer.evaluation.axes import linear, logarithmic
-from hf_value_steer.evaluation.charts import Chart, Point, Rule, Series
+from hf_value_steer.evaluation.charts import Chart, Point, Series, check_drawing, logarithmic, percents, reference
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.pages import render
 from hf_value_steer.evaluation.runs import Runner, Setting
@@ -19,6 +19,10 @@ from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, load_prompts
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this part of the base's repeats itself
@@ -32,6 +36,7 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
     Returns:
         The document: `runs`, the unsteered one first, and the `window`.
     """
+    check_drawing()
     folder = Path(arguments.output)
     model, tokenizer = load_backbone(arguments.model, arguments.dtype, PartialState().device)
     vectors = SteeringVectors.from_pretrained(arguments.vectors)
@@ -128,17 +133,11 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     """Rates and perplexity over the multiplier, and norms by layer: one page of HTML and SVG without script."""
     runs = swept(document["runs"])
     low, high = document["window"]
-    charts = [
-        _chart(f"rate-{index}", "rate", f"Judge: {name}", runs, [run["judges"][name]["rate"] for run in runs])
-        for index, name in enumerate(runs[0]["judges"])
-    ]
-    note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
-    ratios = [run["perplexity_ratio"] for run in runs]
-    rule = Rule("budget", document["budget"])
-    charts.append(_chart("perplexity", "perplexity", note, runs, ratios, rule))
+    charts = [_rates(f"rate-{index}", name, runs) for index, name in enumerate(runs[0]["judges"])]
+    charts.append(_perplexities(runs, document["budget"]))
     if document["norms"]:
         charts.append(norm_chart(document["layers"], document["norms"]))
-    return render("sweep.html", charts=charts, low=f"{low:g}", high=f"{high:g}")
+    return render("sweep.html", title=f"Working window: {low:g} to {high:g}", charts=charts)
 
 
 def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
@@ -153,23 +152,43 @@ def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
         f"{layers[0]} left at layer {layers[-1]}."
     )
     points = [Point(layer, norm, f"layer {layer}: {norm:.3g}") for layer, norm in zip(layers, norms, strict=True)]
-    x = linear("layer", layers, lambda value: f"{value:g}", tight=True)
-    y = linear("mean norm", [0.0, *norms], lambda value: f"{value:g}")
-    return Chart("norms", "Norm of the residual stream", note, x, y, [Series("", points, "m-filter")])
+    series = [Series("mean norm", points)]
+    return Chart("norms", "Norm of the residual stream", note, "layer", "mean norm", series, _layers)
 
 
-def _chart(
-    name: str, kind: str, note: str, runs: Sequence[Mapping[str, Any]], heights: Sequence[float], *rules: Rule
-) -> Chart:
+def _layers(axes: "Axes") -> None:
+    axes.set_ylim(bottom=0)
+    axes.locator_params(axis="x", integer=True)
+
+
+def _rates(name: str, judge: str, runs: Sequence[Mapping[str, Any]]) -> Chart:
+    def finish(axes: "Axes") -> None:
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter("{x:g}")
+        percents(axes.yaxis)
+
+    series = [Series("rate", _points(runs, [run["judges"][judge]["rate"] for run in runs]))]
+    return Chart(name, "Rate", f"Judge: {judge}", "multiplier m", "rate", series, finish)
+
+
+def _perplexities(runs: Sequence[Mapping[str, Any]], budget: float) -> Chart:
+    note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
+    series = [
+        Series("perplexity", _points(runs, [run["perplexity_ratio"] for run in runs])),
+        reference("budget", budget),
+    ]
+
+    def finish(axes: "Axes") -> None:
+        axes.xaxis.set_major_formatter("{x:g}")
+        logarithmic(axes, "y", f"{TIMES}{{x:g}}")
+
+    title = "Perplexity, relative to base"
+    return Chart("perplexity", title, note, "multiplier m", "perplexity", series, finish, keyed=True)
+
+
+def _points(runs: Sequence[Mapping[str, Any]], heights: Sequence[float]) -> list[Point]:
     multipliers = [float(run["multiplier"]) for run in runs]
-    points = [
+    return [
         Point(x, y, f"m = {x:g}: {y:.3g}", ring=run["collapsed"])
         for x, y, run in zip(multipliers, heights, runs, strict=True)
     ]
-    x = linear("multiplier m", multipliers, lambda value: f"{value:g}", tight=True)
-    if kind == "rate":
-        y = linear(kind, [0.0, *heights], lambda value: f"{100 * value:.3g} %")
-    else:
-        y = logarithmic(kind, [*heights, *(rule.y or 1.0 for rule in rules)], lambda value: f"x{value:g}")
-    title = {"rate": "Rate", "perplexity": "Perplexity, relative to base"}[kind]
-    return Chart(name, title, note, x, y, [Series("", points, "m-filter")], rules=rules)

@@ -1,9 +1,9 @@
 """Plans that a person wrote, as YAML or in Python: their content, and where in a file each key of it stands."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,6 @@ from hf_value_steer.errors import SteeringError
 from hf_value_steer.files.writing import read_utf8
 
 
-MOST_LEVELS, MOST_VALUES = 20, 10_000  # in each other, and in all; aliases count as what they stand for
-_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
-
-
 @dataclass(frozen=True)
 class Marked:
     """A plan: sections with keys.
@@ -24,18 +20,19 @@ class Marked:
     Args:
         content: what was written: if all is well, a mapping of mappings.
         name (`str`): of the file, or what errors call the plan otherwise.
-        lines: at which line, counted from 1, each key stands, by the keys that lead to it.
     """
 
     content: Any
     name: str = "The recipe"
-    lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
 
     def place(self, *path: str) -> str:
         """Where a key stands, for errors: file, line and key, as far as there are."""
-        known = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in self.lines), None)
-        line = [] if known is None else [f"line {self.lines[known]}"]
-        return ", ".join([self.name, *line, *([".".join(path)] if path else [])])
+        inside, line = self.content, None
+        for key in path:
+            line = inside.lines.get(key, line) if isinstance(inside, _Mapping) else line
+            inside = inside.get(key) if isinstance(inside, Mapping) else None
+        known = [] if line is None else [f"line {line}"]
+        return ", ".join([self.name, *known, *([".".join(path)] if path else [])])
 
     @contextmanager
     def blaming(self, *section: str) -> Iterator[None]:
@@ -58,110 +55,61 @@ class Marked:
 
 
 def read_marked(path: Path) -> Marked:
-    """Read a YAML file. Nothing in it is executed, and nothing in it can grow.
+    """Read a YAML file. Nothing in it is executed.
 
     Raises:
         OSError: if it is not there.
-        ValueError: if it is no YAML in UTF-8, holds a key twice, or more than a person would write; names the line.
+        ValueError: if it is no YAML in UTF-8, or holds a key twice; names the line.
     """
     text = read_utf8(path)
     try:
-        _refuse_growth(yaml.parse(text, Loader=yaml.SafeLoader))
-        reader = _Reader(yaml.SafeLoader(text))
-        content = reader.document()
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}{_said(error, text)}") from error
-    return Marked(content, str(path), reader.lines)
-
-
-def _said(error: yaml.YAMLError, text: str) -> str:
-    """Line and reason of an error of PyYAML, whose own text has many lines."""
-    if isinstance(error, yaml.reader.ReaderError):
-        line, reason = text.count("\n", 0, error.position), f"the character {chr(error.character)!r} is not allowed"
-    else:
+        return Marked(yaml.load(text, Loader=_Loader), str(path))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"{path}, line {line}: the character {chr(error.character)!r} is not allowed.") from error
+    except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line, reason = mark.line, ", ".join(filter(None, (error.context, error.problem)))
-    return f", line {line + 1}: " + " ".join(f"{reason}.".split())
+        reason = " ".join(", ".join(filter(None, (error.context, error.problem))).split())
+        raise ValueError(f"{path}, line {mark.line + 1}: {reason}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply: a recipe has sections, and they have keys.") from error
 
 
-def _fault(problem: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
+class _Mapping(dict[str, Any]):
+    """A mapping that knows at which line, counted from 1, each of its keys stands."""
+
+    lines: dict[str, int]
 
 
-def _refuse_growth(events: Iterable[yaml.Event]) -> None:
-    """Refuse what is nested too deeply, holds itself, or is too much once aliases are what they stand for."""
-    sizes: dict[str | None, int] = {}
-    around: list[tuple[str | None, int]] = []  # anchors of what has not ended, and how much is in it so far
-    for event in events:
-        if isinstance(event, yaml.CollectionStartEvent):
-            around.append((event.anchor, 1))
-            if len(around) > MOST_LEVELS:
-                raise _fault(f"more than {MOST_LEVELS} levels in each other", event.start_mark)
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = around.pop()
-            sizes[anchor] = size
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor in (anchor for anchor, _ in around):
-                raise _fault(f"*{event.anchor} stands inside of what it stands for", event.start_mark)
-            size = sizes.get(event.anchor, 1)
-        else:
-            size = int(isinstance(event, yaml.ScalarEvent))
-        if around:
-            around[-1] = (around[-1][0], around[-1][1] + size)
-            if around[-1][1] > MOST_VALUES:
-                raise _fault(f"more than {MOST_VALUES:,} values", event.start_mark)
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Remembers lines, refuses keys that are there twice, and keeps keys as they are written: `no` is one, too."""
 
-
-class _Reader:
-    """From nodes to values. Keys stay as they are written: `no` is a key, too."""
-
-    def __init__(self, loader: yaml.SafeLoader):
-        self.loader = loader
-        self.lines: dict[tuple[str, ...], int] = {}
-        self._own_keys: set[int] = set()  # nodes whose keys were looked at, before others were merged into them
-
-    def document(self) -> Any:
-        node = self.loader.get_single_node()
-        return None if node is None else self._value(node, ())
-
-    def _value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node, path)
-        if node.tag not in _PLAIN_TAGS:
-            raise _fault(f"a value with the tag {node.tag!r} is not read", node.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        return [self._value(each, path) for each in node.value]
-
-    def _scalar(self, node: yaml.ScalarNode, path: tuple[str, ...]) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return self.loader.construct_object(node)
-        except yaml.YAMLError:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
             raise
         except Exception as error:  # a 31st of February, a number of thousands of digits, `!!int x`
-            kind, key = node.tag.rpartition(":")[2], ".".join(path)
-            raise _fault(f"{key}: {node.value[:80]!r} cannot be read as {kind}", node.start_mark) from error
+            kind = node.tag.rpartition(":")[2]
+            raise _fault(f"{str(node.value)[:80]!r} cannot be read as {kind}", node) from error
 
-    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
-        self._refuse_twice(node, path)
-        self.loader.flatten_mapping(node)
-        content = {}
-        for key, value in node.value:
-            here = (*path, key.value)
-            self.lines[here] = key.start_mark.line + 1
-            content[key.value] = self._value(value, here)
-        return content
-
-    def _refuse_twice(self, node: yaml.MappingNode, path: tuple[str, ...]) -> None:
-        if id(node) in self._own_keys:
-            return
-        self._own_keys.add(id(node))
+    def mapping(self, node: yaml.MappingNode) -> _Mapping:
+        """What a node of a mapping stands for."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _fault("a key has to be a text", key.start_mark)
+                raise _fault("a key has to be a text", key)
             if key.value in lines:
-                whole = ".".join((*path, key.value))
-                raise _fault(f"{whole} is there already, at line {lines[key.value]}", key.start_mark)
+                raise _fault(f"{key.value} is there already, at line {lines[key.value]}", key)
             lines[key.value] = key.start_mark.line + 1
+        self.flatten_mapping(node)
+        found = _Mapping((key.value, self.construct_object(value, deep=True)) for key, value in node.value)
+        found.lines = {key.value: key.start_mark.line + 1 for key, _ in node.value}
+        return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.mapping)
+
+
+def _fault(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

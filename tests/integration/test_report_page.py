@@ -1,12 +1,12 @@
 """The pages in a browser: they render, ask for nothing, fit a phone, and their switches work."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hf_value_steer.evaluation.report import render_report
+from hf_value_steer.evaluation.sweep import sweep_page
 from tests import documents
 from tests.chromium import EXECUTABLE, Page, chromium
 from tests.integration import test_trace_page as trace_page
@@ -28,13 +28,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser() -> Iterator[Page]:
     with chromium() as page:
         yield page
-
-
-def box(page: Page, selector: str) -> dict[str, float]:
-    """Where the first visible one of the selected elements is."""
-    chosen = f"[...document.querySelectorAll({json.dumps(selector)})].find(each => each.checkVisibility())"
-    found = page.evaluate(f"{chosen}.getBoundingClientRect().toJSON()")
-    return dict(found)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -132,12 +125,66 @@ def test_tips_of_points_stay_on_the_page(browser: Page, report: Path, width: int
         assert across > 40 and left > -0.5 and right > -0.5 and page == width
 
 
-def test_points_of_charts_lie_on_their_marks(browser: Page, report: Path) -> None:
-    browser.open(report)
-    spot, mark = (box(browser, f"#abstention .plot.medium {each}") for each in (".spot > i", ".mark"))
-    for side in ("x", "y"):
-        length = {"x": "width", "y": "height"}[side]
-        assert spot[side] + spot[length] / 2 == pytest.approx(mark[side] + mark[length] / 2, abs=1)
+CENTRES = """
+[...document.querySelectorAll('.part:not(#examples) .plot')].filter(plot => plot.checkVisibility()).map(plot =>
+  ['.spot > i', 'use[style*="stroke: var(--card)"]'].map(chosen => [...plot.querySelectorAll(chosen)].map(each => {
+    const box = each.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  })))
+"""
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_points_of_charts_lie_on_their_marks(browser: Page, report: Path, width: int) -> None:
+    browser.open(report, width)
+    charts = browser.evaluate(CENTRES)
+    assert len(charts) == 6
+    for spots, marks in charts:
+        assert len(spots) > 5
+        for spot, mark in zip(spots, marks, strict=True):
+            assert spot == pytest.approx(mark, abs=1)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep") / "sweep.html"
+    path.write_text(sweep_page(documents.sweep()), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_sweep_renders_quietly_and_fits(browser: Page, swept: Path, width: int, dark: bool) -> None:
+    browser.open(swept, width, dark=dark)
+    assert (
+        browser.evaluate("document.title")
+        == "Working window: -0.5 to 1"
+        == browser.evaluate("document.querySelector('h1').textContent")
+    )
+    assert browser.visible(".plot") == browser.visible(".chart") == 4
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    page, ink, text = (
+        browser.evaluate(f"getComputedStyle(document.querySelector('{each}')).{what}")
+        for each, what in (("body", "backgroundColor"), ("use[style*=ink]", "stroke"), (".plot text", "fill"))
+    )
+    assert (page, ink, text) == (
+        ("rgb(18, 21, 28)", "rgb(221, 226, 236)", "rgb(151, 161, 179)")
+        if dark
+        else ("rgb(244, 245, 247)", "rgb(28, 34, 48)", "rgb(91, 100, 117)")
+    )
+    assert browser.complaints() == [] and browser.requests() == [swept.as_uri()]
+
+
+def test_tips_are_reached_by_keyboard(browser: Page, swept: Path) -> None:
+    browser.open(swept)
+    key = {"key": "Tab", "code": "Tab", "windowsVirtualKeyCode": 9}
+    said = []
+    for _ in range(5):
+        for kind in ("keyDown", "keyUp"):
+            browser.call("Input.dispatchKeyEvent", type=kind, **key)
+        assert browser.visible(".tip") == 1
+        said.append(browser.evaluate("document.activeElement.querySelector('.tip').textContent"))
+    assert said == ["m = -1: 0.02", "m = -0.5: 0.06", "m = 0: 0.1", "m = 1: 0.2", "m = 2: 0.3"]
 
 
 @pytest.mark.parametrize("width", [360, 1280])

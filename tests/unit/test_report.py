@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from hf_value_steer.cards.results import results_markdown
-from hf_value_steer.evaluation.axes import linear, logarithmic, odds
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.sweep import sweep_page
 from tests import documents, hostile
@@ -15,6 +14,7 @@ from tests.integration.test_trace_page import Reader
 
 
 HOSTILE = "</style><script src='//x'>&\"$style"
+BARRED = "fill: var(--barred)"
 SECRET = "old"  # stands for an offensive word
 
 
@@ -26,9 +26,19 @@ def charts(page: str) -> list[str]:
     return re.findall(r"<figcaption><b>([^<]*)</b>", page)
 
 
+def legends(page: str) -> list[list[str]]:
+    """Names in each legend of the charts."""
+    return [re.findall(r"</svg>([^<]*)</li>", each) for each in re.findall(r'<ul class="series">.*?</ul>', page)]
+
+
 def without(key: str, document: dict[str, Any]) -> dict[str, Any]:
     """The document with `key` measured in no run."""
     return {**document, "runs": [{name: each[name] for name in each if name != key} for each in document["runs"]]}
+
+
+def briefly(**changes: Any) -> str:
+    """The report of a document without examples, each of which has charts of its own that take their time."""
+    return render_report(documents.evaluation(examples=[], **changes))
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +63,11 @@ def test_a_full_document_has_every_part(page: str) -> None:
 def test_it_is_one_file_and_well_formed(page: str) -> None:
     read = Reader(page)
     assert not re.search(r"https?:|url\(|@import|//[a-z]", page)
-    assert not read.tags & {"script", "iframe", "img", "object", "embed", "form", "base", "image", "use"}
+    assert not read.tags & {"script", "iframe", "img", "object", "embed", "form", "base", "image"}
     links = {value for name, value in read.attributes if name in ("href", "src", "xlink:href")}
     ids = re.findall(r'\bid="([^"]*)"', page)
-    assert links == {"data:,", "#trade-off", "#runs", "#calibration", "#abstention", "#examples"}
+    assert links >= {"#trade-off", "#runs", "#calibration", "#abstention", "#examples"}
+    assert links - {f"#{each}" for each in ids} == {"data:,"}
     assert len(ids) == len(set(ids))
     for reference in re.findall(r'aria-(?:labelledby|describedby)="([^"]*)"', page):
         assert set(reference.split()) <= set(ids)
@@ -82,18 +93,18 @@ def test_a_part_without_data_is_left_out(page: str, changes: dict[str, Any], lef
 
 
 def test_a_chart_without_data_is_left_out(page: str) -> None:
-    assert "Reliability of values" not in charts(render_report(documents.evaluation(reliability=None)))
-    assert "Threshold for each alpha" not in charts(render_report(documents.evaluation(calibration=None)))
-    steps = render_report(without("intervention_rate", documents.evaluation()))
+    assert "Reliability of values" not in charts(briefly(reliability=None))
+    assert "Threshold for each alpha" not in charts(briefly(calibration=None))
+    steps = render_report(without("intervention_rate", documents.evaluation(examples=[])))
     assert "Toxicity rate against steps intervened" not in charts(steps)
     assert "steps intervened" not in steps and "steps intervened" in page
     coverage = [{**entry, "tokens_saved": None} for entry in documents.evaluation()["coverage"]]
-    assert "Tokens saved by stopping early" not in charts(render_report(documents.evaluation(coverage=coverage)))
+    assert "Tokens saved by stopping early" not in charts(briefly(coverage=coverage))
 
 
 def test_what_no_run_was_measured_by_has_no_column(page: str) -> None:
     assert 'scope="col">distinct-2<' in page and 'scope="col">abstained<' not in page
-    assert 'scope="col">distinct-2<' not in render_report(without("distinct_2", documents.evaluation()))
+    assert 'scope="col">distinct-2<' not in render_report(without("distinct_2", documents.evaluation(examples=[])))
 
 
 def test_nothing_in_a_document_becomes_markup() -> None:
@@ -153,36 +164,28 @@ def free_texts(text: str) -> str:
     )
 
 
-@pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
-def test_what_a_document_says_is_text(text: str) -> None:
-    assert Shape(free_texts(text)).tags == Shape(free_texts("o" * len(text))).tags
+@pytest.fixture(scope="module")
+def ordinary() -> list[tuple[str, list[str]]]:
+    return Shape(free_texts("ordinary")).tags
 
 
-def swept(judge: str) -> str:
-    runs = [
-        {
-            "multiplier": m,
-            "method": method,
-            "judges": {judge: {"rate": 0.1}},
-            "perplexity_ratio": 1.1,
-            "collapsed": m > 1,
-        }
-        for m, method in ((0.0, "base"), (-1.0, "broadcast"), (2.0, "broadcast"))
-    ]
-    return sweep_page({"runs": runs, "window": [-1.0, 0.0], "budget": 1.5, "layers": [0, 1], "norms": [1.0, 2.0]})
+@pytest.mark.parametrize("text", [*hostile.TEXTS.values(), "long " * 200], ids=[*hostile.TEXTS, "long"])
+def test_what_a_document_says_is_text(text: str, ordinary: list[tuple[str, list[str]]]) -> None:
+    assert Shape(free_texts(text)).tags == ordinary
 
 
 @pytest.mark.parametrize("text", hostile.TEXTS.values(), ids=hostile.TEXTS)
 def test_the_name_of_a_judge_is_text_in_a_sweep(text: str) -> None:
-    page = swept(text)
-    assert Shape(page).tags == Shape(swept("ordinary")).tags
+    page = sweep_page(documents.sweep(text))
+    assert Shape(page).tags == Shape(sweep_page(documents.sweep("ordinary"))).tags
+    assert "default-src 'none'" in page and "<h1>Working window: -0.5 to 1</h1>" in page
     ids = re.findall(r'\bid="([^"]*)"', page)
     for reference in re.findall(r'aria-labelledby="([^"]*)"', page):
         assert set(reference.split()) <= set(ids)
 
 
 def test_the_headline_quotes_the_run_at_the_own_threshold() -> None:
-    document = documents.evaluation()
+    document = documents.evaluation(examples=[])
     main = next(each for each in document["runs"] if each["name"] == "filter K=8 c=0.1")
     main["judges"]["lexicon"] |= {
         "rate": 0.0123,
@@ -194,13 +197,13 @@ def test_the_headline_quotes_the_run_at_the_own_threshold() -> None:
         "% [", "%["
     )
     assert "with 8 candidates at threshold 0.1" in text
-    other = Reader(render_report(documents.evaluation(head={**documents.HEAD, "threshold": 0.4}))).text
+    other = Reader(briefly(head={**documents.HEAD, "threshold": 0.4})).text
     assert "with 8 candidates at threshold 0.4" in other
 
 
 @pytest.mark.parametrize(("polarity", "counted"), [("undesirable", "unsafe"), ("desirable", "right")])
 def test_it_says_what_a_score_counts_as(polarity: str, counted: str) -> None:
-    document = documents.evaluation()
+    document = documents.evaluation(examples=[])
     document["head"] = {**document["head"], "polarity": polarity}
     for text in (render_report(document), results_markdown(document)):
         assert f"A text that a judge scores above 0.5 counts as {counted}" in text
@@ -222,8 +225,7 @@ def test_judges_can_be_chosen_where_there_are_several(page: str) -> None:
 
 
 def test_runs_are_joined_by_method_and_number_of_candidates(page: str) -> None:
-    names = re.findall(r"</svg>([^<]*)</li>", page)
-    assert names == [
+    assert legends(page)[0] == [
         "base", "filter, K=8", "filter, K=4", "placebo K=8", "best of N", "ARGS K=8", "system prompt", "bad words"
     ]  # fmt: skip
     tips = re.findall(r'aria-label="([^"]*)"', page)
@@ -235,22 +237,22 @@ def test_where_nothing_can_be_promised_the_chart_says_so(page: str) -> None:
     assert page.count("alpha 0.02\nno threshold keeps the promise") == 2 * 2  # twice a drawing, for two widths
     assert "alpha 0.05\nthreshold 0.62" in page and "alpha 0.02\nthreshold" not in page
     everything = {**documents.calibration(), "curve": [{"alpha": 0.1, "threshold": 0.4}]}
-    assert 'class="barred"' not in render_report(documents.evaluation(calibration=everything))
+    assert BARRED in page and BARRED not in briefly(calibration=everything)
     nothing = {**documents.calibration(), "curve": [{"alpha": 0.1, "threshold": None}]}
-    assert 'class="barred"' in render_report(documents.evaluation(calibration=nothing))
+    assert BARRED in briefly(calibration=nothing)
     assert documents.calibration()["guarantee"] in page
 
 
 def test_growth_of_odds_is_not_called_a_threshold() -> None:
-    page = render_report(documents.evaluation(calibration=documents.calibration("martingale")))
+    page = briefly(calibration=documents.calibration("martingale"))
     assert "Least growth of the log odds for each alpha" in charts(page)
     assert "own threshold" not in page
 
 
 def test_groups_have_curves_of_their_own() -> None:
     groups = {name: {"n": 30, "curve": documents.calibration()["curve"]} for name in ("short", "long")}
-    page = render_report(documents.evaluation(calibration={**documents.calibration(), "groups": groups}))
-    assert re.findall(r"</svg>([^<]*)</li>", page)[-4:] == ["all texts", "short", "long", "nothing can be promised"]
+    page = briefly(calibration={**documents.calibration(), "groups": groups})
+    assert legends(page)[1] == ["all texts", "short", "long", "nothing can be promised", "own threshold 0.1"]
 
 
 def test_masked_words_are_in_the_file_only_with_a_switch() -> None:
@@ -274,7 +276,7 @@ def test_candidates_and_trajectories_belong_to_their_tokens(page: str) -> None:
     assert len(re.findall(r'<span class="t v\d swap"', page)) == swaps > 0
     replaced = re.findall(r'<div class="plot small"><svg[^>]*path-\d.*?</svg>', page)
     assert len(replaced) == 4
-    assert sum(each.count('<g class="m-filter k0"><circle') for each in replaced) == swaps
+    assert sum(each.count("fill: var(--s-filter0)") for each in replaced) == swaps
 
 
 def test_runs_without_keys_and_a_head_that_only_abstains() -> None:
@@ -292,19 +294,3 @@ def test_other_documents_are_refused() -> None:
         render_report({"format": "x"})
     with pytest.raises(ValueError, match="start with the run of the base model"):
         render_report(documents.evaluation(runs=documents.runs()[1:]))
-
-
-def test_axes_put_numbers_where_they_belong() -> None:
-    axis = linear("x", [0.0, 0.093], str)
-    assert (axis.low, axis.high) == (0.0, pytest.approx(0.1)) and axis.place(0.05) == pytest.approx(0.5)
-    assert axis.ticks == pytest.approx([0, 0.02, 0.04, 0.06, 0.08, 0.1])
-    tight = linear("x", [0.9, 1.4], str, tight=True)
-    assert tight.low == pytest.approx(0.88) and tight.ticks == pytest.approx([0.9, 1.0, 1.1, 1.2, 1.3, 1.4])
-    assert linear("x", [1.0, 1.0], str).place(1.0) == 0
-    scale = logarithmic("x", [0.01, 1.0], str)
-    assert scale.place(0.1) == pytest.approx(0.5) and scale.ticks == pytest.approx(
-        [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
-    )
-    values = odds("x", [0.01, 0.99])
-    assert values.place(0.5) == pytest.approx(0.5) and values.place(0.0) == 0 and values.place(1.0) == 1
-    assert values.ticks == [0.01, 0.1, 0.5, 0.9, 0.99]

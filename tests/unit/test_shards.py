@@ -211,11 +211,11 @@ def test_a_folder_is_claimed_once(tmp_path):
         claim(tmp_path / "deep" / "what.json", {"seed": 1, "how": {"top_p": 0.9, "top_k": 5, "model": {"layer": 3}}})
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000])
+@pytest.mark.parametrize("content", ["", "[1]", "[" * 100_000], ids=["empty", "a list", "deep"])
 def test_a_record_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "what.json").write_text(content)
     for check in (claim, refuse_other):
-        with pytest.raises(ArtefactError, match=r"what\.json is no record of what its folder holds: .*Delete it"):
+        with pytest.raises(ArtefactError, match=r"what\.json is no record of what was done: .*delete it"):
             check(tmp_path / "what.json", {"seed": 1})
 
 
