@@ -15,7 +15,7 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_PIP := $(VLLM_BIN)/python -m pip
 
-.PHONY: setup demo docs test test-vllm lint format bench heads tables clean
+.PHONY: setup demo docs test test-vllm lint format bench heads tables release-check clean
 
 setup: $(STAMP)
 
@@ -84,6 +84,10 @@ heads: setup
 
 tables: setup
 	$(BIN)/python -m benchmarks.tables
+
+# After `make demo`, whose model the README's example reads. It uploads nothing.
+release-check: setup
+	$(BIN)/python -m tools.release_check
 
 clean:
 	rm -rf .venv .venv-* .cache site
