@@ -17,12 +17,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def sample(parameter: Tensor) -> Tensor:
-    """Up to 16 entries of a parameter, at regular distances."""
+    """Up to 16 entries of a parameter, at regular distances; up to 16 of each tensor that it is made of."""
     stride = max(parameter.numel() // SAMPLES_PER_PARAMETER, 1)
     if type(parameter) in PLAIN and parameter.is_contiguous():  # much faster than what it is the same as
         count = min(-(-parameter.numel() // stride), SAMPLES_PER_PARAMETER)
         return parameter.detach().as_strided((count,), (stride,))
-    return parameter.detach().flatten()[::stride][:SAMPLES_PER_PARAMETER]
+    try:
+        return parameter.detach().flatten()[::stride][:SAMPLES_PER_PARAMETER]
+    except NotImplementedError:  # a quantised weight of torchao: its entries lie in tensors of other shapes
+        names, _ = parameter.__tensor_flatten__()  # type: ignore[attr-defined]
+        return torch.cat([sample(getattr(parameter, name)).float() for name in names])
 
 
 def until_weights_change(answer: Callable[[M], T]) -> Callable[[M], T]:

@@ -41,15 +41,34 @@ def test_weights_offloaded_to_disk(tmp_path):
         fingerprint(offloaded)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_torchao_weights(tmp_path):
-    from torchao.quantization import Int8WeightOnlyConfig
+def saved(folder, seed):
+    set_seed(seed)
+    sizes = _DECODER | {"hidden_size": 128, "intermediate_size": 256}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+def quantised(folder, kind="Int8WeightOnlyConfig"):
+    from torchao import quantization
     from transformers import TorchAoConfig
 
-    set_seed(0)
-    sizes = _DECODER | {"hidden_size": 128, "intermediate_size": 256}
-    AutoModelForCausalLM.from_config(LlamaConfig(**sizes)).save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+    config = TorchAoConfig(getattr(quantization, kind)())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_torchao_weights_have_a_fingerprint(tmp_path, kind):
+    folder, other = saved(tmp_path / "one", 0), saved(tmp_path / "other", 1)
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    model, again, others = quantised(folder, kind), quantised(folder, kind), quantised(other, kind)
+    assert fingerprint(model) == fingerprint(again)
+    assert len({fingerprint(each) for each in (plain, model, others)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_weights(tmp_path):
+    model = quantised(saved(tmp_path, 0))
     assert type(model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.5, num_candidates=4)
     out = steer(model, config)

@@ -43,8 +43,9 @@ def told():
     """The command lines that documents show, on one line each."""
     for path in DOCS:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-            yield from (line.split("  #")[0] for line in block.splitlines() if line.startswith("hf-value-steer "))
+        for language, block in re.findall(r"^```([^\n]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if language != "text":  # which is what was printed
+                yield from (line.split("  #")[0] for line in block.splitlines() if line.startswith("hf-value-steer "))
 
 
 def printed(capsys, words, status=0):
