@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_value_steer import AbstentionConfig, SteeringVectors, ValueFilterConfig, ValueHead, enable_value_steer
 from hf_value_steer.cli import main
-from hf_value_steer.cli.generate import Screen, Side, Watch
+from hf_value_steer.cli.generate import Screen
 from hf_value_steer.evaluation import TokenTrace
+from hf_value_steer.evaluation.watching import Side, Watch
 from tests.families import random_head
 from tests.tiny_text import save_tiny_model
 
