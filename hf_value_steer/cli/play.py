@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from threading import Event
 
 from accelerate import PartialState
@@ -30,7 +31,8 @@ def play(arguments: PlayArguments) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # is read when gradio is imported
     from hf_value_steer.playground.page import Page
 
-    page = Page(writer, settings, arguments.model)
+    folder = Path(arguments.model)
+    page = Page(writer, settings, folder.name if folder.is_dir() else arguments.model)
     with page.served(arguments.host, arguments.port) as address:
         print(f"The playground is at {address} until you press Ctrl-C.", flush=True)
         Event().wait()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from examples.smollm2 import backbone_folder
 from hf_value_steer import SteeringVectors, ValueFilterConfig
 from tests.chromium import EXECUTABLE, chromium
 from tests.families import random_head
@@ -26,7 +27,8 @@ pytestmark = [
     pytest.mark.skipif(EXECUTABLE is None, reason="no Chromium"),
 ]
 ROOT = Path(__file__).parents[2]
-PICTURES = os.environ.get("PLAYGROUND_PICTURES")  # `make pictures` names the folder; it is a temporary one otherwise
+# Where pictures go. `PLAYGROUND_PICTURES=docs/images` renews those of the docs.
+PICTURES = os.environ.get("PLAYGROUND_PICTURES")
 PROMPT, OTHER = "goodak goodbl", "goodbk goodcl goodak"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> {{1+1}} ${1+1}"
 SECTIONS = "[...document.querySelectorAll('#texts article:last-of-type section')]"
@@ -215,16 +217,15 @@ def test_a_text_is_no_markup(page):
 def test_pictures_for_the_docs(tmp_path):
     """The small model with its head for sentiment, as docs/playground.md starts it, and a promise that none keeps."""
     folder = tmp_path if PICTURES is None else Path(PICTURES)
-    model = Path(os.environ.get("HF_VALUE_STEER_CACHE", ROOT / ".cache")) / "SmolLM2-135M-Instruct"
     head = ROOT / "model_cards" / "smollm2-135m-sentiment"
-    with served(tmp_path / "log", model, head, "--dtype", "float32") as address, chromium() as page:
+    with served(tmp_path / "log", backbone_folder(), head, "--dtype", "float32") as address, chromium() as page:
         for name, how in (("light", {}), ("dark", {"dark": True}), ("phone", {"width": 400})):
             show(page, address, **how)
-            ask(page, "The hotel was", 40)
-            page.wait(f"{SECTIONS}[1]?.querySelectorAll('.t').length == 40")
+            ask(page, "The hotel was", 28)
+            page.wait(f"{SECTIONS}[1]?.querySelectorAll('.t').length == 28")
             shut(page)
-            marked = "#texts section:last-of-type .swap"
-            page.tap(marked) if "width" in how else page.hover(marked)
+            page.evaluate("[...document.querySelectorAll('#texts .swap')].at(-1).setAttribute('data-last', '')")
+            page.tap("[data-last]") if "width" in how else page.hover("[data-last]")
             page.picture(folder / f"playground-{name}.png")
             assert (folder / f"playground-{name}.png").stat().st_size > 20_000
             wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
