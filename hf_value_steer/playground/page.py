@@ -78,7 +78,7 @@ class Page:
                     go = gr.Button("Write", variant="primary", elem_id="write", min_width=80)
                     stop = gr.Button("Stop", elem_id="stop", min_width=80)
                     clear = gr.Button("Clear", elem_id="clear", min_width=80)
-                self.texts = gr.HTML(elem_id="texts", apply_default_css=False)
+                self.texts = gr.HTML(markup.texts([]), elem_id="texts", apply_default_css=False)
                 self.plot = gr.LinePlot(
                     x="token", y="value", color="text", color_map=_COLOURS, tooltip=["piece", "token", "value"],
                     title="Value of each token", color_title="", x_title="token", y_title="value",
@@ -92,13 +92,19 @@ class Page:
         outputs = [self.texts, self.plot, self.past]
         told = {self.prompt, self.past, *self.controls.all()}
         # One at a time: who comes later sees the place in the queue, and gets what the seed says.
-        how = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal", "trigger_mode": "once"}
+        how = {
+            "concurrency_limit": 1,
+            "concurrency_id": "model",
+            "show_progress": "full",
+            "show_progress_on": self.texts,
+            "trigger_mode": "once",
+        }
         writing = [
             event(self._write, told, outputs, **how, api_visibility="private")
             for event in (go.click, self.prompt.submit)
         ]
         stop.click(None, cancels=writing, api_visibility="private")
-        clear.click(_cleared, None, outputs, cancels=writing, queue=False, api_visibility="private")
+        clear.click(lambda: _shown([]), None, outputs, cancels=writing, queue=False, api_visibility="private")
 
     def _write(self, given: dict[Any, Any]) -> Iterator[tuple[Any, Any, list[Turn]]]:
         """Both texts, as often as there is more of them."""
@@ -106,11 +112,10 @@ class Page:
         past = [turn for turn in given[self.past] if settings.chat]
         try:
             for turn in self.writer.write(given[self.prompt], settings, past):
-                turns = [*past, turn]
-                yield markup.texts(turns), _plotted(turn), turns
+                yield _shown([*past, turn])
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            yield markup.texts(past), gr.update(visible=False), past
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            yield _shown(given[self.past])
+            raise gr.Error(html.escape(str(error)), duration=20, print_exception=False) from error
 
 
 def _theme() -> Any:
@@ -120,8 +125,9 @@ def _theme() -> Any:
     return theme.set(**grey, body_text_color_subdued="*neutral_500", slider_color="*primary_600")
 
 
-def _cleared() -> tuple[str, Any, list[Turn]]:
-    return "", gr.update(visible=False), []
+def _shown(turns: list[Turn]) -> tuple[str, Any, list[Turn]]:
+    """What the page is to show: the texts, the plot of the last ones, and what a chat goes on from."""
+    return markup.texts(turns), _plotted(turns[-1]) if turns else gr.update(visible=False), turns
 
 
 def _plotted(turn: Turn) -> Any:

@@ -32,6 +32,7 @@ PICTURES = os.environ.get("PLAYGROUND_PICTURES")
 PROMPT, OTHER = "goodak goodbl", "goodbk goodcl goodak"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> {{1+1}} ${1+1}"
 SECTIONS = "[...document.querySelectorAll('#texts article:last-of-type section')]"
+PLOTTED = "document.querySelector('#plot canvas, #plot svg')?.checkVisibility()"
 # A process that writes down which other machines it wants to talk to.
 SERVER = """
 import socket, sys
@@ -141,7 +142,8 @@ def test_a_text_is_steered(page, world):
     reads(page, *expected(world))
     replaced = page.evaluate("document.querySelectorAll('#texts .swap').length")
     assert replaced and f"{replaced} replaced" in page.text("#texts section:last-of-type h3")
-    assert page.visible("#plot canvas, #plot svg") and page.visible("#texts .legend")
+    page.wait(PLOTTED)
+    assert page.visible("#texts .legend")
     assert not page.visible("#texts .tip")
     page.hover("#texts section:last-of-type .swap")
     assert (
@@ -174,7 +176,7 @@ def test_an_error_is_shown_as_one(page, world):
     ask(page, "  ")
     page.wait("document.querySelector('.toast-body.error')")
     assert "There is no prompt: write a text to continue" in page.text(".toast-body.error")
-    assert not page.visible("#texts .t") and not page.visible("#plot")
+    assert texts(page) == list(expected(world)) and page.visible("#plot")  # what was there before
     ask(page, PROMPT)
     reads(page, *expected(world))
 
@@ -192,6 +194,26 @@ def test_a_second_tab_gets_its_own_text(page, address, world):
         page.session = session
         reads(page, *expected(world, prompt, seed))
         assert page.text("#texts .prompt") == prompt
+
+
+def test_who_waits_sees_it_and_can_leave(page, address):
+    number(page, "threshold", 0.9999)
+    ask(page, PROMPT, 512)
+    page.wait("document.querySelectorAll('#texts .t').length > 2")
+    first = page.session
+    page.new_tab()
+    show(page, address)
+    ask(page, OTHER)
+    page.wait("document.querySelector('#texts').innerText.includes('queue: 1/1')")
+    page.click("#stop")
+    page.wait("document.querySelector('#texts').innerText.trim() == 'Both texts will stand here.'")
+    time.sleep(1)  # nothing is said of it later
+    assert page.text("#texts").strip() == "Both texts will stand here."
+    second, page.session = page.session, first
+    page.click("#stop")
+    assert 2 < shut(page) < 1024
+    page.session = second
+    assert page.text("#texts").strip() == "Both texts will stand here."
 
 
 def test_a_text_can_be_stopped_and_cleared(page, world):
@@ -223,6 +245,7 @@ def test_pictures_for_the_docs(tmp_path):
             show(page, address, **how)
             ask(page, "The hotel was", 28)
             page.wait(f"{SECTIONS}[1]?.querySelectorAll('.t').length == 28")
+            page.wait(PLOTTED)
             shut(page)
             page.evaluate("[...document.querySelectorAll('#texts .swap')].at(-1).setAttribute('data-last', '')")
             page.tap("[data-last]") if "width" in how else page.hover("[data-last]")
