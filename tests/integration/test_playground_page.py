@@ -249,6 +249,7 @@ def test_pictures_for_the_docs(tmp_path):
             shut(page)
             page.evaluate("[...document.querySelectorAll('#texts .swap')].at(-1).setAttribute('data-last', '')")
             page.tap("[data-last]") if "width" in how else page.hover("[data-last]")
+            page.wait("document.getAnimations().every(each => each.playState == 'finished')")
             page.picture(folder / f"playground-{name}.png")
             assert (folder / f"playground-{name}.png").stat().st_size > 20_000
             wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
