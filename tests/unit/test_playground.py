@@ -158,7 +158,6 @@ def test_a_head_that_does_not_fit_is_refused_at_once(folder, tmp_path, capsys, m
         ([], "hidden_size=7"),
         (["--alpha", "0.1"], "needs a calibrated head"),
         (["--alpha", "0.1", "--threshold", "0.5"], "both say where to act"),
-        (["--threshold", "7"], "--threshold"),
     ):
         assert main(["play", str(folder), "--value-head", str(tmp_path), *more]) == 2
         said = capsys.readouterr().err.splitlines()[-1]
