@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt $(OTHERS) requirements-data.txt
 	(echo "$(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))"; cat $(OTHERS) /dev/null) | awk -F'==' \
 		'FNR == NR {if (NF > 1) {own[tolower($$1)]; print}; next} !(tolower($$1) in own)' - constraints.txt \
 		> $(VENV)/constraints.txt
-	$(PIP) --constraint $(VENV)/constraints.txt --editable ".[demo,test]"
+	$(PIP) --constraint $(VENV)/constraints.txt --editable ".[demo,play,test]"
 	$(PIP) --no-deps --requirement requirements-data.txt
 	touch $(STAMP)
 
