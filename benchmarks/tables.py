@@ -1,4 +1,4 @@
-"""Write the tables of README.md and the pages in docs/ from the result files: `python -m benchmarks.tables`."""
+"""Write the tables and pages of docs/ from the result files: `python -m benchmarks.tables`."""
 
 import json
 import re
@@ -186,10 +186,10 @@ def load(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    replace(ROOT / "README.md", "efficacy", efficacy(load("smollm2-135m-toxicity")))
-    replace(ROOT / "README.md", "abstention", abstention(load("abstention-arithmetic")))
+    replace(ROOT / "docs" / "results.md", "efficacy", efficacy(load("smollm2-135m-toxicity")))
+    replace(ROOT / "docs" / "results.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
-    replace(ROOT / "README.md", "overhead", overhead([load(name) for name in measured]))
+    replace(ROOT / "docs" / "results.md", "overhead", overhead([load(name) for name in measured]))
     replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
     replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
     replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
@@ -70,9 +71,10 @@ class Page:
         self.buffer, self.sent, self.session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
 
-    def attach(self) -> None:
+    def attach(self, target: str | None = None) -> None:
+        """Be in one tab; in the one that the browser has opened by default."""
         targets = self.call("Target.getTargets")["targetInfos"]
-        target = next(each["targetId"] for each in targets if each["type"] == "page")
+        target = target or next(each["targetId"] for each in targets if each["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
@@ -104,8 +106,12 @@ class Page:
         message, _, self.buffer = self.buffer.partition(b"\0")
         return dict(json.loads(message))
 
-    def open(self, path: Path, width: int = 1280, dark: bool = False) -> None:
-        """Show a file in a window of that width, with touch below 600 px, in one of the colour schemes."""
+    def new_tab(self) -> None:
+        """Open another tab, and be in it. Who wants back keeps `session`."""
+        self.attach(self.call("Target.createTarget", url="about:blank")["targetId"])
+
+    def open(self, address: Path | str, width: int = 1280, dark: bool = False) -> None:
+        """Show a file or an address in a window of that width, with touch below 600 px, in a colour scheme."""
         self.events.clear()
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=phone)
@@ -113,7 +119,7 @@ class Page:
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=address if isinstance(address, str) else address.as_uri())
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
@@ -123,6 +129,29 @@ class Page:
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = PATIENCE) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < end, f"After {seconds} s this is not so: {expression}"
+            time.sleep(0.05)
+
+    def text(self, selector: str) -> str:
+        """What is to be read in the first selected element; nothing if there is none."""
+        return str(self.evaluate(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
+
+    def enter(self, selector: str, text: str) -> None:
+        """Type into a field in the place of what is there, and leave it."""
+        self.click(selector)
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
+        self.call("Input.insertText", text=text)
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).blur()")
+
+    def picture(self, path: Path) -> None:
+        """Save the whole page, as it is now."""
+        data = self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
 
     def visible(self, selector: str) -> int:
         """How many of the selected elements are rendered."""

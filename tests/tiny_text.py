@@ -1,10 +1,13 @@
 """A tiny model with a tokenizer of words, saved as a folder: for tests that go from prompts to files."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from hf_value_steer import enable_value_steer
 from tests.families import VOCABULARY, build
 
 
@@ -50,3 +53,14 @@ def write_world(folder: Path, prompts: int = 40) -> Path:
     write_prompts(folder / "prompts.txt", prompts)
     write_lexicon(folder / "bad.txt")
     return folder
+
+
+def continued(folder: Path, prompt: str, value_steer: Any = None, tokens: int = 12, seed: int = 0) -> str:
+    """The text that `generate` itself continues a prompt with; sampled from all tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    enable_value_steer(model)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(seed)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "value_steer": value_steer}
+    return str(tokenizer.decode(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]))

@@ -1,4 +1,4 @@
-"""What `generate` and `serve` are told: which head steers, and when it acts."""
+"""What `generate`, `play` and `serve` are told: which head steers, and when it acts."""
 
 import json
 from collections.abc import Mapping
@@ -10,9 +10,12 @@ from hf_value_steer.checks import MOST_CANDIDATES, check_probability
 from hf_value_steer.choices import Dtype, HeadMethod
 
 
+PORT = {"least": 1, "most": 65535}
+
+
 @dataclass(kw_only=True)
-class SteeringArguments(Arguments):
-    """What steers."""
+class HeadArguments(Arguments):
+    """The head that steers, and when it acts."""
 
     value_head: str | None = field(default=None, metadata={"help": "folder or Hub id of a value head"})
     method: HeadMethod | None = field(default=None, metadata={"help": "what the head is for; filter by default"})
@@ -20,9 +23,6 @@ class SteeringArguments(Arguments):
     alpha: float | None = field(default=None, metadata={"help": "instead: what the head's calibration is to promise"})
     num_candidates: int | None = field(
         default=None, metadata={"help": "candidates of the filter; 8 by default", "least": 1, "most": MOST_CANDIDATES}
-    )
-    value_steer: str | None = field(
-        default=None, metadata={"help": "instead of all these: a configuration, or a list of them, as JSON"}
     )
 
     def check(self) -> None:
@@ -35,15 +35,35 @@ class SteeringArguments(Arguments):
         """The argument `value_steer` of `generate` that the options spell.
 
         Raises:
-            ValueError: if they spell none, or two.
+            ValueError: if they spell none.
         """
+        if self.value_head is None:
+            raise ValueError("Pass `value_head`, or `value_steer`.")
+        return {"method": "filter", **self.given()}
+
+    def given(self) -> Mapping[str, Any]:
+        """What the user has said of the head."""
         names = ("value_head", "method", "threshold", "alpha", "num_candidates")
-        given: Mapping[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+@dataclass(kw_only=True)
+class SteeringArguments(HeadArguments):
+    """What steers, if it is not a head alone."""
+
+    value_steer: str | None = field(
+        default=None, metadata={"help": "in the place of a head: a configuration, or a list of them, as JSON"}
+    )
+
+    def configuration(self) -> Any:
+        """The same, where the options may spell anything that `generate` takes.
+
+        Raises:
+            ValueError: if they spell nothing, or two things.
+        """
         if self.value_steer is None:
-            if self.value_head is None:
-                raise ValueError("Pass `value_head`, or `value_steer`.")
-            return {"method": "filter", **given}
-        if given:
+            return super().configuration()
+        if given := self.given():
             raise ValueError(f"`value_steer` says it all: leave out {', '.join(f'`{name}`' for name in given)}.")
         try:
             found = json.loads(self.value_steer)
@@ -76,6 +96,18 @@ class GenerateArguments(SteeringArguments, SamplingArguments):
             self.prompt.encode()
         except UnicodeEncodeError as error:  # a terminal's bytes that are none of UTF-8
             raise ValueError("`prompt` has to be a text in UTF-8.") from error
+
+
+@dataclass(kw_only=True)
+class PlayArguments(HeadArguments):
+    """What is played with, and where."""
+
+    model: str = field(metadata={"help": "folder or Hub id of the backbone", "positional": True})
+    value_head: str = field(metadata=HeadArguments.__dataclass_fields__["value_head"].metadata)
+    vectors: str | None = field(default=None, metadata={"help": "folder or Hub id of steering vectors"})
+    dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
+    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets others in"})
+    port: int | None = field(default=None, metadata={"help": "the first free one from 7860 on by default", **PORT})
 
 
 @dataclass(kw_only=True)

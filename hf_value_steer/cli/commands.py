@@ -32,6 +32,12 @@ COMMANDS = {
         f"{_HERE}.generate:generate",
         f'hf-value-steer generate "You are such a" --value-head org/head --model {_MODEL}',
     ),
+    "play": Command(
+        "a page in the browser: base beside steered, with sliders, and every token's candidates",
+        (f"{_TOLD}.steer:PlayArguments",),
+        f"{_HERE}.play:play",
+        f"hf-value-steer play {_MODEL} --value-head org/head",
+    ),
     "doctor": Command(
         "check that steering is exact on a model and this machine",
         (f"{_TOLD}.doctor:DoctorArguments",),

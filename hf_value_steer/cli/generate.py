@@ -2,26 +2,21 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_value_steer.arguments.steer import GenerateArguments
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.configuration.parse import parse_configs
-from hf_value_steer.evaluation.trace import Colours, Pieces, TokenTrace
+from hf_value_steer.evaluation.trace import TokenTrace
+from hf_value_steer.evaluation.watching import Side, Watch, write
 from hf_value_steer.files.kept import given_or_loaded
-from hf_value_steer.generate import enable_value_steer
-from hf_value_steer.generation.method import Call, Method, Moment
-from hf_value_steer.generation.scorer import Scorer, bind, load_head
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter, Prompt
@@ -34,15 +29,6 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u2
 WIDE = 80  # columns of a terminal that two texts fit in side by side
 
 
-@dataclass
-class Side:
-    """One of the two texts, as far as it is written."""
-
-    name: str
-    tokens: list[TokenTrace] = field(default_factory=list)
-    ended: bool = False
-
-
 def generate(arguments: GenerateArguments) -> None:
     """Write both texts, token by token, and then what the values were."""
     logging.disable_progress_bar()
@@ -51,21 +37,18 @@ def generate(arguments: GenerateArguments) -> None:
     valued = next((each for each in asked if isinstance(each, SteeringConfig) and each.value_head is not None), None)
     head = None if valued is None else given_or_loaded(ValueHead.from_pretrained, valued.value_head)
     model, tokenizer = load_backbone(_backbone(arguments, head), arguments.dtype, PartialState().device)
-    enable_value_steer(model)
     trained = head is not None and head.config.chat_template not in (None, "none")
     formatter = Formatter(tokenizer, trained if arguments.chat is None else arguments.chat)
     inputs = formatter([Prompt(arguments.prompt)], model.device)
     if not inputs["input_ids"].numel():
         raise ValueError("The prompt has no tokens: this tokenizer begins no text by itself.")
-    options = {**arguments.sampling(), "max_new_tokens": arguments.max_new_tokens, "return_dict_in_generate": True}
-    sides = [Side("base"), Side("steered")]
+    options = {**arguments.sampling(), "max_new_tokens": arguments.max_new_tokens}
+    base, steered = sides = [Side("base"), Side("steered")]
     watch = Watch(valued, tokenizer)
     with Screen(sides, watch, arguments.color) as screen:
-        for side, steering in zip(sides, ([], asked), strict=True):
-            watch.side, watch.show = side, screen.show
-            torch.manual_seed(arguments.seed)
-            output = model.generate(**inputs, **options, value_steer=[*steering, watch])
-            side.ended = bool(output.abstained.any())
+        watch.show = screen.show
+        for side, steering in ((base, []), (steered, asked)):
+            write(side, steering, watch, model, inputs, arguments.seed, **options)
             screen.finish()
 
 
@@ -74,52 +57,6 @@ def _backbone(arguments: GenerateArguments, head: ValueHead | None) -> str:
     if not named:
         raise ValueError("Pass --model: the head names no backbone.")
     return str(named)
-
-
-class Watch(Method):
-    """A method that changes nothing: it shows each token, and its value if a head is there.
-
-    Args:
-        config (*optional*): names the head, and the threshold that values are compared with.
-        tokenizer: of the backbone.
-
-    Attributes:
-        side: the text that is written.
-        show: called after each token of it.
-    """
-
-    method = "watch"
-
-    def __init__(self, config: SteeringConfig | None, tokenizer: PreTrainedTokenizerBase):
-        self.config, self.pieces = config, Pieces(tokenizer)
-        self.scorer: Scorer | None = None
-        self.side = Side("")
-        self.show: Callable[[Side], None] = lambda _: None
-
-    def bind(self, call: Call) -> Sequence[Method]:
-        if self.config is not None:
-            self.scorer = bind(self.config, load_head(self.config, call.model), call.rows, call.device)
-        return [self]
-
-    def values(self, features: torch.Tensor) -> torch.Tensor:
-        assert self.scorer is not None  # or nobody asks
-        return self.scorer.values(features)
-
-    def observe(self, moment: Moment) -> None:
-        value = math.nan if self.scorer is None else float(moment.values_of(self))
-        if moment.draw is None or moment.outcome is None:
-            if self.scorer is not None:
-                self.scorer.start(moment.values_of(self))
-            return
-        token, natural = int(moment.outcome.tokens), int(moment.draw.tokens)
-        text = self.pieces(moment.draw.input_ids[0].tolist(), token)
-        self.side.tokens.append(TokenTrace(text, value, token != natural))
-        self.show(self.side)
-
-    @property
-    def colours(self) -> Colours | None:
-        """Of values, relative to the threshold of the call."""
-        return None if self.scorer is None else Colours(float(self.scorer.threshold), self.scorer.polarity)
 
 
 class Screen:
@@ -190,9 +127,8 @@ class Screen:
         """How each text ended, and what values mean."""
         colours, lines = self.watch.colours, []
         for side in self.sides:
-            replaced = sum(token.intervened for token in side.tokens)
             said = [] if colours is None or not side.tokens else [f"worst value {colours.worst(side.tokens):.4f}"]
-            said += [f"{replaced} of {len(side.tokens)} tokens replaced"] if side.name == "steered" else []
+            said += [f"{side.replaced} of {len(side.tokens)} tokens replaced"] if side.name == "steered" else []
             said += ["ended because it would not end well"] if side.ended else []
             lines.append(f"{side.name:9}{', '.join(said)}")
         if colours is not None and self.watch.scorer is not None:

@@ -2,12 +2,16 @@
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 
-_PAGES = Environment(
-    loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
-)
+def templates(*packages: str) -> Environment:
+    """The templates that lie in these packages and beside this file."""
+    loader = ChoiceLoader([PackageLoader(each, ".") for each in (*packages, "hf_value_steer.evaluation")])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+_PAGES = templates()
 
 
 def render(template: str, **parts: Any) -> str:

@@ -64,6 +64,13 @@ class Pieces:
             return str(self.tokenizer.convert_ids_to_tokens(token))
         return self._decode([*before, token])[len(self._decode(before)) :]
 
+    def of_candidates(
+        self, before: Sequence[int], ids: Sequence[int], values: Sequence[float]
+    ) -> tuple[tuple[str, float], ...]:
+        """`(text, value)` of the distinct candidates of one place; an id of -1 is none."""
+        found = {token: value for token, value in zip(ids, values, strict=True) if token >= 0}
+        return tuple((self(before, token), value) for token, value in found.items())
+
     def _decode(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).rstrip("\ufffd")
@@ -84,14 +91,13 @@ def trace_tokens(
     piece, sequence = Pieces(tokenizer), output.sequences[row].tolist()
     traces = []
     for step in range(int((~output.token_values[row].isnan()).sum())):
-        position, candidates = prompt_length + step, {}
+        before, token = sequence[: prompt_length + step], sequence[prompt_length + step]
+        candidates: tuple[tuple[str, float], ...] = ()
         if output.candidates is not None and output.candidate_values is not None:
             ids, values = (each[row, step].tolist() for each in (output.candidates, output.candidate_values))
-            pairs = zip(ids, values, strict=True)
-            candidates = {token: (piece(sequence[:position], token), value) for token, value in pairs if token >= 0}
+            candidates = piece.of_candidates(before, ids, values)
         value, intervened = output.token_values[row, step].item(), bool(output.interventions[row, step])
-        text = piece(sequence[:position], sequence[position])
-        traces.append(TokenTrace(text, value, intervened, tuple(candidates.values())))
+        traces.append(TokenTrace(piece(before, token), value, intervened, candidates))
     return traces
 
 

@@ -16,12 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_value_steer import AbstentionConfig, SteeringVectors, ValueFilterConfig, ValueHead, enable_value_steer
+from hf_value_steer import AbstentionConfig, SteeringVectors, ValueFilterConfig, ValueHead
 from hf_value_steer.cli import main
-from hf_value_steer.cli.generate import Screen, Side, Watch
+from hf_value_steer.cli.generate import Screen
 from hf_value_steer.evaluation import TokenTrace
+from hf_value_steer.evaluation.watching import Side, Watch
 from tests.families import random_head
-from tests.tiny_text import save_tiny_model
+from tests.tiny_text import continued, save_tiny_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,13 +48,7 @@ def words(world, *more, method="filter"):
 
 def expected(world, value_steer=None, tokens=12, seed=0):
     """The text that `generate` itself continues the prompt with."""
-    model = AutoModelForCausalLM.from_pretrained(world / "model")
-    tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    enable_value_steer(model)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    torch.manual_seed(seed)
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens, "value_steer": value_steer}
-    return tokenizer.decode(model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :])
+    return continued(world / "model", PROMPT, value_steer, tokens, seed)
 
 
 def sides(out):

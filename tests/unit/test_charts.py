@@ -19,9 +19,8 @@ from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace
 from tests import documents
 
 
-CSS = "".join(
-    (Path(figures.__file__).parent / name).read_text("utf-8") for name in ("page.css", "chart.css", "report.html")
-)
+SHEETS = ("colours.css", "page.css", "chart.css", "report.html")
+CSS = "".join((Path(figures.__file__).parent / name).read_text("utf-8") for name in SHEETS)
 
 
 def chart(points: list[Point], finish: Callable[..., object] = lambda axes: None, **options: object) -> Chart:

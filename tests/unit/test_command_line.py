@@ -20,7 +20,7 @@ from hf_value_steer.cli.options import as_options, parser_of, read
 
 
 ROOT = Path(hf_value_steer.__file__).parents[1]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def kinds(name):

@@ -23,7 +23,7 @@ from hf_value_steer.arguments.doctor import DoctorArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments, SweepArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments, LossWeights
 from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipePushArguments, RunArguments
-from hf_value_steer.arguments.steer import GenerateArguments, ServeArguments
+from hf_value_steer.arguments.steer import GenerateArguments, PlayArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
 from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, ExtractArguments, ScaleArguments
 from hf_value_steer.cli.options import parser_of, read
@@ -463,6 +463,7 @@ NEEDED = {
     DoctorArguments: {"model": "m"},
     LabelCommandArguments: {"collection": "c", "judges": ["j"]},
     GenerateArguments: {"prompt": "p"},
+    PlayArguments: {"model": "m", "value_head": "h"},
     ServeArguments: {"model": "m"},
     ExtractArguments: {"model": "m", "output": "o"},
     ScaleArguments: {"model": "m", "vectors": "v", "texts": "t"},

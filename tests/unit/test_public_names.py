@@ -14,15 +14,17 @@ import hf_value_steer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SAID = "\n".join(path.read_text(encoding="utf-8") for path in TEXTS)
+REFERENCE = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")}
+DESCRIBED = re.findall(r"^::: ([\w.]+)$", "\n".join(REFERENCE.values()), re.MULTILINE)
 CARDS = sorted((ROOT / "model_cards").glob("*/README.md"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def snippets(path):
     text = path.read_text(encoding="utf-8")
-    return [text] if path.suffix == ".py" else re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return [text] if path.suffix == ".py" else re.findall(r"```python(?: no-run)?\n(.*?)```", text, re.DOTALL)
 
 
 def told():
@@ -58,9 +60,23 @@ def test_what_is_told_can_be_imported(where, module, name):
 
 
 @pytest.mark.parametrize("module", sorted(exported()))
-def test_what_is_exported_is_there_and_told_of(module):
-    assert not [name for name in exported()[module] if not re.search(rf"\b{name}\b", SAID)]
+def test_what_is_exported_is_there_and_in_the_reference(module):
+    """What a package exports again of `hf_value_steer` is described there, and named on the package's page."""
+    above = set(hf_value_steer.__all__) if module != "hf_value_steer" else set()
+    own = [name for name in exported()[module] if name not in above]
+    of_a_module = {f"{module}.{name}.{name}": name for name in own}  # a function that hides the module of its name
+    found = [of_a_module.get(name, name.removeprefix(f"{module}.")) for name in DESCRIBED]
+    assert [name for name in own if name not in found] == []
+    page = REFERENCE["index.md" if module == "hf_value_steer" else f"{module.rpartition('.')[2]}.md"]
+    assert [name for name in exported()[module] if not re.search(rf"\b{name}\b", page)] == []
     assert all(hasattr(importlib.import_module(module), name) for name in exported()[module])
+
+
+def test_the_reference_is_of_what_is_public():
+    assert len(DESCRIBED) == len(set(DESCRIBED))
+    at_the_top = [name.rpartition(".")[2] for name in DESCRIBED if name.count(".") == 1]
+    listed = re.findall(r"\(#hf_value_steer\.(\w+)\)", REFERENCE["index.md"])
+    assert set(at_the_top) == set(listed) == set(hf_value_steer.__all__) and len(listed) == len(set(listed))
 
 
 @pytest.mark.parametrize("module", ["activation", "calibration", "evaluation", "guidance", "training", "vllm"])
