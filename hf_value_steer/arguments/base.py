@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, get_type_hints
 
 from hf_value_steer.arguments.kinds import check_kind, shown
+from hf_value_steer.choices import Dtype
 
 
 MOST = 1_000_000  # of what is counted: no run that holds, or does, more comes to an end
@@ -88,12 +89,12 @@ class BackboneArguments(Arguments):
     """The model that reads or writes."""
 
     model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the backbone: auto, float32, bfloat16, float16"})
+    dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
 
 
 @dataclass(kw_only=True)
 class SamplingArguments(Arguments):
-    """How tokens are drawn, in `collect` and in `evaluate`."""
+    """How tokens are drawn."""
 
     do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampling", "least": 0})

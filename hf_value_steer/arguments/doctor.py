@@ -1,10 +1,10 @@
 """What `doctor` is told."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from hf_value_steer.arguments.base import Arguments
 from hf_value_steer.checks import MOST_CANDIDATES
+from hf_value_steer.choices import Dtype
 
 
 @dataclass(kw_only=True)
@@ -19,9 +19,7 @@ class DoctorArguments(Arguments):
     num_candidates: int = field(
         default=8, metadata={"help": "candidates of a step", "least": 1, "most": MOST_CANDIDATES}
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "dtype of the model; auto is that of the checkpoint"}
-    )
+    dtype: Dtype = field(default="auto", metadata={"help": "of the model; auto is that of the checkpoint"})
     device: str | None = field(
         default=None, metadata={"help": 'a `device_map`, such as "cuda:0" or "auto"; cuda by default if there is one'}
     )

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_value_steer.arguments.base import COUNT, SEED, Arguments, BackboneArguments, SamplingArguments
+from hf_value_steer.arguments.base import COUNT, SEED, Arguments, SamplingArguments
 from hf_value_steer.checks import MOST_CANDIDATES, check_probability
-from hf_value_steer.choices import HeadMethod
+from hf_value_steer.choices import Dtype, HeadMethod
 
 
 @dataclass(kw_only=True)
@@ -15,7 +15,7 @@ class SteeringArguments(Arguments):
     """What steers."""
 
     value_head: str | None = field(default=None, metadata={"help": "folder or Hub id of a value head"})
-    method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
+    method: HeadMethod | None = field(default=None, metadata={"help": "what the head is for; filter by default"})
     threshold: float | None = field(default=None, metadata={"help": "in (0, 1); that of the head by default"})
     alpha: float | None = field(default=None, metadata={"help": "instead: what the head's calibration is to promise"})
     num_candidates: int | None = field(
@@ -29,6 +29,7 @@ class SteeringArguments(Arguments):
         for name in ("threshold", "alpha"):
             if getattr(self, name) is not None:
                 check_probability(getattr(self, name), name)
+        self.configuration()
 
     def configuration(self) -> Any:
         """The argument `value_steer` of `generate` that the options spell.
@@ -36,18 +37,21 @@ class SteeringArguments(Arguments):
         Raises:
             ValueError: if they spell none, or two.
         """
-        names = ("value_head", "threshold", "alpha", "num_candidates")
+        names = ("value_head", "method", "threshold", "alpha", "num_candidates")
         given: Mapping[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.value_steer is None:
             if self.value_head is None:
                 raise ValueError("Pass `value_head`, or `value_steer`.")
-            return {"method": self.method, **given}
+            return {"method": "filter", **given}
         if given:
             raise ValueError(f"`value_steer` says it all: leave out {', '.join(f'`{name}`' for name in given)}.")
         try:
-            return json.loads(self.value_steer)
-        except ValueError as error:
+            found = json.loads(self.value_steer)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"`value_steer` has to be JSON, got {self.value_steer!r} ({error}).") from error
+        if not isinstance(found, dict | list):
+            raise ValueError(f"`value_steer` has to be an object or a list, got {self.value_steer!r}.")
+        return found
 
 
 @dataclass(kw_only=True)
@@ -58,13 +62,20 @@ class GenerateArguments(SteeringArguments, SamplingArguments):
     model: str | None = field(
         default=None, metadata={"help": "folder or Hub id of the backbone; that which the head names by default"}
     )
-    dtype: str = field(default="auto", metadata=BackboneArguments.__dataclass_fields__["dtype"].metadata)
+    dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
     chat: bool | None = field(
         default=None, metadata={"help": "put the prompt into the model's chat template; as in training by default"}
     )
     max_new_tokens: int = field(default=64, metadata={"help": "length of the text", **COUNT})
     seed: int = field(default=0, metadata={"help": "of sampling; both texts are drawn from it", **SEED})
     color: bool = field(default=True, metadata={"help": "colour tokens by their values, where the terminal can"})
+
+    def check(self) -> None:
+        super().check()
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError as error:  # a terminal's bytes that are none of UTF-8
+            raise ValueError("`prompt` has to be a text in UTF-8.") from error
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,13 @@ class ExtractArguments(ModelArguments):
     )
     attribute: str | None = field(default=None, metadata={"help": "what a positive multiplier brings more of"})
 
+    def check(self) -> None:
+        pairs = ((self.positive, self.negative), (self.collection, self.judge), (self.value_head, self.texts))
+        if self.vectors is None and not any(all(pair) for pair in pairs):
+            raise ValueError(
+                "Pass `positive` and `negative`, `collection` and `judge`, `value_head` and `texts`, or `vectors`."
+            )
+
 
 @dataclass(kw_only=True)
 class ScaleArguments(ModelArguments):

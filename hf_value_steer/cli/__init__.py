@@ -59,6 +59,8 @@ def _overview(words: list[str]) -> int:
         parser.print_help()
         return 2
     wanted = f"{group} {asked.command}".lstrip()
+    if wanted in COMMANDS:
+        parser.error(f"options of {wanted!r} stand behind it.")
     close = difflib.get_close_matches(wanted, names, n=1)
     parser.error(f"there is no command {wanted!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
 

@@ -1,6 +1,7 @@
 """`generate`: a prompt continued in the terminal, base beside steered, every token coloured by its value."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_value_steer.arguments.steer import GenerateArguments
 from hf_value_steer.configuration.methods import SteeringConfig
@@ -28,6 +30,7 @@ from hf_value_steer.training.prompts import Formatter, Prompt
 # Of the six levels of [`Colours`], as on pages.
 STYLES = ("", "black on #fdf5dc", "black on #fbdf98", "black on #f5a742", "black on #de6f1b", "white on #7a2a08")
 REPLACED = "bold underline"
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # and directions
 WIDE = 80  # columns of a terminal that two texts fit in side by side
 
 
@@ -42,7 +45,9 @@ class Side:
 
 def generate(arguments: GenerateArguments) -> None:
     """Write both texts, token by token, and then what the values were."""
-    asked = list(parse_configs(arguments.configuration()).values())
+    logging.disable_progress_bar()
+    methods = parse_configs(arguments.configuration())
+    asked = [methods[name] for name in sorted(methods, key=lambda name: name != "filter")]  # who replaces comes first
     valued = next((each for each in asked if isinstance(each, SteeringConfig) and each.value_head is not None), None)
     head = None if valued is None else given_or_loaded(ValueHead.from_pretrained, valued.value_head)
     model, tokenizer = load_backbone(_backbone(arguments, head), arguments.dtype, PartialState().device)
@@ -50,6 +55,8 @@ def generate(arguments: GenerateArguments) -> None:
     trained = head is not None and head.config.chat_template not in (None, "none")
     formatter = Formatter(tokenizer, trained if arguments.chat is None else arguments.chat)
     inputs = formatter([Prompt(arguments.prompt)], model.device)
+    if not inputs["input_ids"].numel():
+        raise ValueError("The prompt has no tokens: this tokenizer begins no text by itself.")
     options = {**arguments.sampling(), "max_new_tokens": arguments.max_new_tokens, "return_dict_in_generate": True}
     sides = [Side("base"), Side("steered")]
     watch = Watch(valued, tokenizer)
@@ -65,7 +72,7 @@ def generate(arguments: GenerateArguments) -> None:
 def _backbone(arguments: GenerateArguments, head: ValueHead | None) -> str:
     named = arguments.model or (head and head.config.backbone)
     if not named:
-        raise ValueError("Pass `model`: the head names no backbone.")
+        raise ValueError("Pass --model: the head names no backbone.")
     return str(named)
 
 
@@ -126,6 +133,7 @@ class Screen:
 
     def __init__(self, sides: Sequence[Side], watch: Watch, colour: bool):
         self.console = Console(highlight=False, no_color=None if colour else True)
+        self.console.width = self.console.width or WIDE
         self.sides, self.watch = sides, watch
         self.plain = not self.console.is_terminal or self.console.no_color or self.console.is_dumb_terminal
         beside = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= WIDE
@@ -148,8 +156,11 @@ class Screen:
             self.live.update(self.table(), refresh=True)
             return
         if len(side.tokens) == 1:
-            self.console.print(Text(f"{side.name}: ", "bold"), end="")
-        self.console.print(self.text(side.tokens[-1]), end="", soft_wrap=True)
+            self.console.print(f"{side.name}: ", end="")
+        if self.plain:
+            self.console.file.write(self.text(side.tokens[-1]).plain)
+        else:
+            self.console.print(self.text(side.tokens[-1]), end="", soft_wrap=True)
         self.console.file.flush()
 
     def finish(self) -> None:
@@ -167,7 +178,7 @@ class Screen:
 
     def text(self, token: TokenTrace) -> Text:
         """A token in its colour, without what would control the terminal."""
-        said = "".join(each if each.isprintable() or each in "\n\t" else "\ufffd" for each in token.text)
+        said = _CONTROLS.sub("\ufffd", token.text)
         if self.plain:
             lead = said[: len(said) - len(said.lstrip())]
             return Text(f"{lead}[{said.lstrip()}]" if token.intervened else said)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
 _REQUIRED = "required"
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse knows no exponents
 Kinds = Sequence[type[Any]]  # dataclasses of arguments
 
 
@@ -55,9 +56,10 @@ def parser_of(prog: str, summary: str, example: str, kinds: Kinds) -> Parser:
         formatter_class=Help,
         allow_abbrev=False,
     )
+    parser._negative_number_matcher = _NEGATIVE
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(title for title, _ in found)}
     for title, each in found:
-        groups[title].add_argument(each.name if _positional(each) else _flag(each.name), **_how(each))
+        groups[title].add_argument(each.name if _positional(each) else _flag(each.name), **_how(each, kinds))
     return parser
 
 
@@ -77,23 +79,32 @@ def read(parser: Parser, kinds: Kinds, words: Sequence[str], passes_on: bool = F
 
 
 def respelt(kinds: Kinds, words: Sequence[str]) -> list[str]:
-    """Words with options as they are spelt today: `-` in the place of `_`, and what has another name under it."""
-    renamed = {_flag(each.metadata["was"]): _flag(each.name) for _, each in _grouped(kinds) if "was" in each.metadata}
-    return [_respelt(word, renamed) if word.startswith("--") else word for word in words]
+    """Words with our own options as they are spelt today: `-` in the place of `_`, and what was renamed."""
+    names = {_flag(each.name): each for _, each in _grouped(kinds)}
+    today = {name: name for name in names} | {f"--no-{name[2:]}": f"--no-{name[2:]}" for name in names}
+    today |= {_flag(each.metadata["was"]): name for name, each in names.items() if "was" in each.metadata}
+    end = list(words).index("--") if "--" in words else len(words)
+    return [_respelt(word, today) if word.startswith("--") else word for word in words[:end]] + list(words[end:])
 
 
-def _respelt(word: str, renamed: dict[str, str]) -> str:
+def _respelt(word: str, today: dict[str, str]) -> str:
     option, equals, value = word.partition("=")
     option = option.replace("_", "-")
-    if option in renamed:
-        print(f"{option} is {renamed[option]} now.", file=sys.stderr)
-    return f"{renamed.get(option, option)}{equals}{value}"
+    if option not in today:
+        return word
+    if today[option] != option:
+        print(f"{option} is {today[option]} now.", file=sys.stderr)
+    return f"{today[option]}{equals}{value}"
 
 
-def as_options(message: str, kinds: Kinds) -> str:
-    """A message that names fields, as one that names options."""
+def as_options(message: str, kinds: Kinds, words: str = r"\w+") -> str:
+    """A message that names fields, as one that names options.
+
+    Args:
+        words (`str`): what may be a field's name in it, as a regular expression.
+    """
     options = {each.name: _name(each) if _positional(each) else _flag(each.name) for _, each in _grouped(kinds)}
-    return re.sub(r"`(\w+)(?:=True)?`", lambda found: options.get(found[1], found[0]), message)
+    return re.sub(rf"`({words})(?:=True)?`", lambda found: options.get(found[1], found[0]), message)
 
 
 def _grouped(kinds: Kinds) -> Iterator[tuple[str, Field[Any]]]:
@@ -149,14 +160,13 @@ def _metavar(each: Field[Any]) -> str:
     return _METAVARS[get_args(kind)[0] if get_origin(kind) is list else kind]
 
 
-def _how(each: Field[Any]) -> dict[str, Any]:
+def _how(each: Field[Any], kinds: Kinds) -> dict[str, Any]:
     """What `add_argument` is told of a field."""
-    default = (
-        None if _is_required(each) else each.default if each.default_factory is MISSING else each.default_factory()
-    )
+    default = _default(each)
     shown = " ".join(map(str, default)) if isinstance(default, list) else default
     known = f" (default: {shown})" if shown not in (None, "") and not isinstance(shown, bool) else ""
-    how: dict[str, Any] = {"help": f"{each.metadata['help']}{known}".replace("%", "%%"), "default": default}
+    said = as_options(f"{each.metadata['help']}{known}", kinds).replace("%", "%%")
+    how: dict[str, Any] = {"help": said, "default": default}
     kind = _type(each)
     if kind is bool:
         return how | {"action": "store_true" if default is False else argparse.BooleanOptionalAction}

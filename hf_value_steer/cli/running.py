@@ -9,15 +9,17 @@ from hf_value_steer.cli.commands import Command
 from hf_value_steer.cli.options import Kinds, as_options, parser_of, read
 
 
+COMPOUND = r"\w+_\w+"
 STOPPED = 130  # as a shell says of a program that was ended by Ctrl-C
 
 
 def run(name: str, command: Command, words: Sequence[str]) -> int:
     """Run the command of this full name with the words behind it, and return its exit status."""
-    kinds: Kinds = [resolve_name(kind) for kind in command.arguments]
-    parser = parser_of(name, command.summary, command.example, kinds)
-    given, others = read(parser, kinds, words, command.passes_on)
+    kinds: Kinds = ()
     try:
+        kinds = [resolve_name(kind) for kind in command.arguments]
+        parser = parser_of(name, command.summary, command.example, kinds)
+        given, others = read(parser, kinds, words, command.passes_on)
         if not command.passes_on:  # vLLM has a logging of its own
             _quieten()
         function: Callable[..., int | None] = resolve_name(command.function)
@@ -29,7 +31,8 @@ def run(name: str, command: Command, words: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"{name}: {as_options(str(error), kinds)}", file=sys.stderr)
+        # A single word may be about something else than the option of that name.
+        print(f"{name}: {as_options(str(error), kinds, words=COMPOUND)}", file=sys.stderr)
         return 2
 
 

@@ -1,5 +1,6 @@
 """`vectors extract`, `scale`, `sweep`, `apply`, `bake`: steering vectors, one command a step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.evaluation.sweep import sweep
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.prompts import Formatter, load_prompts
+from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.vectors import vectors_from_collection, vectors_from_pairs, vectors_from_value_head
 
@@ -30,42 +31,45 @@ def _load(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return load_backbone(arguments.model, arguments.dtype, PartialState().device)
 
 
-def _encoded(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, source: str) -> list[list[int]]:
-    """Token ids of the texts of a file."""
+def _encoded(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, texts: Sequence[Prompt]
+) -> list[list[int]]:
+    """Token ids of some texts."""
     formatter = Formatter(tokenizer, arguments.chat)
-    return [formatter([prompt])["input_ids"][0].tolist() for prompt in load_prompts(source)]
+    return [formatter([text])["input_ids"][0].tolist() for text in texts]
 
 
 def extract(arguments: ExtractArguments) -> None:
     """Find directions, and save them."""
+    names = ("positive", "negative", "texts")
+    read = {name: load_prompts(file, argument=name) for name in names if (file := getattr(arguments, name))}
     model, tokenizer = _load(arguments)
     layers = layer_range(num_layers(model), *arguments.layers)
     how: dict[str, Any] = {"layers": layers, "attribute": arguments.attribute, "method": arguments.method}
     how |= {"pooling": arguments.pooling} if arguments.pooling else {}
     match arguments:
-        case ExtractArguments(positive=str(positive), negative=str(negative)):
-            sides = ([prompt.text for prompt in load_prompts(source)] for source in (positive, negative))
+        case ExtractArguments(positive=str(), negative=str()):
+            sides = ([prompt.text for prompt in read[name]] for name in names[:2])
             vectors = vectors_from_pairs(model, tokenizer, *sides, **how)
         case ExtractArguments(collection=str(folder), judge=str(judge)):
             vectors = vectors_from_collection(model, tokenizer, Collection(folder), judge, **how)
-        case ExtractArguments(value_head=str(head), texts=str(texts)):
-            sequences = _encoded(arguments, tokenizer, texts)
+        case ExtractArguments(value_head=str(head), texts=str()):
+            sequences = _encoded(arguments, tokenizer, read["texts"])
             vectors = vectors_from_value_head(model, ValueHead.from_pretrained(head), sequences, layers=layers)
-        case ExtractArguments(vectors=str(file)):
-            vectors = vectors_from_file(file, attribute=arguments.attribute, backbone=arguments.model)
-            vectors.check_fit(model)
         case _:
-            raise ValueError(
-                "Pass --positive and --negative, --collection and --judge, --value-head and --texts, or --vectors."
+            vectors = vectors_from_file(
+                str(arguments.vectors), attribute=arguments.attribute, backbone=arguments.model
             )
+            vectors.check_fit(model)
     vectors.save_pretrained(arguments.output)
     print(f"{arguments.output}: layers {vectors.layers[0]} to {vectors.layers[-1]}, not scaled yet")
 
 
 def scale(arguments: ScaleArguments) -> None:
     """Set the strengths, and print them."""
+    texts = load_prompts(arguments.texts, argument="texts")
     model, tokenizer = _load(arguments)
-    sequences = _encoded(arguments, tokenizer, arguments.texts)
+    sequences = _encoded(arguments, tokenizer, texts)
     vectors = SteeringVectors.from_pretrained(arguments.vectors).scale(model, sequences, arguments.rho)
     vectors.save_pretrained(arguments.vectors)
     for layer, strength in zip(vectors.layers, vectors.strengths.tolist(), strict=True):
@@ -84,10 +88,11 @@ def sweep_command(arguments: SweepArguments) -> None:
 
 def apply(arguments: ApplyArguments) -> None:
     """Print each prompt's texts, unsteered and under each multiplier."""
-    model, tokenizer = _load(arguments)
+    prompts = load_prompts(arguments.prompts, limit=arguments.limit)
     vectors = SteeringVectors.from_pretrained(arguments.vectors)
+    model, tokenizer = _load(arguments)
     formatter = Formatter(tokenizer, arguments.chat)
-    for prompt in load_prompts(arguments.prompts, limit=arguments.limit):
+    for prompt in prompts:
         inputs = formatter([prompt], model.device)
         print(f"\n{prompt.text}")
         for multiplier in (0.0, *arguments.multipliers):
@@ -101,8 +106,9 @@ def apply(arguments: ApplyArguments) -> None:
 
 def bake(arguments: BakeArguments) -> None:
     """Write the checkpoint, and say how near it is to the steered model."""
+    texts = load_prompts(arguments.texts, argument="texts") if arguments.texts else []
     model, tokenizer = _load(arguments)
-    sequences = _encoded(arguments, tokenizer, arguments.texts) if arguments.texts else None
+    sequences = _encoded(arguments, tokenizer, texts) or None
     vectors = SteeringVectors.from_pretrained(arguments.vectors)
     report = vectors.bake(model, arguments.multiplier, arguments.output, sequences=sequences, tokenizer=tokenizer)
     print(

@@ -1,6 +1,7 @@
 """Something that waits for the import of another package, instead of importing it."""
 
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from importlib.machinery import ModuleSpec
@@ -25,28 +26,33 @@ def when_imported(package: str, function: Callable[[], None], needed_by: Callabl
 
 
 class _Waiting:
-    """Is asked about every import until the package is imported.
+    """Is asked about every import until the package is imported, and takes itself away then.
 
     Nothing within the package is half imported when `function` is called: what imports a module of it imports the
-    package before.
+    package before. A mere look for the package, or an import of it that fails, changes nothing.
     """
 
     def __init__(self, package: str, function: Callable[[], None], needed_by: Callable[[str], bool]):
         self.package, self.function, self.needed_by = package, function, needed_by
+        self.asking = threading.local()  # whether this thread asks all other finders
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
         if self.needed_by(name):
             import_module(self.package)
-        if name != self.package:
+        if name != self.package or getattr(self.asking, "others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
+        self.asking.others = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self.asking.others = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def and_then(module: ModuleType) -> None:
                 execute(module)
                 self.function()
+                sys.meta_path.remove(self)
 
             spec.loader.exec_module = and_then  # type: ignore[method-assign]
         return spec

@@ -62,10 +62,14 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         check_column(column, collection.prompts)
     named = " ".join(judge for judge, _ in judges)
     chosen = rows[one_per_prompt(prompts[rows].tolist(), arguments.seed)]
+    asked = len(chosen)
     if arguments.method == "filter":  # only now: a prompt that is seldom safe must not count more than it does
         chosen = chosen[~bad[chosen]]
     if not len(chosen):
-        raise ValueError(f"{named} finds no held-out generation safe, of one for each prompt.")
+        raise ValueError(
+            f"{named} finds none of the {asked} held-out generations safe, one for each prompt: collect more prompts, "
+            "or train with a larger `calibration`."
+        )
     if arguments.token_rate is not None and _worst_counts(head):
         _set_attribute_thresholds(collection, head, rows.tolist(), arguments.token_rate)
     values = _values(collection, head, chosen.tolist(), arguments.method)

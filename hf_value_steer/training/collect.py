@@ -23,6 +23,7 @@ from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.kinds import shown
 from hf_value_steer.backbone.parts import feature_width, fingerprint
 from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.files.reading import refuse_misspelt
 from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
 from hf_value_steer.progress import progress
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 def load_backbone(model: str, dtype: str, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Backbone and tokenizer; `model` is a folder, a Hub id, or a `python:` reference to a function that gives one."""
     name = model_name(model)
+    refuse_misspelt(name, "model")
     backbone = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
     return backbone, AutoTokenizer.from_pretrained(name)
 

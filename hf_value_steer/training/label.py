@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_value_steer.arguments.collect import LabelArguments
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.progress import progress
 from hf_value_steer.training.judges import Judge, agreement, load_judge
@@ -29,8 +30,9 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
     the collection kept the most likely next tokens, up to each of those.
 
     Returns:
-        What each judge said on average, how many of its answers could not be read or texts had to be cut, and how far
-        judges agree, see [`~hf_value_steer.training.judges.agreement`]. The same is in `labels/report.json`.
+        What each judge said on average, those that were asked before included; how many of its answers could not be
+        read or texts had to be cut; and how far judges agree, see [`~hf_value_steer.training.judges.agreement`]. The
+        same is in `labels/report.json`.
 
     Raises:
         RuntimeError: if a judge fails. What was labelled stays, by shards.
@@ -53,7 +55,7 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
             except RuntimeError as error:
                 raise RuntimeError(f"{error} (what is labelled stays: run it again for the rest)") from error
     state.wait_for_everyone()
-    labels = {spec: Labels(collection, spec) for spec in arguments.judges}
+    labels = {spec: Labels(collection, spec) for spec in _complete(collection)}
     scores = {spec: each.responses().numpy() for spec, each in labels.items()}
     report = {
         "judges": {spec: {"mean": float(scores[spec].mean()), **labels[spec].troubles()} for spec in labels},
@@ -61,6 +63,13 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
     }
     write_json(collection.folder / "labels" / "report.json", report)
     return report
+
+
+def _complete(collection: Collection) -> list[str]:
+    """The judges that have read all of a collection, by name."""
+    records = sorted((collection.folder / "labels").glob("*/labels.json"))
+    whole = [path for path in records if len(list(path.parent.glob("*.safetensors"))) == len(collection.shards)]
+    return sorted(str(read_record(path, "judge")["judge"]) for path in whole)
 
 
 def tokenizer_of(collection: Collection) -> PreTrainedTokenizerBase:

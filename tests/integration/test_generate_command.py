@@ -146,8 +146,25 @@ def test_ctrl_c_leaves_no_traceback(world):
 def test_a_text_cannot_control_the_terminal(world):
     watch = Watch(None, AutoTokenizer.from_pretrained(world / "model"))
     screen = Screen([Side("base"), Side("steered")], watch, colour=False)
-    shown = screen.text(TokenTrace(" \x1b[2J\x07[bold]\u202eé\n", 0.5)).plain
-    assert shown == " \ufffd[2J\ufffd[bold]\ufffdé\n"
+    shown = screen.text(TokenTrace(" \x1b[2J\x07[bold]\u202eé\u3000\xa0\u200d\n\t", 0.5)).plain
+    assert shown == " \ufffd[2J\ufffd[bold]\ufffdé\u3000\xa0\u200d\n\t"
+
+
+def test_the_values_are_those_of_the_method_that_replaces(world, capsys):
+    heads = {name: {"value_head": str(world / name), "threshold": 0.5} for name in ("abstain", "filter")}
+    methods = [{"method": name, **options} for name, options in heads.items()]
+    said = []
+    for order in (methods, methods[::-1]):
+        command = ["generate", PROMPT, "--model", str(world / "model"), "--value-steer", json.dumps(order)]
+        assert main([*command, "--max-new-tokens", "6"]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "A high value is undesirable" in said[0]
+
+
+def test_a_terminal_without_columns_gets_everything(world, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert main(words(world)) == 0
+    assert sides(capsys.readouterr().out)[0] == expected(world)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +173,7 @@ def test_a_text_cannot_control_the_terminal(world):
         ([], "Pass --value-head, or --value-steer."),
         (["--value-head", "HEAD"], "Pass --model: the head names no backbone."),
         (["--value-head", "HEAD", "--value-steer", "{}"], "--value-steer says it all: leave out --value-head."),
+        (["--value-steer", "null"], "--value-steer has to be an object or a list, got 'null'."),
         (["--value-steer", "{'a'}"], "--value-steer has to be JSON, got \"{'a'}\""),
         (
             ["--value-steer", '{"method": "filter", "treshold": 1}'],
@@ -164,5 +182,9 @@ def test_a_text_cannot_control_the_terminal(world):
     ],
 )
 def test_what_is_missing_is_said(world, capsys, more, message):
-    assert main(["generate", PROMPT, *(str(world / "filter") if word == "HEAD" else word for word in more)]) == 2
+    words = ["generate", PROMPT, *(str(world / "filter") if word == "HEAD" else word for word in more)]
+    try:
+        assert main(words) == 2
+    except SystemExit as stop:
+        assert stop.code == 2
     assert message in capsys.readouterr().err

@@ -450,6 +450,10 @@ def test_the_commands(world, tmp_path, capsys):
     assert "96 generations of 24 prompts" in capsys.readouterr().out
     training = ["--architecture", "linear", "--epochs", "2", "--trainer", "logging_steps=5", "--accept_chance"]
     assert main(["train", *where, "--output", str(tmp_path / "h"), *training]) == 0
+    further = f"lexicon:{world / 'prompts.txt'}"
+    assert main(["label", "--collection", str(tmp_path / "c"), "--judges", further]) == 0
+    report = json.loads((tmp_path / "c" / "labels" / "report.json").read_text())
+    assert set(report["judges"]) == {judge, further} and set(report["agreement"][judge]) == {further}
     assert main(["calibrate", *where, "--value_head", str(tmp_path / "h"), "--mode", "pac"]) == 0
     assert "with confidence" in capsys.readouterr().out
     assert main(["train", *where, "--output", str(tmp_path / "h"), "--preset", "hazard"]) == 2

@@ -102,6 +102,7 @@ def test_the_version(capsys):
         (["colect", "--model", "m"], "there is no command 'colect'; did you mean 'collect'?"),
         (["vectors", "bakee"], "there is no command 'vectors bakee'; did you mean 'vectors bake'?"),
         (["quite", "other"], "there is no command 'quite'."),
+        (["--color", "generate", "x"], "options of 'generate' stand behind it."),
         (["train", "--collection", "c", "--output", "o", "--judgee", "j"], "--judgee j; did you mean --judge?"),
         (["train", "--output", "o", "--judge", "j"], "the following arguments are required: --collection"),
         (["train", "--collection", "c", "--output", "o"], "--judge says whose labels are learned, or --attributes do"),
@@ -127,13 +128,14 @@ def test_old_spellings_are_understood(capsys):
 
 
 def test_values_are_left_as_they_are():
-    line = "hf-value-steer push a_b org/c_d --limits '--not_an option' --datasets x_y --no-private"
-    _, (arguments,), _ = parsed(line.replace("'--not_an option'", "'not_an option'"))
+    line = "hf-value-steer push a_b org/c_d --limits='--not_an option' --datasets x_y --no-private"
+    _, (arguments,), _ = parsed(line)
     assert arguments == PushArguments(
-        folder="a_b", repo_id="org/c_d", limits="not_an option", datasets=["x_y"], private=False
+        folder="a_b", repo_id="org/c_d", limits="--not_an option", datasets=["x_y"], private=False
     )
+    assert parsed("hf-value-steer run -- --a_b.yaml")[1][0].recipe == "--a_b.yaml"
     name, (arguments,), others = parsed("hf-value-steer serve m --value-head h --max_model_len 64 --port 1")
-    assert name == "serve" and arguments.value_head == "h" and others == ["--max-model-len", "64", "--port", "1"]
+    assert name == "serve" and arguments.value_head == "h" and others == ["--max_model_len", "64", "--port", "1"]
 
 
 def test_switches_numbers_and_lists():
@@ -144,8 +146,9 @@ def test_switches_numbers_and_lists():
     assert isinstance(arguments, EvaluateArguments)
     assert (arguments.judges, arguments.placebo, arguments.thresholds) == (["a", "b"], False, [0.5, 1e-3])
     assert (arguments.top_k, arguments.method, arguments.do_sample) == (5, "abstain", True)
-    _, (arguments,), _ = parsed("hf-value-steer vectors apply --model m --vectors v --prompts p --multipliers -0.5 2")
-    assert arguments.multipliers == [-0.5, 2.0]
+    given = "--model m --vectors v --prompts p"
+    _, (arguments,), _ = parsed(f"hf-value-steer vectors apply {given} --multipliers -0.5 -1e-2 2")
+    assert arguments.multipliers == [-0.5, -0.01, 2.0]
 
 
 def test_errors_name_options_and_not_fields():
@@ -157,7 +160,7 @@ def test_what_goes_wrong_is_one_line_and_a_status(monkeypatch, capsys):
     monkeypatch.setattr(running, "_quieten", lambda: None)
     command = Command("is tested", ("hf_value_steer.arguments.hub:RunArguments",), f"{__name__}:failing", "")
     for error, status, said in (
-        (ValueError("`recipe` is wrong."), 2, "hf-value-steer x: RECIPE is wrong.\n"),
+        (ValueError("`recipe` is wrong."), 2, "hf-value-steer x: `recipe` is wrong.\n"),
         (KeyboardInterrupt(), 130, "\nhf-value-steer x: stopped.\n"),
         (None, 0, ""),
     ):
@@ -211,6 +214,7 @@ def test_output_that_nobody_reads_is_no_error(tmp_path):
         "from hf_value_steer.errors import SteeringError; from transformers.generation import GenerationMixin",
         "from hf_value_steer.hosts.transformers import attention_of",
         "from hf_value_steer import ValueHead",
+        "import hf_value_steer, importlib.util; importlib.util.find_spec('transformers'); import transformers",
     ],
 )
 def test_auto_classes_know_our_artefacts_whatever_is_imported_first(imports):

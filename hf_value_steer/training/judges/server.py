@@ -83,6 +83,11 @@ class ChatServer:
             retry_after_max=_LONGEST_TOLD,
         )
         self.http = _connections(url, maxsize=concurrency, timeout=_TIMEOUT)
+        self.headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY", "").strip():
+            if not key.isprintable():  # an error of the client would show it
+                raise ValueError("OPENAI_API_KEY holds a line break, or another character that no key has.")
+            self.headers["Authorization"] = f"Bearer {key}"  # for this server only: redirects are not followed
 
     def __enter__(self) -> "ChatServer":
         return self
@@ -114,11 +119,8 @@ class ChatServer:
             retries.sleep(reply)
 
     def _post(self, body: bytes, retries: Retry) -> BaseHTTPResponse:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY", "").strip():
-            headers["Authorization"] = f"Bearer {key}"  # for this server only: redirects are not followed
         reply = self.http.request(
-            "POST", self.url, body=body, headers=headers, retries=retries, redirect=False, decode_content=False
+            "POST", self.url, body=body, headers=self.headers, retries=retries, redirect=False, decode_content=False
         )
         if reply.status != 200:
             tries = f" (try {len(reply.retries.history) + 1})" if reply.retries and reply.retries.history else ""
