@@ -85,7 +85,7 @@ heads: setup
 tables: setup
 	$(BIN)/python -m benchmarks.tables
 
-# After `make demo`, whose model the README's example reads. It uploads nothing.
+# After `make demo`, whose model the README's example reads. Uploads nothing; takes some minutes, as it installs PyTorch anew.
 release-check: setup
 	$(BIN)/python -m tools.release_check
 
