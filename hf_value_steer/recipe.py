@@ -4,9 +4,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from hf_value_steer.arguments.base import check_bounds, renamed
+from annotated_types import Ge, Le
+
+from hf_value_steer.arguments.base import renamed
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
@@ -34,7 +36,7 @@ from hf_value_steer.vllm.start import vllm_engine
 
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
-MOST_FOLDS = 1000  # a head is trained for each
+Folds = Annotated[int, Ge(2), Le(1000)]  # a head is trained for each
 # What later steps take from `collect` unless they say otherwise.
 _SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
 T = TypeVar("T")
@@ -216,9 +218,8 @@ class _Steps:
         own = self._own("evaluate")
         with self.recipe.blaming("evaluate"):
             folds = own.get("folds", 0)
-            check_kind("folds", int, folds, in_yaml=True)
+            check_kind("folds", int if folds == 0 else Folds, folds, in_yaml=True)
             if folds:
-                check_bounds("folds", folds, {"least": 2, "most": MOST_FOLDS})
                 if self.calibrate is None or "prompts" in own:
                     raise ValueError(
                         "`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`."

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_value_steer.arguments.base import Arguments
-from hf_value_steer.checks import MOST_CANDIDATES
+from hf_value_steer.arguments.kinds import Candidates
 
 
 @dataclass(kw_only=True)
@@ -16,9 +16,7 @@ class DoctorArguments(Arguments):
     )
     vllm: bool = field(default=False, metadata={"help": "check the installed vLLM instead of a model"})
     value_head: str | None = field(default=None, metadata={"help": "Hub id or folder of a value head"})
-    num_candidates: int = field(
-        default=8, metadata={"help": "candidates of a step", "least": 1, "most": MOST_CANDIDATES}
-    )
+    num_candidates: Candidates = field(default=8, metadata={"help": "candidates of a step"})
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
         default="auto", metadata={"help": "dtype of the model; auto is that of the checkpoint"}
     )

@@ -2,21 +2,44 @@
 
 import reprlib
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt, Le, Len, Lt
+
+from hf_value_steer.checks import MOST_CANDIDATES
 
 
+MOST = 1_000_000  # of what is counted: no run that holds, or does, more comes to an end
+Count = Annotated[int, Ge(1), Le(MOST)]
+Amount = Annotated[int, Ge(0), Le(MOST)]  # 0 is none at all
+Limit = Annotated[int, Ge(1)]  # of what there is: any that is higher takes all of it
+Candidates = Annotated[int, Ge(1), Le(MOST_CANDIDATES)]
+Seed = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]  # what torch takes
+NumpySeed = Annotated[int, Ge(0), Le(2**32 - 1)]
+NotNegative = Annotated[float, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+Probability = Annotated[float, Gt(0), Lt(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Part = Annotated[float, Ge(0), Lt(1)]  # beside which something is left
+Texts = Annotated[list[str], Len(1)]
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",
     "finite_number": "a finite number",
     "float_type": "a number",
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
     "int_from_float": "a whole number",
     "int_type": "a whole number",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
     "list_type": "a list",
     "missing": "there",
     "string_type": "a text",
-    "too_short": "a list that is not empty",
+    "too_long": "a list of {max_length} or fewer",
+    "too_short": "a list of {min_length} or more",
 }
+_BOUNDS = ("ge", "gt", "le", "lt", "max_length", "min_length")
 _NUMBERS = ("float_type", "int_type")
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
@@ -65,7 +88,8 @@ def _expected(fault: Any) -> str:
     if fault["type"] == "literal_error":
         options: str = fault["ctx"]["expected"]
         return "one of " + options.replace("'", "").replace(" or ", ", ")
-    return _EXPECTED.get(fault["type"]) or f"something else ({fault['msg']})"
+    bounds = {name: f"{bound:,}".removesuffix(".0") for name, bound in fault.get("ctx", {}).items() if name in _BOUNDS}
+    return _EXPECTED.get(fault["type"], "something else ({msg})").format(msg=fault["msg"], **bounds)
 
 
 def _hint(fault: Any) -> str:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_value_steer.arguments.base import COUNT, SEED, Arguments, BackboneArguments, SamplingArguments
-from hf_value_steer.checks import MOST_CANDIDATES, check_probability
+from hf_value_steer.arguments.base import Arguments, BackboneArguments, SamplingArguments
+from hf_value_steer.arguments.kinds import Candidates, Count, Probability, Seed
 from hf_value_steer.choices import HeadMethod
 
 
@@ -16,19 +16,16 @@ class SteeringArguments(Arguments):
 
     value_head: str | None = field(default=None, metadata={"help": "folder or Hub id of a value head"})
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
-    threshold: float | None = field(default=None, metadata={"help": "in (0, 1); that of the head by default"})
-    alpha: float | None = field(default=None, metadata={"help": "instead: what the head's calibration is to promise"})
-    num_candidates: int | None = field(
-        default=None, metadata={"help": "candidates of the filter; 8 by default", "least": 1, "most": MOST_CANDIDATES}
+    threshold: Probability | None = field(default=None, metadata={"help": "in (0, 1); that of the head by default"})
+    alpha: Probability | None = field(
+        default=None, metadata={"help": "instead: what the head's calibration is to promise"}
+    )
+    num_candidates: Candidates | None = field(
+        default=None, metadata={"help": "candidates of the filter; 8 by default"}
     )
     value_steer: str | None = field(
         default=None, metadata={"help": "instead of all these: a configuration, or a list of them, as JSON"}
     )
-
-    def check(self) -> None:
-        for name in ("threshold", "alpha"):
-            if getattr(self, name) is not None:
-                check_probability(getattr(self, name), name)
 
     def configuration(self) -> Any:
         """The argument `value_steer` of `generate` that the options spell.
@@ -62,8 +59,8 @@ class GenerateArguments(SteeringArguments, SamplingArguments):
     chat: bool | None = field(
         default=None, metadata={"help": "put the prompt into the model's chat template; as in training by default"}
     )
-    max_new_tokens: int = field(default=64, metadata={"help": "length of the text", **COUNT})
-    seed: int = field(default=0, metadata={"help": "of sampling; both texts are drawn from it", **SEED})
+    max_new_tokens: Count = field(default=64, metadata={"help": "length of the text"})
+    seed: Seed = field(default=0, metadata={"help": "of sampling; both texts are drawn from it"})
     color: bool = field(default=True, metadata={"help": "colour tokens by their values, where the terminal can"})
 
 
