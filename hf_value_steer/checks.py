@@ -12,6 +12,22 @@ MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memor
 _ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
 
 
+class FieldError(ValueError):
+    """One field of what a person wrote is wrong.
+
+    Args:
+        field (`str`): its name, by which a recipe finds its line.
+        message (`str`): one sentence, which may begin with the name in backticks.
+    """
+
+    def __init__(self, field: str, message: str):
+        super().__init__(field, message)
+        self.field = field
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 def check_probability(value: Any, name: str) -> None:
     """Raise a `ValueError` unless `value` is a number in (0, 1)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
@@ -25,13 +41,18 @@ def check_choice(choice: Any, kind: Any, name: str) -> None:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """Raise a `ValueError` if one of the `given` keys is not among those that `owner` knows."""
+    """Raise a [`FieldError`] if one of the `given` keys is not among those that `owner` knows."""
     known = sorted(known)
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
-            raise ValueError(f"`{key}` is not a field of {owner}: {hint}")
+            close = closest(str(key), known)
+            hint = f"did you mean `{close}`?" if close else f"known keys: {', '.join(known)}."
+            raise FieldError(str(key), f"`{key}` is not a field of {owner}: {hint}")
+
+
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """What a misspelt word may be meant to be."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def as_python(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """What several commands are told: the model, how tokens are drawn, how much is generated; and checks of all of it."""
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, get_type_hints
@@ -9,29 +8,30 @@ from typing import Annotated, Any, get_type_hints
 from annotated_types import Gt, Le
 
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, Positive, Seed, check_kind
+from hf_value_steer.checks import FieldError
 
 
-def renamed(kind: type[Any], given: Mapping[str, Any], place: str | None) -> dict[str, Any]:
-    """What a dataclass of arguments is given, each field under its name of today.
+def old_names(kind: type[Any], given: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a dataclass of arguments that are given under another name, and that name.
 
     Args:
         kind: the dataclass; the metadata of a field that had another name say it, as `was`.
         given: values by name.
-        place (`str`, *optional*): where a person wrote it, whom a warning tells; of our own records there is none.
 
     Raises:
-        ValueError: if a field is given under both names.
+        FieldError: if a field is given under both names.
     """
-    found = dict(given)
-    for each in fields(kind):
-        was = each.metadata.get("was")
-        if was in found:
-            if each.name in found:
-                raise ValueError(f"`{was}` is the old name of `{each.name}`: pass `{each.name}` alone.")
-            if place is not None:
-                warnings.warn(f"{place}: `{was}` is `{each.name}` now: say that.", FutureWarning, stacklevel=3)
-            found[each.name] = found.pop(was)
+    found = {each.name: each.metadata["was"] for each in fields(kind) if each.metadata.get("was") in given}
+    for name, was in found.items():
+        if name in given:
+            raise FieldError(was, f"`{was}` is the old name of `{name}`: pass `{name}` alone.")
     return found
+
+
+def renamed(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values, each field under its name of today; errors are those of [`old_names`]."""
+    today = {was: name for name, was in old_names(kind, given).items()}
+    return {today.get(name, name): value for name, value in given.items()}
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,8 @@ class Arguments:
     paths and the numbers of numpy become lists, texts and numbers.
 
     Raises:
-        ValueError: names the field, and says what was expected.
+        FieldError: names the field that is wrong, and says what was expected.
+        ValueError: for fields that do not go together.
     """
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from hf_value_steer.arguments.base import Arguments, GenerationArguments
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, Seed, Texts, shown
+from hf_value_steer.checks import FieldError
 
 
 @dataclass(kw_only=True)
@@ -38,7 +39,9 @@ class CollectArguments(GenerationArguments):
         if self.engine_args is not None and self.engine != "vllm":
             raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
         if self.engine_args is not None and not _is_json_object(self.engine_args):
-            raise ValueError(f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}.")
+            raise FieldError(
+                "engine_args", f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}."
+            )
         if self.force_words and self.engine == "vllm":
             raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
         if bool(self.forced_samples) != bool(self.force_words):

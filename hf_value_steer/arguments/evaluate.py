@@ -7,6 +7,7 @@ from annotated_types import Len
 
 from hf_value_steer.arguments.base import GenerationArguments
 from hf_value_steer.arguments.kinds import Candidates, Count, NotNegative, Probability, Texts
+from hf_value_steer.checks import FieldError
 from hf_value_steer.choices import HeadMethod, VectorMode
 
 
@@ -46,11 +47,11 @@ class EvaluateArguments(GenerationArguments):
 
     def check(self) -> None:
         if unknown := sorted(set(self.baselines) - set(BASELINES)):
-            raise ValueError(f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
+            raise FieldError("baselines", f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
         needs = {"bad_words": self.bad_words, "system_prompt": self.system_prompt}
         for name, need in needs.items():
             if name in self.baselines and not need:
-                raise ValueError(f"The baseline {name!r} needs `{name}`.")
+                raise FieldError("baselines", f"The baseline {name!r} needs `{name}`.")
 
     def all_judges(self) -> list[str]:
         """Those that gave no label, and then the one that did."""

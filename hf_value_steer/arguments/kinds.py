@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
-from hf_value_steer.checks import MOST_CANDIDATES
+from hf_value_steer.checks import MOST_CANDIDATES, FieldError
 
 
 MOST = 1_000_000  # of what is counted: no run that holds, or does, more comes to an end
@@ -55,7 +55,7 @@ def check_kind(name: str, kind: Any, value: Any, *, in_yaml: bool = False) -> No
         in_yaml (`bool`): whether YAML may be what it was written in, of which errors then say how it reads it.
 
     Raises:
-        ValueError: names the value, or the part of it, and says what was expected.
+        FieldError: names the value, or the part of it, and says what was expected.
     """
     from pydantic import ValidationError  # takes a while to import, and `--help` needs none of it
 
@@ -66,7 +66,7 @@ def check_kind(name: str, kind: Any, value: Any, *, in_yaml: bool = False) -> No
         part = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in fault["loc"])
         got = "" if fault["type"] == "missing" else f", got {shown(fault['input'])}"
         hint = _hint(fault) if in_yaml else ""
-        raise ValueError(f"`{name}{part}` has to be {_expected(fault)}{got}{hint}.") from None
+        raise FieldError(name, f"`{name}{part}` has to be {_expected(fault)}{got}{hint}.") from None
 
 
 def shown(value: Any) -> str:

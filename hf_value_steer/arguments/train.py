@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from hf_value_steer.arguments.base import Arguments
 from hf_value_steer.arguments.kinds import Amount, Count, NotNegative, NumpySeed, Part, Probability
-from hf_value_steer.checks import check_attributes
+from hf_value_steer.checks import FieldError, check_attributes
 from hf_value_steer.choices import Loss, Polarity, Target
 
 
@@ -72,7 +72,9 @@ def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
             if judge.endswith(f"@{each}"):
                 judge, polarity = judge.removesuffix(f"@{each}"), each
         if not (name.strip() and judge):
-            raise ValueError(f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}.")
+            raise FieldError(
+                "attributes", f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}."
+            )
         attributes.append(JudgedAttribute(name.strip(), judge, polarity))
     return attributes
 

@@ -7,6 +7,7 @@ from annotated_types import Len
 
 from hf_value_steer.arguments.base import BackboneArguments, SamplingArguments
 from hf_value_steer.arguments.kinds import Count, Limit, NotNegative, Seed, Share
+from hf_value_steer.checks import FieldError
 from hf_value_steer.choices import DirectionMethod, Pooling, VectorMode
 
 
@@ -40,7 +41,7 @@ class ExtractArguments(ModelArguments):
 
     def check(self) -> None:
         if self.layers != sorted(self.layers):
-            raise ValueError(f"`layers` has to be the lower before the higher, got {self.layers}.")
+            raise FieldError("layers", f"`layers` has to be the lower before the higher, got {self.layers}.")
 
 
 @dataclass(kw_only=True)

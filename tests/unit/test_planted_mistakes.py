@@ -4,6 +4,7 @@ import codecs
 import datetime
 import importlib
 import json
+import pickle
 import pkgutil
 import random
 import re
@@ -26,6 +27,7 @@ from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipeP
 from hf_value_steer.arguments.steer import GenerateArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
 from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, ExtractArguments, ScaleArguments
+from hf_value_steer.checks import FieldError
 from hf_value_steer.cli.options import parser_of, read
 from hf_value_steer.files.marked import Marked, read_marked
 from hf_value_steer.recipe import _Steps, run_recipe
@@ -266,7 +268,7 @@ def written(folder, text):
 
 def one_line(caught, kind=ValueError):
     """What the error says, which is of this kind and no other, in one line."""
-    assert type(caught.value) is kind
+    assert type(caught.value) in (kind, FieldError)
     said = str(caught.value)
     assert said.isprintable() and len(said) < 700
     return said
@@ -542,9 +544,9 @@ def test_what_python_has_for_numbers_lists_and_paths():
 
 
 def test_the_old_word_of_a_field():
-    assert renamed(TrainArguments, {"recipe": "hazard", "seed": 1}, None) == {"preset": "hazard", "seed": 1}
+    assert renamed(TrainArguments, {"recipe": "hazard", "seed": 1}) == {"preset": "hazard", "seed": 1}
     with pytest.raises(ValueError, match="`recipe` is the old name of `preset`"):
-        renamed(TrainArguments, {"recipe": "hazard", "preset": "hazard"}, "here")
+        renamed(TrainArguments, {"recipe": "hazard", "preset": "hazard"})
 
 
 def test_the_old_word_on_the_command_line(capsys):
@@ -556,12 +558,29 @@ def test_the_old_word_on_the_command_line(capsys):
 
 def test_the_old_word_in_a_recipe(tmp_path):
     path = written(tmp_path, GOOD.replace("preset: hazard", "recipe: hazard"))
-    with pytest.warns(FutureWarning, match=re.escape(f"{path}, line 11, train: `recipe` is `preset` now")) as warned:
+    place = re.escape(f"{path}, line 13, train.recipe: ")
+    with pytest.warns(FutureWarning, match=f"{place}`recipe` is `preset` now") as warned:
         assert _Steps(read_marked(path)).train.preset == "hazard"
     assert len(warned) == 1
     path = written(tmp_path, GOOD.replace("preset: hazard", "recipe: hazzard"))
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="has to be one of value-steer, hazard"):
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=f"{place}has to be one of value-steer, hazard"):
         _Steps(read_marked(path))
+    path = written(tmp_path, GOOD.replace("preset: hazard", "preset: hazard\n  recipe: hazard"))
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 14, train.recipe: `recipe` is the old name of")):
+        _Steps(read_marked(path))
+
+
+def test_what_is_wrong_about_several_fields_is_said_of_their_section(tmp_path):
+    """Not of the first that is named: `calibration` is fine where `validation` is too much."""
+    path = written(tmp_path, GOOD.replace("  attribute: rude\n", "  calibration: 0.1\n  validation: 0.95\n"))
+    with pytest.raises(ValueError) as caught:
+        _Steps(read_marked(path))
+    assert one_line(caught).startswith(f"{path}, line 11, train: `validation`, `calibration` and `held_out` have to")
+
+
+def test_an_error_of_a_field_can_be_sent_to_another_process():
+    error = pickle.loads(pickle.dumps(FieldError("field", "`field` is wrong.")))
+    assert (error.field, str(error)) == ("field", "`field` is wrong.")
 
 
 def test_nothing_is_lost_to_a_mistake_further_down(tmp_path):
