@@ -55,11 +55,14 @@ def closest(word: str, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
-def as_python(value: Any) -> Any:
-    """Numbers and arrays of numpy and torch as Python's, also within a list or tuple; a list as a tuple."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return tuple(map(as_python, value)) if isinstance(value, list | tuple) else value
+def as_python(value: Any, sequence: type[list[Any]] | type[tuple[Any, ...]] = tuple) -> Any:
+    """Numbers and arrays of numpy and torch as Python's, also those in a list or tuple, which becomes a `sequence`."""
+    value = _plain(value)
+    return sequence(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def check_threshold(threshold: Any, name: str = "threshold") -> None:

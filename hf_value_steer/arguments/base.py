@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_type_hints
 from annotated_types import Gt, Le
 
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, Positive, Seed, check_kind
-from hf_value_steer.checks import FieldError
+from hf_value_steer.checks import FieldError, as_python
 
 
 def old_names(kind: type[Any], given: Mapping[str, Any]) -> dict[str, str]:
@@ -49,24 +49,14 @@ class Arguments:
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self), include_extras=True)
         for each in fields(self):
-            given = _plain(getattr(self, each.name))
+            given = getattr(self, each.name)
+            given = os.fspath(given) if isinstance(given, os.PathLike) else as_python(given, list)
             check_kind(each.name, kinds[each.name], given, in_yaml=True)
             setattr(self, each.name, given)
         self.check()
 
     def check(self) -> None:
         """Raise a `ValueError` for what no field alone is wrong about."""
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    value = _number(value)
-    return [_number(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def _number(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value  # of numpy or torch
 
 
 @dataclass(kw_only=True)

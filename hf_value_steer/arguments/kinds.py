@@ -1,6 +1,7 @@
 """Whether something is of the kind that an annotation says, in one sentence if it is not."""
 
 import reprlib
+from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any
 
@@ -40,7 +41,10 @@ _EXPECTED = {
     "too_short": "a list of {min_length} or more",
 }
 _BOUNDS = ("ge", "gt", "le", "lt", "max_length", "min_length")
-_NUMBERS = ("float_type", "int_type")
+_NUMBERS: dict[str, tuple[type, str]] = {
+    "float_type": (float, " (in YAML 1.0e-3, not 1e-3)"),
+    "int_type": (int, " (write it without quotes)"),
+}
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 2, 80, 80, 40
 
@@ -93,8 +97,12 @@ def _expected(fault: Any) -> str:
 
 
 def _hint(fault: Any) -> str:
-    if fault["type"] in _NUMBERS and isinstance(fault["input"], str):
-        return " (in YAML 1.0e-3, not 1e-3)"
-    if fault["type"] == "string_type" and not isinstance(fault["input"], list | dict):
+    kind, given = fault["type"], fault["input"]
+    if kind == "string_type" and not isinstance(given, list | dict | None):
         return " (in YAML a text like this needs quotes)"
+    if kind in _NUMBERS and isinstance(given, str):
+        number, hint = _NUMBERS[kind]
+        with suppress(ValueError):  # no number at all
+            number(given)
+            return hint
     return ""

@@ -81,6 +81,17 @@ RECIPES = {
         "1e-3",
         ", line 14, train.learning_rate: has to be a number, got '1e-3'",
     ),
+    "a number in words": (
+        "1.0e-3",
+        "small",
+        ", line 14, train.learning_rate: has to be a number, got 'small'.",
+    ),
+    "a whole number as a text": (
+        "samples: 4",
+        "samples: '4'",
+        ", line 5, collect.samples: has to be a whole number, got '4' (write it without quotes).",
+    ),
+    "nothing as a text": ("model: org/backbone", "model:", ", line 3, collect.model: has to be a text, got None."),
     "a list as a number": (
         "samples: 4",
         "samples: [4]",
@@ -117,7 +128,7 @@ RECIPES = {
         ", line 21, evaluate.num_candidates: `num_candidates[1]` has to be a whole number, got 'many'",
     ),
     "one fold": ("folds: 4", "folds: 1", ", line 19, evaluate.folds: has to be at least 2, got 1."),
-    "folds in words": ("folds: 4", "folds: four", ", line 19, evaluate.folds: has to be a whole number, got 'four'"),
+    "folds in words": ("folds: 4", "folds: four", ", line 19, evaluate.folds: has to be a whole number, got 'four'."),
     "a share above one": (
         "alpha: 0.1",
         "alpha: 10",
