@@ -403,19 +403,24 @@ def test_mistakes_in_records(tmp_path, mistake, end):
     assert one_line(caught).startswith(f"`prompts`: {path}, line 3: {expected}")
 
 
-def given(name):
-    """The records of a function, by the name of a mistake."""
-    return {
-        "texts": lambda: "one text",
-        "nothing": lambda: None,
-        "a number": lambda: ["fine", 5],
-        "half a character": lambda: ["fine", "\ud800"],
-        "keys of numbers": lambda: [{"prompt": "fine"}, {5: 5, "a": 1}],
-    }[name]
+def texts():
+    return "one text"
 
 
-texts, nothing, a_number = given("texts"), given("nothing"), given("a number")
-half_a_character, keys_of_numbers = given("half a character"), given("keys of numbers")
+def nothing():
+    return None
+
+
+def a_number():
+    return ["fine", 5]
+
+
+def half_a_character():
+    return ["fine", "\ud800"]
+
+
+def keys_of_numbers():
+    return [{"prompt": "fine"}, {5: 5, "a": 1}]
 
 
 @pytest.mark.parametrize(
@@ -632,30 +637,7 @@ def test_nothing_is_lost_to_a_mistake_further_down(tmp_path):
     }
 
 
-PIECES = (
-    "[",
-    "]",
-    "{",
-    "}",
-    ":",
-    "\n",
-    "  ",
-    "- ",
-    "&a ",
-    "*a",
-    "'",
-    '"',
-    "#",
-    "|",
-    "!!int ",
-    "null",
-    "1e9",
-    ".nan",
-    "\t",
-    "\ud7ff",
-    "<<: ",
-    "? ",
-)
+PIECES = [*"[]{}:\n'\"#|\t\ud7ff", "  ", "- ", "&a ", "*a", "!!int ", "null", "1e9", ".nan", "<<: ", "? "]
 
 
 def mutated(draw, text):
