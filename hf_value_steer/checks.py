@@ -1,8 +1,10 @@
 """Checks of what callers give: each says in one sentence what it expected."""
 
 import difflib
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, get_args
 
 from hf_value_steer.choices import Polarity
@@ -63,6 +65,14 @@ def as_python(value: Any, sequence: type[list[Any]] | type[tuple[Any, ...]] = tu
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
+
+
+def import_optional(module: str, purpose: str) -> ModuleType:
+    """Import a module of the extra `train`; an `ImportError` says what for, and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{purpose} needs {module}: pip install "hf-value-steer[train]".') from error
 
 
 def check_threshold(threshold: Any, name: str = "threshold") -> None:

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
-from hf_value_steer.training.judges.base import import_optional
+from hf_value_steer.checks import import_optional
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hf_value_steer.arguments.kinds import check_kind, shown
-from hf_value_steer.checks import FieldError
+from hf_value_steer.checks import FieldError, import_optional
 from hf_value_steer.files.writing import read_utf8
 from hf_value_steer.training.references import PREFIX, resolve
 
@@ -55,6 +55,7 @@ def load_prompts(
     Raises:
         FieldError: if there is no prompt, or a record is neither a text nor holds one, or chat messages, in `column`;
             names file, line and key. The same for a file that is not in UTF-8.
+        ImportError: for a data set, if `datasets` is not installed.
     """
     # What a collection keeps was looked at when it was collected, by the rules of that day.
     kept = source.endswith(".jsonl") and (Path(source).parent / "collection.json").is_file()
@@ -103,14 +104,8 @@ def _json(line: str, place: str, argument: str, kept: bool) -> Any:
 
 
 def _dataset(source: str, split: str, argument: str) -> Iterable[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"`{argument}`: {source} is read with the `datasets` package, which is not installed: "
-            'pip install "hf-value-steer[train]".'
-        ) from error
-    return load_dataset(source, split=split)  # type: ignore[no-any-return]
+    datasets = import_optional("datasets", f"`{argument}`: {source}")
+    return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]
 
 
 def _prompt(record: Any, column: str, kept: bool) -> Prompt:
