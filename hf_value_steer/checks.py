@@ -1,8 +1,10 @@
 """Checks of what callers give: each says in one sentence what it expected."""
 
 import difflib
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, get_args
 
 from hf_value_steer.choices import Polarity
@@ -10,6 +12,22 @@ from hf_value_steer.choices import Polarity
 
 MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is
 _ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
+
+
+class FieldError(ValueError):
+    """One field of what a person wrote is wrong.
+
+    Args:
+        field (`str`): its name, by which a recipe finds its line.
+        message (`str`): one sentence, which may begin with the name in backticks.
+    """
+
+    def __init__(self, field: str, message: str):
+        super().__init__(field, message)
+        self.field = field
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def check_probability(value: Any, name: str) -> None:
@@ -25,20 +43,36 @@ def check_choice(choice: Any, kind: Any, name: str) -> None:
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """Raise a `ValueError` if one of the `given` keys is not among those that `owner` knows."""
+    """Raise a [`FieldError`] if one of the `given` keys is not among those that `owner` knows."""
     known = sorted(known)
     for key in given:
         if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean `{close[0]}`?" if close else f"known keys: {', '.join(known)}."
-            raise ValueError(f"`{key}` is not a field of {owner}: {hint}")
+            close = closest(str(key), known)
+            hint = f"did you mean `{close}`?" if close else f"known keys: {', '.join(known)}."
+            raise FieldError(str(key), f"`{key}` is not a field of {owner}: {hint}")
 
 
-def as_python(value: Any) -> Any:
-    """Numbers and arrays of numpy and torch as Python's, also within a list or tuple; a list as a tuple."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return tuple(map(as_python, value)) if isinstance(value, list | tuple) else value
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """What a misspelt word may be meant to be."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def as_python(value: Any, sequence: type[list[Any]] | type[tuple[Any, ...]] = tuple) -> Any:
+    """Numbers and arrays of numpy and torch as Python's, also those in a list or tuple, which becomes a `sequence`."""
+    value = _plain(value)
+    return sequence(map(_plain, value)) if isinstance(value, list | tuple) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def import_optional(module: str, purpose: str) -> ModuleType:
+    """Import a module of the extra `train`; an `ImportError` says what for, and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f'{purpose} needs {module}: pip install "hf-value-steer[train]".') from error
 
 
 def check_threshold(threshold: Any, name: str = "threshold") -> None:

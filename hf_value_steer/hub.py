@@ -16,7 +16,7 @@ from hf_value_steer.cards import head as cards
 from hf_value_steer.cards.head import NO_LIMITS, lacks_limits
 from hf_value_steer.cards.parts import LIBRARY_NAME
 from hf_value_steer.errors import UploadError
-from hf_value_steer.files.reading import read_object, reading
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.upload import check_base_model, is_generated, push
 from hf_value_steer.heads.value_head import ValueHead
 
@@ -173,8 +173,7 @@ def _files(root: Path, evaluation: Path | None) -> dict[str, Path]:
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
     try:
-        with reading(path, "evaluation"):
-            return dict(read_object(path))
+        return dict(read_record(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"`evaluation` has to be a folder with an evaluation.json, but {error}") from error
 

@@ -1,12 +1,15 @@
 """A recipe: collect, train, calibrate, evaluate and push, or train a guidance module, all from one YAML file."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from hf_value_steer.arguments.base import check_bounds, renamed
+from annotated_types import Ge, Le
+
+from hf_value_steer.arguments.base import old_names, renamed
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
@@ -14,7 +17,7 @@ from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.arguments.hub import CardArguments, RecipePushArguments
 from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.arguments.train import TrainArguments, parse_attributes
-from hf_value_steer.checks import refuse_unknown
+from hf_value_steer.checks import FieldError, refuse_unknown
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
 from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
 from hf_value_steer.files.marked import Marked, read_marked
@@ -34,7 +37,7 @@ from hf_value_steer.vllm.start import vllm_engine
 
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
-MOST_FOLDS = 1000  # a head is trained for each
+Folds = Annotated[int, Ge(2), Le(1000)]  # a head is trained for each
 # What later steps take from `collect` unless they say otherwise.
 _SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
 T = TypeVar("T")
@@ -163,7 +166,7 @@ class _Steps:
             check_kind("output", str, output, in_yaml=True)
             for name in SECTIONS[1:]:
                 if not isinstance(content.get(name), Mapping | None):
-                    raise ValueError(f"`{name}` has to be a mapping of its fields, got {shown(content[name])}.")
+                    raise FieldError(name, f"`{name}` has to be a mapping of its fields, got {shown(content[name])}.")
 
     def _own(self, section: str) -> dict[str, Any]:
         """What the recipe says in a section, which may be left empty."""
@@ -175,14 +178,24 @@ class _Steps:
 
     def _arguments(self, kind: type[T], section: str, filled: Mapping[str, Any], *besides: str) -> T:
         """What a section says, but for the keys `besides`, with what is filled in where it says nothing."""
-        with self.recipe.blaming(section):
-            own, known = renamed(kind, self._own(section), self.recipe.place(section)), fields(kind)  # type: ignore[arg-type]
+        names = self._old_names(kind, section)
+        with self.recipe.blaming(section, names=names):
+            own, known = renamed(kind, self._own(section)), fields(kind)  # type: ignore[arg-type]
             refuse_unknown(own, [*besides, *(each.name for each in known)], f"section {section!r}")
             given = {name: choice for name, choice in {**filled, **own}.items() if name not in besides}
             needed = [each.name for each in known if each.default is each.default_factory is MISSING]
             if missing := [name for name in needed if name not in given]:
                 raise ValueError(f"it lacks {', '.join(missing)}.")
             return kind(**given)
+
+    def _old_names(self, kind: type[Any], section: str) -> dict[str, str]:
+        """The fields that a section calls by names of before, of which a warning tells, and these names."""
+        with self.recipe.blaming(section):
+            found = old_names(kind, self._own(section))
+        for name, was in found.items():
+            place = self.recipe.place(section, was)
+            warnings.warn(f"{place}: `{was}` is `{name}` now: say that.", FutureWarning, stacklevel=2)
+        return found
 
     def _train(self, filled: Mapping[str, Any], learned: dict[str, Any]) -> tuple[TrainArguments, dict[str, Any]]:
         """The section `train`, and whose labels are learned: the first judge's, or for several attributes each one's.
@@ -216,12 +229,12 @@ class _Steps:
         own = self._own("evaluate")
         with self.recipe.blaming("evaluate"):
             folds = own.get("folds", 0)
-            check_kind("folds", int, folds, in_yaml=True)
+            check_kind("folds", int if folds == 0 else Folds, folds, in_yaml=True)
             if folds:
-                check_bounds("folds", folds, {"least": 2, "most": MOST_FOLDS})
                 if self.calibrate is None or "prompts" in own:
-                    raise ValueError(
-                        "`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`."
+                    raise FieldError(
+                        "folds",
+                        "`folds` evaluates on the prompts of `collect`: it needs `calibrate`, and no `prompts`.",
                     )
                 filled = {**filled, "prompts": self.collect.prompts}
         evaluate = self._arguments(EvaluateArguments, "evaluate", filled, "folds")

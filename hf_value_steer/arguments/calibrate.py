@@ -1,9 +1,12 @@
 """What `calibrate` is told."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from annotated_types import Ge
 
 from hf_value_steer.arguments.base import Arguments
-from hf_value_steer.checks import check_probability
+from hf_value_steer.arguments.kinds import Probability, Share
 from hf_value_steer.choices import HeadMethod, PromiseMode
 
 
@@ -22,23 +25,22 @@ class CalibrateArguments(Arguments):
     )
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
     mode: PromiseMode = field(default="marginal", metadata={"help": "what is promised; selective is for abstain only"})
-    delta: float | None = field(
-        default=None, metadata={"help": "how often a promise with confidence may fail", "least": 0, "most": 1}
+    delta: Share | None = field(default=None, metadata={"help": "how often a promise with confidence may fail"})
+    alpha: Probability | None = field(
+        default=None, metadata={"help": "make the threshold of this promise the default"}
     )
-    alpha: float | None = field(default=None, metadata={"help": "make the threshold of this promise the default"})
-    token_rate: float | None = field(
+    token_rate: Probability | None = field(
         default=None, metadata={"help": "make the default threshold one that this share of tokens fails; no promise"}
     )
     group_column: str | None = field(
         default=None, metadata={"help": "column of the prompts: thresholds for each group"}
     )
-    seed: int = field(default=0, metadata={"help": "of the choice of one generation for each prompt", "least": 0})
+    seed: Annotated[int, Ge(0)] = field(
+        default=0, metadata={"help": "of the choice of one generation for each prompt"}
+    )
 
     def check(self) -> None:
         if self.alpha is not None and self.token_rate is not None:
             raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
-        for name in ("alpha", "token_rate"):
-            if getattr(self, name) is not None:
-                check_probability(getattr(self, name), name)
         if (self.judge is None) != bool(self.attributes):
             raise ValueError("`judge` says which generations are safe, or `attributes` do: pass one of them.")

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Literal
 
-from hf_value_steer.arguments.base import COUNT, MOST, SEED, Arguments, GenerationArguments
-from hf_value_steer.arguments.kinds import shown
+from hf_value_steer.arguments.base import Arguments, GenerationArguments
+from hf_value_steer.arguments.kinds import Amount, Count, Limit, Seed, Texts, shown
+from hf_value_steer.checks import FieldError
 
 
 @dataclass(kw_only=True)
@@ -18,38 +20,28 @@ class CollectArguments(GenerationArguments):
     )
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="train", metadata={"help": "split of a data set"})
-    max_new_tokens: int = field(default=128, metadata={"help": "tokens kept of each generation, at most", **COUNT})
-    forced_samples: int = field(
-        default=0,
-        metadata={
-            "help": "further generations of each prompt, for training only, with words forced in",
-            "least": 0,
-            "most": MOST,
-        },
+    max_new_tokens: Count = field(default=128, metadata={"help": "tokens kept of each generation, at most"})
+    forced_samples: Amount = field(
+        default=0, metadata={"help": "further generations of each prompt, for training only, with words forced in"}
     )
     force_words: str | None = field(
         default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
     )
-    next_tokens: int = field(
-        default=0,
-        metadata={"help": "keep so many most likely next tokens of every step", "least": 0, "most": MOST},
-    )
-    batch_size: int = field(
-        default=16, metadata={"help": "prompts in one call of generate, and in one shard", **COUNT}
-    )
-    seed: int = field(default=0, metadata={"help": "of sampling and forcing", **SEED})
-    engine: str = field(default="generate", metadata={"help": "what continues the prompts: generate, or vllm"})
+    next_tokens: Amount = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
+    batch_size: Count = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
+    seed: Seed = field(default=0, metadata={"help": "of sampling and forcing"})
+    engine: Literal["generate", "vllm"] = field(default="generate", metadata={"help": "what continues the prompts"})
     engine_args: str | None = field(
         default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}
     )
 
     def check(self) -> None:
-        if self.engine not in ("generate", "vllm"):
-            raise ValueError(f'`engine` is "generate" or "vllm", got {self.engine!r}.')
         if self.engine_args is not None and self.engine != "vllm":
             raise ValueError('`engine_args` are those of vLLM: pass `engine="vllm"`, too.')
         if self.engine_args is not None and not _is_json_object(self.engine_args):
-            raise ValueError(f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}.")
+            raise FieldError(
+                "engine_args", f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}."
+            )
         if self.force_words and self.engine == "vllm":
             raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')
         if bool(self.forced_samples) != bool(self.force_words):
@@ -67,15 +59,11 @@ def _is_json_object(text: str) -> bool:
 class LabelArguments(Arguments):
     """Who reads the generations, and how much of them."""
 
-    judges: list[str] = field(metadata={"help": "lexicon:, classifier:, reward:, llm:, math: or python: judges"})
+    judges: Texts = field(metadata={"help": "lexicon:, classifier:, reward:, llm:, math: or python: judges"})
     prefixes: bool = field(default=False, metadata={"help": "let judges score every prefix, not whole texts only"})
-    prefix_words: int | None = field(
-        default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default", "least": 1}
+    prefix_words: Limit | None = field(
+        default=None, metadata={"help": "a prefix is its last so many words; the whole of it by default"}
     )
-
-    def check(self) -> None:
-        if not self.judges:
-            raise ValueError("`judges` is empty: name at least one judge.")
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,13 @@
 """What `evaluate` and `vectors sweep` are told."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from hf_value_steer.arguments.base import COUNT, GenerationArguments
-from hf_value_steer.checks import MOST_CANDIDATES, check_probability
+from annotated_types import Len
+
+from hf_value_steer.arguments.base import GenerationArguments
+from hf_value_steer.arguments.kinds import Candidates, Count, NotNegative, Probability, Texts
+from hf_value_steer.checks import FieldError
 from hf_value_steer.choices import HeadMethod, VectorMode
 
 
@@ -18,17 +22,17 @@ class EvaluateArguments(GenerationArguments):
     output: str = field(metadata={"help": "folder of the results"})
     value_head: str = field(metadata={"help": "folder or Hub id of the head"})
     prompts: str = field(metadata={"help": "prompts that training and calibration never saw, as for `collect`"})
-    judges: list[str] = field(
+    judges: Texts = field(
         metadata={"help": "judges that gave no label; a rate is the share of texts with a score above 0.5"}
     )
     label_judge: str | None = field(default=None, metadata={"help": "the judge that gave the labels, for comparison"})
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
-    num_candidates: list[int] = field(
-        default_factory=lambda: [8], metadata={"help": "grid of K", "least": 1, "most": MOST_CANDIDATES}
+    num_candidates: Annotated[list[Candidates], Len(1)] = field(
+        default_factory=lambda: [8], metadata={"help": "grid of K"}
     )
-    thresholds: list[float] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
+    thresholds: list[Probability] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
     placebo: bool = field(default=True, metadata={"help": "a head with shuffled weights beside it"})
     baselines: list[str] = field(
         default_factory=list, metadata={"help": f"other methods under the same loop: {', '.join(BASELINES)}"}
@@ -38,22 +42,16 @@ class EvaluateArguments(GenerationArguments):
     mask: str | None = field(
         default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
     )
-    best_of: int = field(default=4, metadata={"help": "N, for best_of_n", **COUNT})
-    batch_size: int = field(default=8, metadata={"help": "prompts in one call of generate", **COUNT})
+    best_of: Count = field(default=4, metadata={"help": "N, for best_of_n"})
+    batch_size: Count = field(default=8, metadata={"help": "prompts in one call of generate"})
 
     def check(self) -> None:
         if unknown := sorted(set(self.baselines) - set(BASELINES)):
-            raise ValueError(f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
+            raise FieldError("baselines", f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
         needs = {"bad_words": self.bad_words, "system_prompt": self.system_prompt}
         for name, need in needs.items():
             if name in self.baselines and not need:
-                raise ValueError(f"The baseline {name!r} needs `{name}`.")
-        if not self.judges:
-            raise ValueError("`judges` is empty: name at least one judge that gave no label.")
-        if not self.num_candidates:
-            raise ValueError("`num_candidates` is empty: pass at least one K.")
-        for threshold in self.thresholds:
-            check_probability(threshold, "thresholds")
+                raise FieldError("baselines", f"The baseline {name!r} needs `{name}`.")
 
     def all_judges(self) -> list[str]:
         """Those that gave no label, and then the one that did."""
@@ -67,15 +65,12 @@ class SweepArguments(GenerationArguments):
     output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
-    judges: list[str] = field(metadata={"help": "judges, by whose first the window is described"})
-    multipliers: list[float] = field(default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"})
-    budget: float = field(
-        default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's", "least": 0}
+    judges: Texts = field(metadata={"help": "judges, by whose first the window is described"})
+    multipliers: Annotated[list[float], Len(1)] = field(
+        default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"}
+    )
+    budget: NotNegative = field(
+        default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"}
     )
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
-    max_new_tokens: int = field(default=64, metadata={"help": "length of a generation", **COUNT})
-
-    def check(self) -> None:
-        for name in ("judges", "multipliers"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` is empty: pass at least one.")
+    max_new_tokens: Count = field(default=64, metadata={"help": "length of a generation"})

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from hf_value_steer.arguments.base import COUNT, Arguments, BackboneArguments
-from hf_value_steer.arguments.train import TRAINING_SEED, SplitArguments
+from hf_value_steer.arguments.base import Arguments, BackboneArguments
+from hf_value_steer.arguments.kinds import Amount, Count, Limit, NotNegative, NumpySeed, Share
+from hf_value_steer.arguments.train import SplitArguments
 from hf_value_steer.choices import Target
 
 
@@ -40,39 +41,32 @@ class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
     judge: str = field(metadata={"help": "the judge whose labels are learned"})
     attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
     target: Target = field(default="response", metadata={"help": "what a token is labelled with"})
-    layer: int | None = field(default=None, metadata={"help": "l*; by default that of a probe sweep", "least": 0})
-    num_bridges: int | None = field(default=None, metadata={"help": "K; by default that of a probe sweep", **COUNT})
-    value_width: int | None = field(default=None, metadata={"help": "by default that of a probe sweep", **COUNT})
-    bridge_heads: int = field(default=8, metadata={"help": "heads of the generator", **COUNT})
+    layer: Amount | None = field(default=None, metadata={"help": "l*; by default that of a probe sweep"})
+    num_bridges: Count | None = field(default=None, metadata={"help": "K; by default that of a probe sweep"})
+    value_width: Count | None = field(default=None, metadata={"help": "by default that of a probe sweep"})
+    bridge_heads: Count = field(default=8, metadata={"help": "heads of the generator"})
     correction: Literal["gradient", "newton"] = field(default="newton", metadata={"help": "how a value is corrected"})
-    step: float = field(default=1.0, metadata={"help": "factor of the correction", "least": 0})
+    step: NotNegative = field(default=1.0, metadata={"help": "factor of the correction"})
     conditional: bool = field(default=True, metadata={"help": "whether the prompt takes part"})
     injection: Literal["bridge", "inject"] = field(default="bridge", metadata={"help": "inject: without bridges"})
-    guided_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "set the threshold so that this share of tokens is guided; 0.5 otherwise",
-            "least": 0,
-            "most": 1,
-        },
+    guided_share: Share | None = field(
+        default=None, metadata={"help": "set the threshold so that this share of tokens is guided; 0.5 otherwise"}
     )
     neutral_when_safe: bool = field(default=True, metadata={"help": "in stage three"})
     gate: float = field(default=-2.0, metadata={"help": "of the generator at the start, before softplus"})
-    text_epochs: int = field(default=5, metadata={"help": "of stage one", **COUNT})
-    pair_epochs: int = field(default=5, metadata={"help": "of stage two", **COUNT})
-    bridge_epochs: int = field(default=5, metadata={"help": "of stage three", **COUNT})
-    text_rate: float = field(default=1e-4, metadata={"help": "learning rate of stage one", "least": 0})
-    pair_rate: float = field(
-        default=5e-4, metadata={"help": "learning rate of the conditional path in stage two", "least": 0}
+    text_epochs: Count = field(default=5, metadata={"help": "of stage one"})
+    pair_epochs: Count = field(default=5, metadata={"help": "of stage two"})
+    bridge_epochs: Count = field(default=5, metadata={"help": "of stage three"})
+    text_rate: NotNegative = field(default=1e-4, metadata={"help": "learning rate of stage one"})
+    pair_rate: NotNegative = field(
+        default=5e-4, metadata={"help": "learning rate of the conditional path in stage two"}
     )
-    pair_slow_rate: float = field(
-        default=1e-5, metadata={"help": "learning rate of the rest in stage two", "least": 0}
-    )
-    bridge_rate: float = field(default=5e-4, metadata={"help": "learning rate of stage three", "least": 0})
-    batch_rows: int = field(default=8, metadata={"help": "generations in one step", **COUNT})
-    moments: int = field(default=64, metadata={"help": "tokens that are guided in one step of stage three", **COUNT})
-    bridge_rows: int | None = field(default=None, metadata={"help": "generations of stage three, at most", "least": 1})
-    seed: int = field(default=0, metadata={"help": "of weights and order", **TRAINING_SEED})
+    pair_slow_rate: NotNegative = field(default=1e-5, metadata={"help": "learning rate of the rest in stage two"})
+    bridge_rate: NotNegative = field(default=5e-4, metadata={"help": "learning rate of stage three"})
+    batch_rows: Count = field(default=8, metadata={"help": "generations in one step"})
+    moments: Count = field(default=64, metadata={"help": "tokens that are guided in one step of stage three"})
+    bridge_rows: Limit | None = field(default=None, metadata={"help": "generations of stage three, at most"})
+    seed: NumpySeed = field(default=0, metadata={"help": "of weights and order"})
     trainer: list[str] = field(
         default_factory=list, metadata={"help": "further TrainingArguments as name=value, for all stages"}
     )

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from hf_value_steer.arguments.base import COUNT, SEED, Arguments, SamplingArguments
-from hf_value_steer.checks import MOST_CANDIDATES, check_probability
+from annotated_types import Ge, Le
+
+from hf_value_steer.arguments.base import Arguments, SamplingArguments
+from hf_value_steer.arguments.kinds import Candidates, Count, Probability, Seed
 from hf_value_steer.choices import Dtype, HeadMethod
 
 
-PORT = {"least": 1, "most": 65535}
+Port = Annotated[int, Ge(1), Le(65535)]
 
 
 @dataclass(kw_only=True)
@@ -19,16 +21,15 @@ class HeadArguments(Arguments):
 
     value_head: str | None = field(default=None, metadata={"help": "folder or Hub id of a value head"})
     method: HeadMethod | None = field(default=None, metadata={"help": "what the head is for; filter by default"})
-    threshold: float | None = field(default=None, metadata={"help": "in (0, 1); that of the head by default"})
-    alpha: float | None = field(default=None, metadata={"help": "instead: what the head's calibration is to promise"})
-    num_candidates: int | None = field(
-        default=None, metadata={"help": "candidates of the filter; 8 by default", "least": 1, "most": MOST_CANDIDATES}
+    threshold: Probability | None = field(default=None, metadata={"help": "in (0, 1); that of the head by default"})
+    alpha: Probability | None = field(
+        default=None, metadata={"help": "instead: what the head's calibration is to promise"}
+    )
+    num_candidates: Candidates | None = field(
+        default=None, metadata={"help": "candidates of the filter; 8 by default"}
     )
 
     def check(self) -> None:
-        for name in ("threshold", "alpha"):
-            if getattr(self, name) is not None:
-                check_probability(getattr(self, name), name)
         self.configuration()
 
     def configuration(self) -> Any:
@@ -86,8 +87,8 @@ class GenerateArguments(SteeringArguments, SamplingArguments):
     chat: bool | None = field(
         default=None, metadata={"help": "put the prompt into the model's chat template; as in training by default"}
     )
-    max_new_tokens: int = field(default=64, metadata={"help": "length of the text", **COUNT})
-    seed: int = field(default=0, metadata={"help": "of sampling; both texts are drawn from it", **SEED})
+    max_new_tokens: Count = field(default=64, metadata={"help": "length of the text"})
+    seed: Seed = field(default=0, metadata={"help": "of sampling; both texts are drawn from it"})
     color: bool = field(default=True, metadata={"help": "colour tokens by their values, where the terminal can"})
 
     def check(self) -> None:
@@ -107,7 +108,7 @@ class PlayArguments(HeadArguments):
     vectors: str | None = field(default=None, metadata={"help": "folder or Hub id of steering vectors"})
     dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets others in"})
-    port: int | None = field(default=None, metadata={"help": "the first free one from 7860 on by default", **PORT})
+    port: Port | None = field(default=None, metadata={"help": "the first free one from 7860 on by default"})
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
-from hf_value_steer.arguments.base import COUNT, Arguments
-from hf_value_steer.checks import check_attributes
+from hf_value_steer.arguments.base import Arguments
+from hf_value_steer.arguments.kinds import Amount, Count, NotNegative, NumpySeed, Part, Probability
+from hf_value_steer.checks import FieldError, check_attributes
 from hf_value_steer.choices import Loss, Polarity, Target
 
 
@@ -22,8 +23,6 @@ class Preset:
     epochs: int
     patience: int
 
-
-TRAINING_SEED = {"least": 0, "most": 2**32 - 1}  # what numpy takes
 
 # What works out of the box. "value-steer" is that of the package of arXiv 2605.14746.
 PRESETS = {
@@ -73,7 +72,9 @@ def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
             if judge.endswith(f"@{each}"):
                 judge, polarity = judge.removesuffix(f"@{each}"), each
         if not (name.strip() and judge):
-            raise ValueError(f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}.")
+            raise FieldError(
+                "attributes", f"`attributes` takes entries name=judge or name=judge@desirable, got {entry!r}."
+            )
         attributes.append(JudgedAttribute(name.strip(), judge, polarity))
     return attributes
 
@@ -82,14 +83,14 @@ def parse_attributes(entries: Sequence[str]) -> list[JudgedAttribute]:
 class SplitArguments(Arguments):
     """Which share of the prompts is for what; the rest trains."""
 
-    validation: float = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
-    calibration: float = field(default=0.15, metadata={"help": "share of the prompts that only `calibrate` sees"})
-    held_out: float = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
-    rotation: float = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
+    validation: Probability = field(default=0.15, metadata={"help": "share of the prompts that stop the training"})
+    calibration: Part = field(default=0.15, metadata={"help": "share of the prompts that only `calibrate` sees"})
+    held_out: Part = field(default=0.0, metadata={"help": "share of the prompts that only `evaluate` sees"})
+    rotation: Part = field(default=0.0, metadata={"help": "where the splits begin, in [0, 1): for cross-fitting"})
 
     def check(self) -> None:
         shares = (self.validation, self.calibration, self.held_out)
-        if not (self.validation > 0 and min(shares) >= 0 and sum(shares) < 1):
+        if sum(shares) >= 1:
             raise ValueError(
                 "`validation`, `calibration` and `held_out` have to be shares that leave prompts to train on; "
                 f"got {shares}."
@@ -119,18 +120,14 @@ class TrainArguments(SplitArguments):
     )
     target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
     loss: Loss | None = field(default=None, metadata={"help": "token loss"})
-    positive_weight: float | None = field(default=None, metadata={"help": "weight of the positive class", "least": 0})
-    coherence_weight: float | None = field(
-        default=None, metadata={"help": "weight of the TD-coherence term", "least": 0}
-    )
-    learning_rate: float | None = field(default=None, metadata={"help": "of AdamW", "least": 0})
-    weight_decay: float | None = field(default=None, metadata={"help": "of AdamW", "least": 0})
-    epochs: int | None = field(default=None, metadata={"help": "at most", **COUNT})
-    patience: int | None = field(
-        default=None, metadata={"help": "epochs without improvement before it stops", "least": 0}
-    )
-    batch_rows: int = field(default=32, metadata={"help": "generations in one step", **COUNT})
-    seed: int = field(default=0, metadata={"help": "of weights and order", **TRAINING_SEED})
+    positive_weight: NotNegative | None = field(default=None, metadata={"help": "weight of the positive class"})
+    coherence_weight: NotNegative | None = field(default=None, metadata={"help": "weight of the TD-coherence term"})
+    learning_rate: NotNegative | None = field(default=None, metadata={"help": "of AdamW"})
+    weight_decay: NotNegative | None = field(default=None, metadata={"help": "of AdamW"})
+    epochs: Count | None = field(default=None, metadata={"help": "at most"})
+    patience: Amount | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
+    batch_rows: Count = field(default=32, metadata={"help": "generations in one step"})
+    seed: NumpySeed = field(default=0, metadata={"help": "of weights and order"})
     accept_chance: bool = field(
         default=False, metadata={"help": "go on with a head that is no better than chance on the validation texts"}
     )

@@ -1,8 +1,13 @@
 """What `vectors extract`, `scale`, `apply` and `bake` are told; for `sweep` see `evaluate`."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from hf_value_steer.arguments.base import COUNT, SEED, BackboneArguments, SamplingArguments
+from annotated_types import Len
+
+from hf_value_steer.arguments.base import BackboneArguments, SamplingArguments
+from hf_value_steer.arguments.kinds import Count, Limit, NotNegative, Seed, Share
+from hf_value_steer.checks import FieldError
 from hf_value_steer.choices import DirectionMethod, Pooling, VectorMode
 
 
@@ -29,8 +34,8 @@ class ExtractArguments(ModelArguments):
     pooling: Pooling | None = field(
         default=None, metadata={"help": "which states of a text count; of pairs the last by default"}
     )
-    layers: list[float] = field(
-        default_factory=lambda: [0.4, 0.9], metadata={"help": "range, as shares of the depth", "least": 0, "most": 1}
+    layers: Annotated[list[Share], Len(2, 2)] = field(
+        default_factory=lambda: [0.4, 0.9], metadata={"help": "range, as shares of the depth"}
     )
     attribute: str | None = field(default=None, metadata={"help": "what a positive multiplier brings more of"})
 
@@ -40,6 +45,8 @@ class ExtractArguments(ModelArguments):
             raise ValueError(
                 "Pass `positive` and `negative`, `collection` and `judge`, `value_head` and `texts`, or `vectors`."
             )
+        if self.layers != sorted(self.layers):
+            raise FieldError("layers", f"`layers` has to be the lower before the higher, got {self.layers}.")
 
 
 @dataclass(kw_only=True)
@@ -48,8 +55,8 @@ class ScaleArguments(ModelArguments):
 
     vectors: str = field(metadata={"help": "folder of the vectors"})
     texts: str = field(metadata={"help": "a few dozen texts, as prompts of `collect`"})
-    rho: float | None = field(
-        default=None, metadata={"help": "relative influence at m = 1; 1/sqrt(width) if left out", "least": 0}
+    rho: NotNegative | None = field(
+        default=None, metadata={"help": "relative influence at m = 1; 1/sqrt(width) if left out"}
     )
 
 
@@ -60,10 +67,10 @@ class ApplyArguments(ModelArguments, SamplingArguments):
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "as for `collect`"})
     multipliers: list[float] = field(default_factory=lambda: [-0.25, 0.25], metadata={"help": "which to show"})
-    limit: int | None = field(default=None, metadata={"help": "take the first so many prompts", "least": 1})
+    limit: Limit | None = field(default=None, metadata={"help": "take the first so many prompts"})
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
-    max_new_tokens: int = field(default=64, metadata={"help": "length of a text", **COUNT})
-    seed: int = field(default=0, metadata={"help": "of sampling", **SEED})
+    max_new_tokens: Count = field(default=64, metadata={"help": "length of a text"})
+    seed: Seed = field(default=0, metadata={"help": "of sampling"})
 
 
 @dataclass(kw_only=True)

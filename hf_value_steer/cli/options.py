@@ -6,10 +6,10 @@ import inspect
 import re
 import shutil
 import sys
+import types
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
-from types import NoneType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -148,9 +148,14 @@ def _flag(name: str) -> str:
 
 
 def _type(each: Field[Any]) -> Any:
-    """The type of a field, without the `None` that stands for what is not given."""
-    kinds = [kind for kind in get_args(each.type) if kind is not NoneType]
-    return kinds[0] if NoneType in get_args(each.type) else each.type
+    """The type of a field, without its bounds, and without the `None` that stands for what is not given."""
+    kinds = [kind for kind in get_args(each.type) if kind is not types.NoneType]
+    return _unbounded(kinds[0] if types.NoneType in get_args(each.type) else each.type)
+
+
+def _unbounded(kind: Any) -> Any:
+    kind = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    return types.GenericAlias(list, _unbounded(get_args(kind)[0])) if get_origin(kind) is list else kind
 
 
 def _metavar(each: Field[Any]) -> str:

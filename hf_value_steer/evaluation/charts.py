@@ -9,7 +9,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, cast
 from xml.etree import ElementTree
 
-from hf_value_steer.training.judges.base import import_optional
+from hf_value_steer.checks import import_optional
 
 
 if TYPE_CHECKING:
@@ -173,13 +173,18 @@ def percents(*axes: Any) -> None:
 
 
 def logarithmic(axes: "Axes", which: str, text: str) -> None:
-    """Make axis `"x"` or `"y"` logarithmic, `text` the format of its numbers; below three decades it says 1, 2, 5."""
-    from matplotlib.ticker import LogLocator
+    """Make axis `"x"` or `"y"` logarithmic, `text` the format of its numbers.
+
+    Below three decades it says 1, 2, 5, and where fewer than three of these are seen, what a linear axis would.
+    """
+    from matplotlib.ticker import AutoLocator, LogLocator
 
     axes.set(**{f"{which}scale": "log"})
     axis: Any = getattr(axes, f"{which}axis")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    if sum(low <= place <= high for place in axis.get_majorticklocs()) < 3:
+        axis.set_major_locator(AutoLocator())
     axis.set_major_formatter(text)
     axes.minorticks_off()
 
@@ -221,7 +226,7 @@ def _draw(chart: Chart, size: str, width: int, height: int) -> Drawing:
 
 
 def _plot(axes: "Axes", series: Series) -> None:
-    """A series on axes: reference, line, whiskers, marks."""
+    """A series on axes: reference, line, whiskers (`errorbar` refuses an interval beside its point), marks."""
     colour, points = COLOURS[series.colour], series.points
     if series.rule is not None:
         axes.axhline(series.rule, color=COLOURS["soft"], linestyle="--", linewidth=1)
@@ -246,7 +251,10 @@ def _mark(axes: "Axes", series: Series, x: float, y: float, radius: float) -> No
 
 
 def _label(axes: "Axes", points: Sequence[Point]) -> None:
-    """Labels beside points; one for which there is no room is left to the tip."""
+    """Labels beside points; one for which there is no room is left to the tip.
+
+    Not by adjustText: it imports pyplot, and moves labels that have no room instead of leaving them out.
+    """
     from matplotlib.transforms import Bbox
 
     places = axes.transData.transform([(point.x, point.y) for point in points])

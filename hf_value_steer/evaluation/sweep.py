@@ -164,7 +164,7 @@ def _layers(axes: "Axes") -> None:
 def _rates(name: str, judge: str, runs: Sequence[Mapping[str, Any]]) -> Chart:
     def finish(axes: "Axes") -> None:
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_formatter("{x:g}")
+        _say_multipliers(axes, runs)
         percents(axes.yaxis)
 
     series = [Series("rate", _points(runs, [run["judges"][judge]["rate"] for run in runs]))]
@@ -175,15 +175,24 @@ def _perplexities(runs: Sequence[Mapping[str, Any]], budget: float) -> Chart:
     note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
     series = [
         Series("perplexity", _points(runs, [run["perplexity_ratio"] for run in runs])),
-        reference("budget", budget),
+        reference(f"budget {TIMES}{budget:g}", budget),
     ]
 
     def finish(axes: "Axes") -> None:
-        axes.xaxis.set_major_formatter("{x:g}")
+        _say_multipliers(axes, runs)
         logarithmic(axes, "y", f"{TIMES}{{x:g}}")
 
     title = "Perplexity, relative to base"
     return Chart("perplexity", title, note, "multiplier m", "perplexity", series, finish, keyed=True)
+
+
+def _say_multipliers(axes: "Axes", runs: Sequence[Mapping[str, Any]]) -> None:
+    """Let the x axis say which multipliers were tried, from 0 outwards as far as there is room for them."""
+    tried, said = [run["multiplier"] for run in runs], list[float]()
+    for each in sorted(tried, key=abs):
+        if all(abs(each - other) >= (max(tried) - min(tried)) / 10 for other in said):
+            said.append(each)
+    axes.set_xticks(said, [f"{each:g}" for each in said])
 
 
 def _points(runs: Sequence[Mapping[str, Any]], heights: Sequence[float]) -> list[Point]:

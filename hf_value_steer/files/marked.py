@@ -1,4 +1,7 @@
-"""Plans that a person wrote, as YAML or in Python: their content, and where in a file each key of it stands."""
+"""Plans that a person wrote, as YAML or in Python: their content, and where in a file each key of it stands.
+
+PyYAML forgets the lines of keys, and takes the last of two equal ones: hence a loader of our own.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from hf_value_steer.checks import FieldError
 from hf_value_steer.errors import SteeringError
 from hf_value_steer.files.writing import read_utf8
 
@@ -35,10 +39,14 @@ class Marked:
         return ", ".join([self.name, *known, *([".".join(path)] if path else [])])
 
     @contextmanager
-    def blaming(self, *section: str) -> Iterator[None]:
-        """Let a `ValueError` inside the block say where in this section that stands which it names first.
+    def blaming(self, *section: str, names: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Let a `ValueError` inside the block say where the section stands, and a `FieldError` where its field does.
 
         Errors of our own kinds, which are about other files, stay as they are.
+
+        Args:
+            section (`str`): its name; none for the sections themselves.
+            names: how the section calls fields that it does not call by their names.
         """
         try:
             yield
@@ -46,11 +54,11 @@ class Marked:
             raise
         except ValueError as error:
             said, own = str(error), self.content.get(section[0]) if section else self.content
-            named = re.findall(r"`([^`]+?)(?:\[\d+\])?`", said)
-            key = next((name for name in named if name in (own or ())), None)
-            if key is not None:  # is said by the place
-                said = re.sub(rf"^`{re.escape(key)}`(: | (?=has to ))", "", said)
-            place = self.place(*section, *([] if key is None else [key]))
+            field = error.field if isinstance(error, FieldError) else ""
+            key = (names or {}).get(field, field)
+            if own and key in own:  # is said by the place
+                said, section = re.sub(rf"^`{re.escape(field)}`(: | (?=has to ))", "", said), (*section, key)
+            place = self.place(*section)
             raise ValueError(" ".join(f"{place}: {said}".split())) from error
 
 

@@ -55,17 +55,23 @@ def read_object(path: Path, kind: type = dict) -> Any:
     return found
 
 
-def read_record(path: Path, *needed: str, kind: type[Any] = dict) -> Any:
+def read_record(
+    path: Path,
+    *needed: str,
+    kind: type[Any] = dict,
+    remedy: str = "Put the original back, or delete it and run again",
+) -> Any:
     """The JSON that this library wrote into a file, which somebody may have cut or edited since.
 
     Args:
         needed (`str`): keys that have to be there.
         kind: of the JSON: `dict`, `list`, `float`.
+        remedy (`str`): what to do if it is wrong.
 
     Raises:
         ArtefactError: names the file.
     """
-    with reading(path, "record of what was done", "Put the original back, or delete it and run again"):
+    with reading(path, "record of what was done", remedy):
         found = read_object(path, kind)
         if missing := [name for name in needed if name not in found]:
             raise ValueError(f"it lacks {', '.join(missing)}")

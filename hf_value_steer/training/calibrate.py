@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.train import SplitArguments, parse_attributes
 from hf_value_steer.calibration import Calibration, one_per_prompt
-from hf_value_steer.checks import check_attributes
+from hf_value_steer.checks import FieldError, check_attributes
 from hf_value_steer.choices import Polarity
 from hf_value_steer.files.reading import reading
 from hf_value_steer.files.writing import write_atomically
@@ -113,11 +113,12 @@ def _check_head(arguments: CalibrateArguments, collection: Collection, head: Val
 
 
 def check_column(column: str, prompts: Sequence[Prompt]) -> None:
-    """Raise a `ValueError` unless every prompt has this column."""
+    """Raise a [`FieldError`] unless every prompt has this column."""
     for prompt in prompts:
         if column not in prompt.columns:
-            raise ValueError(
-                f"`group_column`: prompt {prompt.text!r} has no column {column!r}, only {sorted(prompt.columns)}."
+            raise FieldError(
+                "group_column",
+                f"`group_column`: prompt {prompt.text!r} has no column {column!r}, only {sorted(prompt.columns)}.",
             )
 
 

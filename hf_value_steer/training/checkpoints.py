@@ -1,6 +1,5 @@
 """Checkpoints of a `Trainer` that are whole or do not count: their files are written, and deleted, one by one."""
 
-import difflib
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from hf_value_steer.checks import FieldError, closest
 from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_json
 
@@ -20,16 +20,15 @@ MARK = "complete.json"  # names and sizes of the files of a checkpoint, written 
 
 
 def check_further(further: Sequence[str]) -> None:
-    """Raise a `ValueError` unless each is `name=value`, with the name of a field of `TrainingArguments`."""
+    """Raise a [`FieldError`] unless each is `name=value`, with the name of a field of `TrainingArguments`."""
     known = [each.name for each in fields(TrainingArguments)]
     for entry in further:
         name, equals, _ = entry.partition("=")
         if not equals:
-            raise ValueError(f"`trainer` takes entries name=value, got {entry!r}.")
+            raise FieldError("trainer", f"`trainer` takes entries name=value, got {entry!r}.")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f": did you mean {close[0]}?" if close else "."
-            raise ValueError(f"`trainer`: {name!r} is no argument of TrainingArguments{hint}")
+            hint = f": did you mean {close}?" if (close := closest(name, known)) else "."
+            raise FieldError("trainer", f"`trainer`: {name!r} is no argument of TrainingArguments{hint}")
 
 
 def training_arguments(folder: Path, rows: int, seed: int, further: Sequence[str], **own: Any) -> TrainingArguments:

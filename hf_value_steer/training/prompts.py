@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hf_value_steer.arguments.kinds import check_kind, shown
+from hf_value_steer.checks import FieldError, import_optional
 from hf_value_steer.files.writing import read_utf8
 from hf_value_steer.training.references import PREFIX, resolve
 
@@ -52,8 +53,9 @@ def load_prompts(
         argument (`str`): what errors call the source.
 
     Raises:
-        ValueError: if there is no prompt, or a record is neither a text nor holds one, or chat messages, in `column`;
+        FieldError: if there is no prompt, or a record is neither a text nor holds one, or chat messages, in `column`;
             names file, line and key. The same for a file that is not in UTF-8.
+        ImportError: for a data set, if `datasets` is not installed.
     """
     # What a collection keeps was looked at when it was collected, by the rules of that day.
     kept = source.endswith(".jsonl") and (Path(source).parent / "collection.json").is_file()
@@ -62,9 +64,9 @@ def load_prompts(
         try:
             prompts.append(_prompt(record, column, kept))
         except ValueError as error:
-            raise ValueError(f"`{argument}`: {place}: {error}") from error
+            raise FieldError(argument, f"`{argument}`: {place}: {error}") from error
     if not prompts[:limit]:
-        raise ValueError(f"`{argument}`: {source} holds no prompt.")
+        raise FieldError(argument, f"`{argument}`: {source} holds no prompt.")
     return prompts[:limit]
 
 
@@ -80,33 +82,30 @@ def read_records(
     if source.startswith(PREFIX) or path.suffix not in (".txt", ".jsonl"):
         records = resolve(source)() if source.startswith(PREFIX) else _dataset(source, split, argument)
         if isinstance(records, str | Mapping) or not (hasattr(records, "__iter__") or hasattr(records, "__getitem__")):
-            raise ValueError(f"`{argument}`: {source} has to give a list of texts or records, got {shown(records)}.")
+            raise FieldError(
+                argument, f"`{argument}`: {source} has to give a list of texts or records, got {shown(records)}."
+            )
         yield from ((f"{source}, record {number}", record) for number, record in enumerate(records, 1))
         return
     if not path.is_file():
-        raise ValueError(f"`{argument}`: there is no file {source}.")
+        raise FieldError(argument, f"`{argument}`: there is no file {source}.")
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if line.strip():
             place = f"{source}, line {number}"
-            yield place, line if path.suffix == ".txt" else _json(line, f"`{argument}`: {place}", kept)
+            yield place, line if path.suffix == ".txt" else _json(line, place, argument, kept)
 
 
-def _json(line: str, place: str, kept: bool) -> Any:
+def _json(line: str, place: str, argument: str, kept: bool) -> Any:
     try:
         return from_json(line, allow_inf_nan=kept)
     except ValueError as error:
-        raise ValueError(f"{place}: this is no JSON: {str(error).replace(' at line 1 ', ' at ')}.") from error
+        reason = str(error).replace(" at line 1 ", " at ")
+        raise FieldError(argument, f"`{argument}`: {place}: this is no JSON: {reason}.") from error
 
 
 def _dataset(source: str, split: str, argument: str) -> Iterable[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ValueError(
-            f"`{argument}`: {source} is read with the `datasets` package, which is not installed: "
-            'pip install "hf-value-steer[train]".'
-        ) from error
-    return load_dataset(source, split=split)  # type: ignore[no-any-return]
+    datasets = import_optional("datasets", f"`{argument}`: {source}")
+    return datasets.load_dataset(source, split=split)  # type: ignore[no-any-return]
 
 
 def _prompt(record: Any, column: str, kept: bool) -> Prompt:

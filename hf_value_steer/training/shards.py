@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hf_value_steer.errors import ArtefactError
-from hf_value_steer.files.reading import read_object, reading
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.training.prompts import Prompt, load_prompts
 
@@ -79,7 +79,7 @@ class TensorFile:
     def __init__(self, path: Path):
         self.path = path
         if path.is_dir():
-            raise self._damaged("it is a folder")
+            raise self.damaged("it is a folder")
         self.tensors: dict[str, _Entry] = {}
         try:  # the library compares the header with itself and with the size of the file
             with safe_open(path, "numpy") as file:
@@ -87,9 +87,9 @@ class TensorFile:
                 for name in file.offset_keys():
                     self._add(name, file.get_slice(name))
         except SafetensorError as error:
-            raise self._damaged(str(error)) from error
+            raise self.damaged(str(error)) from error
         if not self.sha256:
-            raise self._damaged("it has no `sha256` in its metadata")
+            raise self.damaged("it has no `sha256` in its metadata")
         self.start = path.stat().st_size - self._size
 
     @property
@@ -100,12 +100,13 @@ class TensorFile:
     def _add(self, name: str, found: Any) -> None:
         dtype, shape = _DTYPES.get(found.get_dtype()), tuple(found.get_shape())
         if dtype is None:
-            raise self._damaged(f"{name!r} is of {found.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+            raise self.damaged(f"{name!r} is of {found.get_dtype()}, expected one of {', '.join(_DTYPES)}")
         if not shape or math.prod(max(length, 1) for length in shape) >= 2**63:
-            raise self._damaged(f"{name!r} has the shape {list(shape)}, expected rows")
+            raise self.damaged(f"{name!r} has the shape {list(shape)}, expected rows")
         self.tensors[name] = _Entry(self._size, dtype, shape)
 
-    def _damaged(self, why: str) -> ArtefactError:
+    def damaged(self, why: str) -> ArtefactError:
+        """An error that says what is wrong with the file."""
         return ArtefactError(
             f"{self.path} is damaged: delete it and run what made it, such as `collect`, again ({why})."
         )
@@ -119,7 +120,7 @@ class TensorFile:
         with self.path.open("rb") as file:
             file.seek(self.start)
             if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
-                raise self._damaged("its content is not that of its digest")
+                raise self.damaged("its content is not that of its digest")
 
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Entries `first` to `last` (exclusive) of a tensor, along its first dimension.
@@ -129,15 +130,15 @@ class TensorFile:
         """
         entry = self.tensors.get(name)
         if entry is None:
-            raise self._damaged(f"it holds no {name!r}, only {', '.join(self.tensors) or 'nothing'}")
+            raise self.damaged(f"it holds no {name!r}, only {', '.join(self.tensors) or 'nothing'}")
         last = entry.shape[0] if last is None else last
         if not 0 <= first <= last <= entry.shape[0]:
-            raise self._damaged(f"it holds {entry.shape[0]} rows of {name!r}, where {first} to {last} are asked for")
+            raise self.damaged(f"it holds {entry.shape[0]} rows of {name!r}, where {first} to {last} are asked for")
         tensor = torch.empty((last - first, *entry.shape[1:]), dtype=entry.dtype)
         with self.path.open("rb") as file:
             file.seek(self.start + entry.offset + first * entry.stride)
             if file.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
-                raise self._damaged(f"it ends before the end of {name!r}")
+                raise self.damaged(f"it ends before the end of {name!r}")
         return tensor
 
 
@@ -180,8 +181,7 @@ class Collection:
         path = self.folder / "collection.json"
         if not path.is_file():
             raise ArtefactError(f"{folder} holds no collection: there is no {path.name}.")
-        with reading(path, "manifest of a collection", "Delete it and run `collect` again"):
-            self.manifest: dict[str, Any] = read_object(path)
+        self.manifest: dict[str, Any] = read_record(path, remedy="Delete it and run `collect` again")
         self._check(path)
         self.shards = [TensorFile(shard_path(self.folder, index)) for index in range(self.manifest["shards"])]
 
@@ -250,7 +250,7 @@ def _columns(shard: TensorFile) -> tuple[Tensor, Tensor, Tensor]:
         and (offsets.diff() >= 0).all()
         and (prompts >= 0).all()
     ):
-        raise shard._damaged(f"'offsets', 'prompts' and 'natural' are not those of rows of {tokens} tokens")
+        raise shard.damaged(f"'offsets', 'prompts' and 'natural' are not those of rows of {tokens} tokens")
     return offsets, prompts, natural
 
 

@@ -108,7 +108,7 @@ def recorded_arguments(record: Path) -> dict[str, Any]:
 
 def _in_todays_words(recorded: Any) -> dict[str, Any]:
     """The arguments in a record, which may be older than the names of today."""
-    return renamed(TrainArguments, recorded, None)
+    return renamed(TrainArguments, recorded)
 
 
 def _recorded(collection: Collection, arguments: TrainArguments) -> dict[str, Any]:

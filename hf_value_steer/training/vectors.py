@@ -10,11 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
-from hf_value_steer.checks import check_choice
+from hf_value_steer.checks import check_choice, import_optional
 from hf_value_steer.choices import DirectionMethod, Pooling
 from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.training.judges.base import import_optional
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection

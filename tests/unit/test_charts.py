@@ -99,6 +99,23 @@ def test_many_decades_have_fewer_numbers() -> None:
     assert "0.0001" in texts(drawing.svg) and "0.02" not in texts(drawing.svg)
 
 
+@pytest.mark.parametrize("ratios", [(0.55, 1.5), (1.01, 1.02), (0.9, 12.0), (1.0, 1.0)])
+def test_an_axis_of_less_than_a_decade_has_numbers(ratios: tuple[float, float]) -> None:
+    points = [Point(0.0, ratios[0]), Point(1.0, ratios[1])]
+    for drawing in chart(points, lambda axes: logarithmic(axes, "y", "at {x:g}")).drawings:
+        numbers = [float(text[3:]) for text in texts(drawing.svg) if text.startswith("at ")]
+        assert len(set(numbers)) >= 3 and min(numbers) < ratios[1] and max(numbers) > ratios[0] * 0.99
+
+
+def test_a_sweep_says_its_multipliers_and_its_budget() -> None:
+    """0 and what lies far enough from it; 0.05 would stand on it."""
+    document = documents.sweep()
+    document["runs"].append({**document["runs"][1], "multiplier": 0.05})
+    page = sweep_page(document)
+    assert {"-1", "-0.5", "0", "1", "2"} <= set(texts(page)) and "0.05" not in texts(page)
+    assert "1.5" not in texts(page) and "budget \u00d71.5</li>" in page
+
+
 def test_a_label_is_drawn_where_there_is_room_and_as_it_is() -> None:
     labels = ["$e^2$", "<b>&amp;", "a" * 200]
     points = [Point(index, index, label=label) for index, label in enumerate(labels)]

@@ -4,6 +4,7 @@ import codecs
 import datetime
 import importlib
 import json
+import pickle
 import pkgutil
 import random
 import re
@@ -26,6 +27,7 @@ from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipeP
 from hf_value_steer.arguments.steer import GenerateArguments, PlayArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
 from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, ExtractArguments, ScaleArguments
+from hf_value_steer.checks import FieldError
 from hf_value_steer.cli.options import parser_of, read
 from hf_value_steer.files.marked import Marked, read_marked
 from hf_value_steer.recipe import _Steps, run_recipe
@@ -79,6 +81,17 @@ RECIPES = {
         "1e-3",
         ", line 14, train.learning_rate: has to be a number, got '1e-3'",
     ),
+    "a number in words": (
+        "1.0e-3",
+        "small",
+        ", line 14, train.learning_rate: has to be a number, got 'small'.",
+    ),
+    "a whole number as a text": (
+        "samples: 4",
+        "samples: '4'",
+        ", line 5, collect.samples: has to be a whole number, got '4' (write it without quotes).",
+    ),
+    "nothing as a text": ("model: org/backbone", "model:", ", line 3, collect.model: has to be a text, got None."),
     "a list as a number": (
         "samples: 4",
         "samples: [4]",
@@ -107,7 +120,7 @@ RECIPES = {
     "too many candidates": (
         "[8, 16]",
         "[8, 100000]",
-        ", line 21, evaluate.num_candidates: has to be at most 1,024, got 100000.",
+        ", line 21, evaluate.num_candidates: `num_candidates[1]` has to be at most 1,024, got 100000.",
     ),
     "one text in a list of numbers": (
         "[8, 16]",
@@ -115,11 +128,11 @@ RECIPES = {
         ", line 21, evaluate.num_candidates: `num_candidates[1]` has to be a whole number, got 'many'",
     ),
     "one fold": ("folds: 4", "folds: 1", ", line 19, evaluate.folds: has to be at least 2, got 1."),
-    "folds in words": ("folds: 4", "folds: four", ", line 19, evaluate.folds: has to be a whole number, got 'four'"),
+    "folds in words": ("folds: 4", "folds: four", ", line 19, evaluate.folds: has to be a whole number, got 'four'."),
     "a share above one": (
         "alpha: 0.1",
         "alpha: 10",
-        ", line 17, calibrate.alpha: has to be a number in (0, 1), got 10.",
+        ", line 17, calibrate.alpha: has to be below 1, got 10.",
     ),
     "a date": (
         "attribute: rude",
@@ -148,11 +161,11 @@ RECIPES = {
         "lexicon:words.txt",
         ", line 9, label.judges: has to be a list, got 'lexicon:words.txt'.",
     ),
-    "no judge": ('["lexicon:words.txt"]', "[]", ", line 9, label.judges: `judges` is empty: name at least one"),
+    "no judge": ('["lexicon:words.txt"]', "[]", ", line 9, label.judges: has to be a list of 1 or more, got []."),
     "no candidates": (
         "[8, 16]",
         "[]",
-        ", line 21, evaluate.num_candidates: `num_candidates` is empty: pass at least one",
+        ", line 21, evaluate.num_candidates: has to be a list of 1 or more, got [].",
     ),
     "arguments of vLLM that are no JSON": (
         "  samples: 4\n",
@@ -266,7 +279,7 @@ def written(folder, text):
 
 def one_line(caught, kind=ValueError):
     """What the error says, which is of this kind and no other, in one line."""
-    assert type(caught.value) is kind
+    assert type(caught.value) in (kind, FieldError)
     said = str(caught.value)
     assert said.isprintable() and len(said) < 700
     return said
@@ -390,19 +403,24 @@ def test_mistakes_in_records(tmp_path, mistake, end):
     assert one_line(caught).startswith(f"`prompts`: {path}, line 3: {expected}")
 
 
-def given(name):
-    """The records of a function, by the name of a mistake."""
-    return {
-        "texts": lambda: "one text",
-        "nothing": lambda: None,
-        "a number": lambda: ["fine", 5],
-        "half a character": lambda: ["fine", "\ud800"],
-        "keys of numbers": lambda: [{"prompt": "fine"}, {5: 5, "a": 1}],
-    }[name]
+def texts():
+    return "one text"
 
 
-texts, nothing, a_number = given("texts"), given("nothing"), given("a number")
-half_a_character, keys_of_numbers = given("half a character"), given("keys of numbers")
+def nothing():
+    return None
+
+
+def a_number():
+    return ["fine", 5]
+
+
+def half_a_character():
+    return ["fine", "\ud800"]
+
+
+def keys_of_numbers():
+    return [{"prompt": "fine"}, {5: 5, "a": 1}]
 
 
 @pytest.mark.parametrize(
@@ -479,7 +497,10 @@ def test_all_arguments_are_checked_in_one_way():
         for each in pkgutil.iter_modules(arguments.__path__)
     ]
     found = {
-        kind for module in modules for kind in vars(module).values() if isinstance(kind, type) and is_dataclass(kind)
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__.startswith(arguments.__name__)
     }
     assert {kind for kind in found if not issubclass(kind, Arguments)} == {JudgedAttribute, Preset}
     for kind in found - {JudgedAttribute, Preset}:
@@ -496,13 +517,38 @@ def test_no_field_takes_what_is_of_another_kind(kind, field):
         with pytest.raises(ValueError) as caught:
             kind(**{**NEEDED[kind], field.name: each})
         assert re.match(rf"`{field.name}(\[0\])?` has to be (a|one of|true or) .*, got .*\.$", one_line(caught))
-    if "most" in field.metadata:
+    if "Le(" in str(field.type):
         huge = [10**400] if field.default_factory is not MISSING else 10**400
         with pytest.raises(
             ValueError, match=rf"`{field.name}(\[0\])?` has to be (at most [\d,]+|a number), got 1000"
         ) as caught:
             kind(**{**NEEDED[kind], field.name: huge})
         one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "expected"),
+    [
+        (GenerateArguments, "temperature", 0.0, "`temperature` has to be above 0, got 0.0."),
+        (GenerateArguments, "top_p", 0.0, "`top_p` has to be above 0, got 0.0."),
+        (GenerateArguments, "top_p", 1.5, "`top_p` has to be at most 1, got 1.5."),
+        (GenerateArguments, "threshold", 1.0, "`threshold` has to be below 1, got 1.0."),
+        (GenerateArguments, "seed", 2**63, f"`seed` has to be at most {2**63 - 1:,}, got {2**63}."),
+        (TrainArguments, "rotation", 1.0, "`rotation` has to be below 1, got 1.0."),
+        (TrainArguments, "validation", 0.0, "`validation` has to be above 0, got 0.0."),
+        (CalibrateArguments, "alpha", -0.1, "`alpha` has to be above 0, got -0.1."),
+        (EvaluateArguments, "thresholds", [0.5, 1], "`thresholds[1]` has to be below 1, got 1."),
+        (SweepArguments, "multipliers", [], "`multipliers` has to be a list of 1 or more, got []."),
+        (ExtractArguments, "layers", [0.5], "`layers` has to be a list of 2 or more, got [0.5]."),
+        (ExtractArguments, "layers", [0, 0.5, 1], "`layers` has to be a list of 2 or fewer, got [0, 0.5, 1]."),
+        (ExtractArguments, "layers", [0.5, 2], "`layers[1]` has to be at most 1, got 2."),
+        (ExtractArguments, "layers", [0.9, 0.4], "`layers` has to be the lower before the higher, got [0.9, 0.4]."),
+    ],
+)
+def test_numbers_out_of_range(kind, field, value, expected):
+    with pytest.raises(ValueError) as caught:
+        kind(**{**NEEDED[kind], field: value})
+    assert one_line(caught) == expected
 
 
 def test_what_python_has_for_numbers_lists_and_paths():
@@ -515,9 +561,9 @@ def test_what_python_has_for_numbers_lists_and_paths():
 
 
 def test_the_old_word_of_a_field():
-    assert renamed(TrainArguments, {"recipe": "hazard", "seed": 1}, None) == {"preset": "hazard", "seed": 1}
+    assert renamed(TrainArguments, {"recipe": "hazard", "seed": 1}) == {"preset": "hazard", "seed": 1}
     with pytest.raises(ValueError, match="`recipe` is the old name of `preset`"):
-        renamed(TrainArguments, {"recipe": "hazard", "preset": "hazard"}, "here")
+        renamed(TrainArguments, {"recipe": "hazard", "preset": "hazard"})
 
 
 def test_the_old_word_on_the_command_line(capsys):
@@ -529,12 +575,29 @@ def test_the_old_word_on_the_command_line(capsys):
 
 def test_the_old_word_in_a_recipe(tmp_path):
     path = written(tmp_path, GOOD.replace("preset: hazard", "recipe: hazard"))
-    with pytest.warns(FutureWarning, match=re.escape(f"{path}, line 11, train: `recipe` is `preset` now")) as warned:
+    place = re.escape(f"{path}, line 13, train.recipe: ")
+    with pytest.warns(FutureWarning, match=f"{place}`recipe` is `preset` now") as warned:
         assert _Steps(read_marked(path)).train.preset == "hazard"
     assert len(warned) == 1
     path = written(tmp_path, GOOD.replace("preset: hazard", "recipe: hazzard"))
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match="has to be one of value-steer, hazard"):
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=f"{place}has to be one of value-steer, hazard"):
         _Steps(read_marked(path))
+    path = written(tmp_path, GOOD.replace("preset: hazard", "preset: hazard\n  recipe: hazard"))
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 14, train.recipe: `recipe` is the old name of")):
+        _Steps(read_marked(path))
+
+
+def test_what_is_wrong_about_several_fields_is_said_of_their_section(tmp_path):
+    """Not of the first that is named: `calibration` is fine where `validation` is too much."""
+    path = written(tmp_path, GOOD.replace("  attribute: rude\n", "  calibration: 0.1\n  validation: 0.95\n"))
+    with pytest.raises(ValueError) as caught:
+        _Steps(read_marked(path))
+    assert one_line(caught).startswith(f"{path}, line 11, train: `validation`, `calibration` and `held_out` have to")
+
+
+def test_an_error_of_a_field_can_be_sent_to_another_process():
+    error = pickle.loads(pickle.dumps(FieldError("field", "`field` is wrong.")))
+    assert (error.field, str(error)) == ("field", "`field` is wrong.")
 
 
 def test_nothing_is_lost_to_a_mistake_further_down(tmp_path):
@@ -575,30 +638,7 @@ def test_nothing_is_lost_to_a_mistake_further_down(tmp_path):
     }
 
 
-PIECES = (
-    "[",
-    "]",
-    "{",
-    "}",
-    ":",
-    "\n",
-    "  ",
-    "- ",
-    "&a ",
-    "*a",
-    "'",
-    '"',
-    "#",
-    "|",
-    "!!int ",
-    "null",
-    "1e9",
-    ".nan",
-    "\t",
-    "\ud7ff",
-    "<<: ",
-    "? ",
-)
+PIECES = [*"[]{}:\n'\"#|\t\ud7ff", "  ", "- ", "&a ", "*a", "!!int ", "null", "1e9", ".nan", "<<: ", "? "]
 
 
 def mutated(draw, text):

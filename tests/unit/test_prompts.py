@@ -1,5 +1,6 @@
 import codecs
 import json
+import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -69,14 +70,19 @@ def test_functions_give_prompts():
         ("p.txt", "\n", "holds no prompt"),
         ("p.jsonl", '{"text": "a"}', r"no column 'prompt', only \['text'\]"),
         ("missing.txt", None, "there is no file"),
-        ("some/dataset", None, "`datasets` package"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load_prompts(str(tmp_path / name) if "." in name else name)
+        load_prompts(str(tmp_path / name))
+
+
+def test_a_data_set_says_what_reads_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r'`prompts`: some/dataset needs datasets: pip install "hf-value-steer'):
+        load_prompts("some/dataset")
 
 
 @pytest.mark.parametrize(

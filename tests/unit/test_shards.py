@@ -251,10 +251,10 @@ def test_a_collection_is_read(collection):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no manifest of a collection: Expecting value.*Delete it and run `collect` again"),
-        (b"\xff\xfe", "is no manifest of a collection: "),
-        (b"[" * 100_000, "is no manifest of a collection: RecursionError"),
-        (b"[1]", "is no manifest of a collection: it should hold a JSON object, but holds a list"),
+        (b"", "is no record of what was done: Expecting value.*Delete it and run `collect` again"),
+        (b"\xff\xfe", "is no record of what was done: "),
+        (b"[" * 100_000, "is no record of what was done: RecursionError"),
+        (b"[1]", "is no record of what was done: it should hold a JSON object, but holds a list"),
         (b"7", "but holds a int"),
         ({}, "has the format None, expected"),
         ({"format": "else"}, "has the format 'else', expected"),
@@ -273,10 +273,9 @@ def test_a_collection_is_read(collection):
 def test_a_manifest_that_cannot_be_right_is_refused(collection, content, message):
     content = content if isinstance(content, bytes) else json.dumps(content).encode()
     (collection / "collection.json").write_bytes(content)
-    with pytest.raises(
-        ArtefactError, match=f"{collection}.*{message}|{message.partition(' of .*')[0]} of .*{collection}"
-    ):
+    with pytest.raises(ArtefactError, match=message) as caught:
         Collection(collection)
+    assert str(collection) in str(caught.value)
 
 
 def test_what_is_no_collection_is_refused(tmp_path):

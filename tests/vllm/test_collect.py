@@ -195,7 +195,7 @@ def test_a_head_learns_from_it(folder: Path, prompts: Path, collected: Collectio
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "sglang"}, '`engine` is "generate" or "vllm"'),
+        ({"engine": "sglang"}, "`engine` has to be one of generate, vllm"),
         ({"engine": "generate"}, "`engine_args` are those of vLLM"),
         ({"forced_samples": 1, "force_words": "words.txt"}, "`force_words` needs"),
         ({"engine_args": '{"enable_prefix_caching": true}'}, "sets enable_prefix_caching itself"),

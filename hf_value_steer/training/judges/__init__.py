@@ -12,8 +12,9 @@ A judge is named by a text, so that a recipe can name it and an artefact can say
 
 from collections.abc import Sequence
 
+from hf_value_steer.checks import import_optional
 from hf_value_steer.training.judges.agreement import agreement
-from hf_value_steer.training.judges.base import Judge, import_optional
+from hf_value_steer.training.judges.base import Judge
 from hf_value_steer.training.judges.llm import LLMJudge
 from hf_value_steer.training.judges.models import ClassifierJudge, RewardJudge
 from hf_value_steer.training.judges.text import LexiconJudge, MathJudge, PythonJudge

@@ -6,7 +6,7 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-from hf_value_steer.training.judges.base import import_optional
+from hf_value_steer.checks import import_optional
 
 
 def agreement(

@@ -1,10 +1,8 @@
 """What all judges share: how they are called, and the checks on what they answer."""
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from numbers import Real
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -78,11 +76,3 @@ class Judge(ABC):
                     "expected a number in [0, 1]."
                 )
         return np.clip(np.array(answers, dtype=np.float32), 0, 1)
-
-
-def import_optional(module: str, purpose: str) -> ModuleType:
-    """Import a module of the extra `train`."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f'{purpose} needs {module}: pip install "hf-value-steer[train]".') from error

@@ -9,9 +9,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from hf_value_steer.checks import import_optional
 from hf_value_steer.choices import Polarity
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.training.judges.base import Judge, import_optional
+from hf_value_steer.training.judges.base import Judge
 from hf_value_steer.training.prompts import Prompt
 
 

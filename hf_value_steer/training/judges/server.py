@@ -26,6 +26,8 @@ _WORTH_ANOTHER_TRY = (408, 409, 429, *range(500, 600))
 class Pauses(Retry):
     """Pauses between tries: each about twice the last, and begun only when the time of `Retry-After` is over.
 
+    A [`~urllib3.Retry`] of our own, since none of urllib3's pauses can be ended, or leaves a refusal uncounted.
+
     Up to half of each is left out by chance: threads that were refused together should not come back together. Where
     a server has time for few threads only, each is refused often; so a refusal that says when to come again costs no
     try, up to `_FREE_TRIES` times.
