@@ -8,26 +8,11 @@ from types import ModuleType
 from typing import Any, get_args
 
 from hf_value_steer.choices import Polarity
+from hf_value_steer.errors import FieldError
 
 
 MOST_CANDIDATES = 1024  # beyond it one look-ahead takes minutes, and more memory than there is
 _ATTRIBUTE_KEYS = ("name", "polarity", "threshold", "weight")
-
-
-class FieldError(ValueError):
-    """One field of what a person wrote is wrong.
-
-    Args:
-        field (`str`): its name, by which a recipe finds its line.
-        message (`str`): one sentence, which may begin with the name in backticks.
-    """
-
-    def __init__(self, field: str, message: str):
-        super().__init__(field, message)
-        self.field = field
-
-    def __str__(self) -> str:
-        return str(self.args[1])
 
 
 def check_probability(value: Any, name: str) -> None:

@@ -27,3 +27,19 @@ class ScoringError(SteeringError, RuntimeError):
 
 class UploadError(SteeringError, RuntimeError):
     """An upload did not complete."""
+
+
+class FieldError(ValueError):
+    """One field of what a person wrote is wrong.
+
+    Args:
+        field (`str`): its name, by which a recipe finds its line.
+        message (`str`): one sentence, which may begin with the name in backticks.
+    """
+
+    def __init__(self, field: str, message: str):
+        super().__init__(field, message)
+        self.field = field
+
+    def __str__(self) -> str:
+        return str(self.args[1])

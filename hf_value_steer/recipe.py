@@ -17,7 +17,8 @@ from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.arguments.hub import CardArguments, RecipePushArguments
 from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.arguments.train import TrainArguments, parse_attributes
-from hf_value_steer.checks import FieldError, refuse_unknown
+from hf_value_steer.checks import refuse_unknown
+from hf_value_steer.errors import FieldError
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
 from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
 from hf_value_steer.files.marked import Marked, read_marked

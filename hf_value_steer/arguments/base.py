@@ -8,8 +8,9 @@ from typing import Annotated, Any, get_type_hints
 from annotated_types import Gt, Le
 
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, Positive, Seed, check_kind
-from hf_value_steer.checks import FieldError, as_python
+from hf_value_steer.checks import as_python
 from hf_value_steer.choices import Dtype
+from hf_value_steer.errors import FieldError
 
 
 def old_names(kind: type[Any], given: Mapping[str, Any]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from hf_value_steer.arguments.base import Arguments, GenerationArguments
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, Seed, Texts, shown
-from hf_value_steer.checks import FieldError
+from hf_value_steer.errors import FieldError
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,8 @@ from annotated_types import Len
 
 from hf_value_steer.arguments.base import GenerationArguments
 from hf_value_steer.arguments.kinds import Candidates, Count, NotNegative, Probability, Texts
-from hf_value_steer.checks import FieldError
 from hf_value_steer.choices import HeadMethod, VectorMode
+from hf_value_steer.errors import FieldError
 
 
 MULTIPLIERS = (-2.0, -1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 2.0)  # of calibrated vectors most work below 1

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Len, Lt
 
-from hf_value_steer.checks import MOST_CANDIDATES, FieldError
+from hf_value_steer.checks import MOST_CANDIDATES
+from hf_value_steer.errors import FieldError
 
 
 MOST = 1_000_000  # of what is counted: no run that holds, or does, more comes to an end

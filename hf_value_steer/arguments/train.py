@@ -6,8 +6,9 @@ from typing import Any, Literal, get_args
 
 from hf_value_steer.arguments.base import Arguments
 from hf_value_steer.arguments.kinds import Amount, Count, NotNegative, NumpySeed, Part, Probability
-from hf_value_steer.checks import FieldError, check_attributes
+from hf_value_steer.checks import check_attributes
 from hf_value_steer.choices import Loss, Polarity, Target
+from hf_value_steer.errors import FieldError
 
 
 @dataclass(frozen=True, kw_only=True)

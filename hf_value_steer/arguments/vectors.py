@@ -7,8 +7,8 @@ from annotated_types import Len
 
 from hf_value_steer.arguments.base import BackboneArguments, SamplingArguments
 from hf_value_steer.arguments.kinds import Count, Limit, NotNegative, Seed, Share
-from hf_value_steer.checks import FieldError
 from hf_value_steer.choices import DirectionMethod, Pooling, VectorMode
+from hf_value_steer.errors import FieldError
 
 
 @dataclass(kw_only=True)
@@ -40,13 +40,13 @@ class ExtractArguments(ModelArguments):
     attribute: str | None = field(default=None, metadata={"help": "what a positive multiplier brings more of"})
 
     def check(self) -> None:
+        if self.layers != sorted(self.layers):
+            raise FieldError("layers", f"`layers` has to be the lower before the higher, got {self.layers}.")
         pairs = ((self.positive, self.negative), (self.collection, self.judge), (self.value_head, self.texts))
         if self.vectors is None and not any(all(pair) for pair in pairs):
             raise ValueError(
                 "Pass `positive` and `negative`, `collection` and `judge`, `value_head` and `texts`, or `vectors`."
             )
-        if self.layers != sorted(self.layers):
-            raise FieldError("layers", f"`layers` has to be the lower before the higher, got {self.layers}.")
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from hf_value_steer.checks import FieldError
-from hf_value_steer.errors import SteeringError
+from hf_value_steer.errors import FieldError, SteeringError
 from hf_value_steer.files.writing import read_utf8
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.train import SplitArguments, parse_attributes
 from hf_value_steer.calibration import Calibration, one_per_prompt
-from hf_value_steer.checks import FieldError, check_attributes
+from hf_value_steer.checks import check_attributes
 from hf_value_steer.choices import Polarity
+from hf_value_steer.errors import FieldError
 from hf_value_steer.files.reading import reading
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead

@@ -11,7 +11,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from hf_value_steer.checks import FieldError, closest
+from hf_value_steer.checks import closest
+from hf_value_steer.errors import FieldError
 from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_json
 

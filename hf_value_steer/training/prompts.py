@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hf_value_steer.arguments.kinds import check_kind, shown
-from hf_value_steer.checks import FieldError, import_optional
+from hf_value_steer.checks import import_optional
+from hf_value_steer.errors import FieldError
 from hf_value_steer.files.writing import read_utf8
 from hf_value_steer.training.references import PREFIX, resolve
 

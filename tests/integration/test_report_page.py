@@ -196,8 +196,8 @@ def test_the_trace_page_shares_all_that(browser: Page, tmp_path: Path, width: in
     assert browser.visible(".card") == 2
     browser.click("#only")
     assert browser.visible(".card") == 1
-    browser.hover(".swap")
-    assert browser.visible(".swap .chip") == 3
+    browser.hover(".t.swap")
+    assert browser.visible(".t.swap .chip") == 3
     browser.click("#reveal")
     assert browser.visible(".open") > 0 and browser.visible(".masked") == 0
     assert browser.complaints() == [] and browser.requests() == [path.as_uri()]

@@ -27,8 +27,8 @@ from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipeP
 from hf_value_steer.arguments.steer import GenerateArguments, PlayArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
 from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, ExtractArguments, ScaleArguments
-from hf_value_steer.checks import FieldError
 from hf_value_steer.cli.options import parser_of, read
+from hf_value_steer.errors import FieldError
 from hf_value_steer.files.marked import Marked, read_marked
 from hf_value_steer.recipe import _Steps, run_recipe
 from hf_value_steer.training.collect import collect
