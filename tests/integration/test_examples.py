@@ -11,7 +11,7 @@ from examples.toxicity import mask_offensive
 
 # Script, its arguments for a small run, and what it prints if it did what it is for.
 SCRIPTS = {
-    "filter_basics": (["--new-tokens", "8"], "tokens replaced: 1"),
+    "filter_basics": (["--new-tokens", "8"], "tokens replaced: "),
     "chat_pipeline": (["--new-tokens", "14"], "steered: '"),
     "streaming": (["--new-tokens", "8"], "steered: I saw this film last night"),
     "abstention": (["--problems", "8"], "right   answered"),
