@@ -198,8 +198,9 @@ def sweep(*judges: str) -> dict[str, Any]:
         {
             "multiplier": m,
             "method": "broadcast" if m else "base",
-            "judges": {judge: {"rate": rate} for judge in judges or JUDGES[:2]},
+            "judges": {judge: {"rate": rate, "rate_interval": [rate / 2, rate]} for judge in judges or JUDGES[:2]},
             "perplexity_ratio": ratio,
+            "perplexity_ratio_interval": [0.9 * ratio, 1.1 * ratio],
             "collapsed": ratio > 1.5,
         }
         for m, rate, ratio in (
@@ -210,4 +211,5 @@ def sweep(*judges: str) -> dict[str, Any]:
             (2.0, 0.3, 40.0),
         )
     ]
-    return {"runs": runs, "window": [-0.5, 1.0], "budget": 1.5, "layers": [4, 5, 6], "norms": [10.0, 20.0, 45.0]}
+    found = {"runs": runs, "window": [-0.5, 1.0], "budget": 1.5, "layers": [4, 5, 6], "norms": [10.0, 20.0, 45.0]}
+    return {**found, "model": "org/model", "attribute": "calm", "prompts": 12, "generations": 48}

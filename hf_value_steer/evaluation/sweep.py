@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.arguments.evaluate import SweepArguments
-from hf_value_steer.cards.document import TIMES
+from hf_value_steer.cards.document import TIMES, flat
 from hf_value_steer.choices import VectorMode
 from hf_value_steer.evaluation.charts import Chart, Point, Series, check_drawing, logarithmic, percents, reference
 from hf_value_steer.evaluation.measures import Measures
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+_ABOUT = {  # of a document, and what a page calls it
+    "model": "model",
+    "attribute": "attribute",
+    "vectors": "vectors",
+    "prompts": "prompts",
+    "generations": "texts for each multiplier",
+    "max_new_tokens": "new tokens",
+}
 REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this part of the base's repeats itself
 
 
@@ -54,7 +62,9 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
     sweeper = Sweeper(runner, vectors, arguments.judges)
     for multiplier in sorted(set(arguments.multipliers) - {0.0}):
         sweeper.run(multiplier, arguments.mode)
-    document = {**sweeper.document(arguments.budget), "vectors": arguments.vectors}
+    about: dict[str, Any] = {"model": arguments.model, "attribute": vectors.attribute, "vectors": arguments.vectors}
+    about |= {"prompts": len(prompts), "generations": len(prompts) * arguments.samples}
+    document = {**sweeper.document(arguments.budget), **about, "max_new_tokens": arguments.max_new_tokens}
     write_json(folder / "sweep.json", document)
     write_atomically(folder / "sweep.html", sweep_page(document).encode())
     return document
@@ -137,7 +147,8 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     charts.append(_perplexities(runs, document["budget"]))
     if document["norms"]:
         charts.append(norm_chart(document["layers"], document["norms"]))
-    return render("sweep.html", title=f"Working window: {low:g} to {high:g}", charts=charts)
+    about = flat({said: document.get(name) for name, said in _ABOUT.items()})
+    return render("sweep.html", title=f"Working window: {low:g} to {high:g}", about=about, charts=charts)
 
 
 def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
@@ -167,14 +178,18 @@ def _rates(name: str, judge: str, runs: Sequence[Mapping[str, Any]]) -> Chart:
         _say_multipliers(axes, runs)
         percents(axes.yaxis)
 
-    series = [Series("rate", _points(runs, [run["judges"][judge]["rate"] for run in runs]))]
+    judged = [run["judges"][judge] for run in runs]
+    points = _points(runs, [each["rate"] for each in judged], [each.get("rate_interval") for each in judged])
+    series = [Series("rate", points)]
     return Chart(name, "Rate", f"Judge: {judge}", "multiplier m", "rate", series, finish)
 
 
 def _perplexities(runs: Sequence[Mapping[str, Any]], budget: float) -> Chart:
     note = "Of the steered text under the unsteered model. Ringed: beyond the budget, or repetitive."
+    spans = [run.get("perplexity_ratio_interval") for run in runs]
+    points = _points(runs, [run["perplexity_ratio"] for run in runs], spans)
     series = [
-        Series("perplexity", _points(runs, [run["perplexity_ratio"] for run in runs])),
+        Series("perplexity", points),
         reference(f"budget {TIMES}{budget:g}", budget),
     ]
 
@@ -195,9 +210,11 @@ def _say_multipliers(axes: "Axes", runs: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(said, [f"{each:g}" for each in said])
 
 
-def _points(runs: Sequence[Mapping[str, Any]], heights: Sequence[float]) -> list[Point]:
+def _points(
+    runs: Sequence[Mapping[str, Any]], heights: Sequence[float], intervals: Sequence[Sequence[float] | None]
+) -> list[Point]:
     multipliers = [float(run["multiplier"]) for run in runs]
     return [
-        Point(x, y, f"m = {x:g}: {y:.3g}", ring=run["collapsed"])
-        for x, y, run in zip(multipliers, heights, runs, strict=True)
+        Point(x, y, f"m = {x:g}: {y:.3g}", y_interval=interval, ring=run["collapsed"])
+        for x, y, interval, run in zip(multipliers, heights, intervals, runs, strict=True)
     ]

@@ -107,6 +107,13 @@ def test_an_axis_of_less_than_a_decade_has_numbers(ratios: tuple[float, float]) 
         assert len(set(numbers)) >= 3 and min(numbers) < ratios[1] and max(numbers) > ratios[0] * 0.99
 
 
+def test_a_sweep_says_what_it_is_of() -> None:
+    page = sweep_page(documents.sweep())
+    for name, said in {"model": "org/model", "attribute": "calm", "texts for each multiplier": "48"}.items():
+        assert f"<dt>{name}</dt><dd>{said}</dd>" in page
+    assert "95 % intervals" in page and "<dt>vectors</dt>" not in page
+
+
 def test_a_sweep_says_its_multipliers_and_its_budget() -> None:
     """0 and what lies far enough from it; 0.05 would stand on it."""
     document = documents.sweep()
