@@ -1,11 +1,11 @@
 """The command line: `hf-value-steer COMMAND`. What is heavy is imported when a command runs, and not before."""
 
 import argparse
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
+from hf_value_steer.checks import closest
 from hf_value_steer.cli.commands import COMMANDS, GROUPS, RENAMED
 from hf_value_steer.cli.options import Help, Parser
 from hf_value_steer.cli.running import run
@@ -61,8 +61,8 @@ def _overview(words: list[str]) -> int:
     wanted = f"{group} {asked.command}".lstrip()
     if wanted in COMMANDS:
         parser.error(f"options of {wanted!r} stand behind it.")
-    close = difflib.get_close_matches(wanted, names, n=1)
-    parser.error(f"there is no command {wanted!r}" + (f"; did you mean {close[0]!r}?" if close else "."))
+    close = closest(wanted, names)
+    parser.error(f"there is no command {wanted!r}" + (f"; did you mean {close!r}?" if close else "."))
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -37,8 +37,8 @@ def generate(arguments: GenerateArguments) -> None:
     valued = next((each for each in asked if isinstance(each, SteeringConfig) and each.value_head is not None), None)
     head = None if valued is None else given_or_loaded(ValueHead.from_pretrained, valued.value_head)
     model, tokenizer = load_backbone(_backbone(arguments, head), arguments.dtype, PartialState().device)
-    trained = head is not None and head.config.chat_template not in (None, "none")
-    formatter = Formatter(tokenizer, trained if arguments.chat is None else arguments.chat)
+    as_trained = head is not None and head.config.trained_on_chats
+    formatter = Formatter(tokenizer, as_trained if arguments.chat is None else arguments.chat)
     inputs = formatter([Prompt(arguments.prompt)], model.device)
     if not inputs["input_ids"].numel():
         raise ValueError("The prompt has no tokens: this tokenizer begins no text by itself.")

@@ -1,7 +1,6 @@
 """From dataclasses of arguments to options: one spelling, groups, defaults, an example."""
 
 import argparse
-import difflib
 import inspect
 import re
 import shutil
@@ -10,6 +9,8 @@ import types
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+from hf_value_steer.checks import closest
 
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
@@ -34,8 +35,8 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """Say that these are no arguments of the command."""
-        close = difflib.get_close_matches(words[0].partition("=")[0], list(self._option_string_actions), n=1)
-        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close[0]}?" if close else ""))
+        close = closest(words[0].partition("=")[0], self._option_string_actions)
+        self.error(f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {close}?" if close else ""))
 
 
 def parser_of(prog: str, summary: str, example: str, kinds: Kinds) -> Parser:

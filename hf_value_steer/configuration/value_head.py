@@ -78,6 +78,11 @@ class ValueHeadConfig(VersionedConfig):
             self.threshold = 0.5 if self.threshold is None else self.threshold
         super().__post_init__(**kwargs)
 
+    @property
+    def trained_on_chats(self) -> bool:
+        """Whether training prompts were put into a chat template, as far as that is recorded."""
+        return self.chat_template not in (None, "none")
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; heads of one attribute do not mention several."""
         record: dict[str, Any] = super().to_dict()

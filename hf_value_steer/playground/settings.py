@@ -52,7 +52,7 @@ class Settings:
     def at_first(cls, arguments: PlayArguments, head: ValueHead) -> "Settings":
         """Where the controls stand when the page is opened: at what the user has said, or what the head says."""
         return cls(
-            chat=head.config.chat_template not in (None, "none"),
+            chat=head.config.trained_on_chats,
             method=arguments.method or cls.method,
             promised=arguments.alpha is not None,
             threshold=arguments.threshold or head.config.threshold or cls.threshold,
