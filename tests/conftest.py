@@ -1,6 +1,7 @@
 """Offline, quiet, and with the models that several tests share."""
 
 import os
+import signal
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +21,8 @@ from tests.families import build
 
 
 torch.set_num_threads(1)  # the models are tiny
+# Else what tests start in the background of a script ignores Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.disable_progress_bar()
 logging.set_verbosity_error()
 
