@@ -84,6 +84,7 @@ heads: setup
 
 tables: setup
 	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m tools.command_line
 
 # After `make demo`, whose model the README's example reads. Uploads nothing; takes some minutes, as it installs PyTorch anew.
 release-check: setup

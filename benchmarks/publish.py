@@ -1,7 +1,7 @@
 """Put what a recipe made where the repository keeps it: `python -m benchmarks.publish runs/NAME`.
 
-The head with its card goes to `model_cards/`, the evaluation and its report, without the texts, which are not ours,
-to `benchmarks/results/` and `docs/`.
+The head with its card goes to `model_cards/`, the evaluation and its report, without texts, to `benchmarks/results/`
+and `docs/`. `benchmarks.outcomes` makes examples for the report.
 """
 
 import argparse

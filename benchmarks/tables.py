@@ -195,6 +195,8 @@ def main() -> None:
     replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))
     for page in sorted((ROOT / "docs").glob("*.html")):
         document = load(page.stem)
+        if (RESULTS / f"examples-{page.stem}.json").exists():
+            document |= load(f"examples-{page.stem}")
         page.write_text(sweep_page(document) if "window" in document else render_report(document), "utf-8")
 
 

@@ -66,17 +66,19 @@ class BackboneArguments(Arguments):
     """The model that reads or writes."""
 
     model: str = field(metadata={"help": "folder or Hub id of the backbone, or python:module:function"})
-    dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the backbone; auto: that of the checkpoint"})
 
 
 @dataclass(kw_only=True)
 class SamplingArguments(Arguments):
     """How tokens are drawn."""
 
-    do_sample: bool = field(default=True, metadata={"help": "sample; greedy decoding otherwise"})
-    temperature: Positive = field(default=1.0, metadata={"help": "of the sampling"})
-    top_p: Annotated[float, Gt(0), Le(1)] = field(default=1.0, metadata={"help": "of the sampling"})
-    top_k: Amount = field(default=0, metadata={"help": "of the sampling; 0 is off"})
+    do_sample: bool = field(default=True, metadata={"help": "draw tokens at random; greedy decoding otherwise"})
+    temperature: Positive = field(default=1.0, metadata={"help": "temperature of the sampling"})
+    top_p: Annotated[float, Gt(0), Le(1)] = field(
+        default=1.0, metadata={"help": "draw from the likeliest tokens with this share, in (0, 1]"}
+    )
+    top_k: Amount = field(default=0, metadata={"help": "draw from this many likeliest tokens; 0: from all"})
 
     def sampling(self) -> dict[str, Any]:
         """The same as arguments of `generate`."""
@@ -92,9 +94,9 @@ class GenerationArguments(BackboneArguments, SamplingArguments):
     limit: Limit | None = field(default=None, metadata={"help": "take the first so many prompts"})
     chat: bool = field(default=False, metadata={"help": "put prompts into the model's chat template"})
     samples: Count = field(default=4, metadata={"help": "generations of each prompt"})
-    max_new_tokens: Count = field(default=128, metadata={"help": "length of a generation"})
+    max_new_tokens: Count = field(default=128, metadata={"help": "the most tokens in a generation"})
     batch_size: Count = field(default=16, metadata={"help": "prompts in one call of generate"})
-    seed: Seed = field(default=0, metadata={"help": "of all generation"})
+    seed: Seed = field(default=0, metadata={"help": "seed of all draws"})
 
     def sizes(self) -> dict[str, Any]:
         """Arguments of a [`~hf_value_steer.evaluation.runs.Runner`]."""

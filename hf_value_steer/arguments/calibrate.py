@@ -24,8 +24,10 @@ class CalibrateArguments(Arguments):
         metadata={"help": "instead of a judge, as for `train`: safe is what each attribute's judge finds safe"},
     )
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
-    mode: PromiseMode = field(default="marginal", metadata={"help": "what is promised; selective is for abstain only"})
-    delta: Share | None = field(default=None, metadata={"help": "how often a promise with confidence may fail"})
+    mode: PromiseMode = field(default="marginal", metadata={"help": "kind of promise; selective is for abstain only"})
+    delta: Share | None = field(
+        default=None, metadata={"help": "how often a promise with confidence may fail, in (0, 1)"}
+    )
     alpha: Probability | None = field(
         default=None, metadata={"help": "make the threshold of this promise the default"}
     )
@@ -36,7 +38,7 @@ class CalibrateArguments(Arguments):
         default=None, metadata={"help": "column of the prompts: thresholds for each group"}
     )
     seed: Annotated[int, Ge(0)] = field(
-        default=0, metadata={"help": "of the choice of one generation for each prompt"}
+        default=0, metadata={"help": "seed of the choice of one generation for each prompt"}
     )
 
     def check(self) -> None:

@@ -29,7 +29,7 @@ class CollectArguments(GenerationArguments):
     )
     next_tokens: Amount = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
     batch_size: Count = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
-    seed: Seed = field(default=0, metadata={"help": "of sampling and forcing"})
+    seed: Seed = field(default=0, metadata={"help": "seed of sampling and forcing"})
     engine: Literal["generate", "vllm"] = field(default="generate", metadata={"help": "what continues the prompts"})
     engine_args: str | None = field(
         default=None, metadata={"help": "further arguments of vllm.LLM as JSON, with `engine` vllm"}

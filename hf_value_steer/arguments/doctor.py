@@ -17,7 +17,7 @@ class DoctorArguments(Arguments):
     vllm: bool = field(default=False, metadata={"help": "check the installed vLLM instead of a model"})
     value_head: str | None = field(default=None, metadata={"help": "Hub id or folder of a value head"})
     num_candidates: Candidates = field(default=8, metadata={"help": "candidates of a step"})
-    dtype: Dtype = field(default="auto", metadata={"help": "of the model; auto is that of the checkpoint"})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the model; auto: that of the checkpoint"})
     device: str | None = field(
         default=None, metadata={"help": 'a `device_map`, such as "cuda:0" or "auto"; cuda by default if there is one'}
     )

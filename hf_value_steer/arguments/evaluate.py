@@ -30,10 +30,14 @@ class EvaluateArguments(GenerationArguments):
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
     num_candidates: Annotated[list[Candidates], Len(1)] = field(
-        default_factory=lambda: [8], metadata={"help": "grid of K"}
+        default_factory=lambda: [8], metadata={"help": "one run for each of these numbers of candidates"}
     )
-    thresholds: list[Probability] = field(default_factory=list, metadata={"help": "grid; the head's own if empty"})
-    placebo: bool = field(default=True, metadata={"help": "a head with shuffled weights beside it"})
+    thresholds: list[Probability] = field(
+        default_factory=list, metadata={"help": "one run for each of these thresholds; the head's own if left out"}
+    )
+    placebo: bool = field(
+        default=True, metadata={"help": "also try a head with shuffled weights, which knows nothing"}
+    )
     baselines: list[str] = field(
         default_factory=list, metadata={"help": f"other methods under the same loop: {', '.join(BASELINES)}"}
     )
@@ -42,7 +46,7 @@ class EvaluateArguments(GenerationArguments):
     mask: str | None = field(
         default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
     )
-    best_of: Count = field(default=4, metadata={"help": "N, for best_of_n"})
+    best_of: Count = field(default=4, metadata={"help": "how many texts best_of_n draws to choose from"})
     batch_size: Count = field(default=8, metadata={"help": "prompts in one call of generate"})
 
     def check(self) -> None:
@@ -65,12 +69,12 @@ class SweepArguments(GenerationArguments):
     output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
-    judges: Texts = field(metadata={"help": "judges, by whose first the window is described"})
+    judges: Texts = field(metadata={"help": "judges of the texts; the first one is what the page is about"})
     multipliers: Annotated[list[float], Len(1)] = field(
-        default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which to try"}
+        default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which multipliers to try"}
     )
     budget: NotNegative = field(
         default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"}
     )
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
-    max_new_tokens: Count = field(default=64, metadata={"help": "length of a generation"})
+    max_new_tokens: Count = field(default=64, metadata={"help": "the most tokens in a generation"})

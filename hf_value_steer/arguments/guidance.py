@@ -41,22 +41,33 @@ class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
     judge: str = field(metadata={"help": "the judge whose labels are learned"})
     attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
     target: Target = field(default="response", metadata={"help": "what a token is labelled with"})
-    layer: Amount | None = field(default=None, metadata={"help": "l*; by default that of a probe sweep"})
-    num_bridges: Count | None = field(default=None, metadata={"help": "K; by default that of a probe sweep"})
-    value_width: Count | None = field(default=None, metadata={"help": "by default that of a probe sweep"})
-    bridge_heads: Count = field(default=8, metadata={"help": "heads of the generator"})
+    layer: Amount | None = field(
+        default=None, metadata={"help": "layer l* whose states are valued; by default what a probe sweep finds"}
+    )
+    num_bridges: Count | None = field(
+        default=None, metadata={"help": "bridge tokens K; by default what a probe sweep finds"}
+    )
+    value_width: Count | None = field(
+        default=None, metadata={"help": "width of the value network; by default what a probe sweep finds"}
+    )
+    bridge_heads: Count = field(default=8, metadata={"help": "attention heads of the bridge generator"})
     correction: Literal["gradient", "newton"] = field(default="newton", metadata={"help": "how a value is corrected"})
     step: NotNegative = field(default=1.0, metadata={"help": "factor of the correction"})
     conditional: bool = field(default=True, metadata={"help": "whether the prompt takes part"})
-    injection: Literal["bridge", "inject"] = field(default="bridge", metadata={"help": "inject: without bridges"})
+    injection: Literal["bridge", "inject"] = field(
+        default="bridge",
+        metadata={"help": "bridge: later layers get extra states; inject: the correction is added to the states"},
+    )
     guided_share: Share | None = field(
         default=None, metadata={"help": "set the threshold so that this share of tokens is guided; 0.5 otherwise"}
     )
-    neutral_when_safe: bool = field(default=True, metadata={"help": "in stage three"})
-    gate: float = field(default=-2.0, metadata={"help": "of the generator at the start, before softplus"})
-    text_epochs: Count = field(default=5, metadata={"help": "of stage one"})
-    pair_epochs: Count = field(default=5, metadata={"help": "of stage two"})
-    bridge_epochs: Count = field(default=5, metadata={"help": "of stage three"})
+    neutral_when_safe: bool = field(
+        default=True, metadata={"help": "in stage three, teach the generator to change nothing where the text is safe"}
+    )
+    gate: float = field(default=-2.0, metadata={"help": "strength of the generator at the start, before softplus"})
+    text_epochs: Count = field(default=5, metadata={"help": "epochs of stage one"})
+    pair_epochs: Count = field(default=5, metadata={"help": "epochs of stage two"})
+    bridge_epochs: Count = field(default=5, metadata={"help": "epochs of stage three"})
     text_rate: NotNegative = field(default=1e-4, metadata={"help": "learning rate of stage one"})
     pair_rate: NotNegative = field(
         default=5e-4, metadata={"help": "learning rate of the conditional path in stage two"}
@@ -66,7 +77,7 @@ class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
     batch_rows: Count = field(default=8, metadata={"help": "generations in one step"})
     moments: Count = field(default=64, metadata={"help": "tokens that are guided in one step of stage three"})
     bridge_rows: Limit | None = field(default=None, metadata={"help": "generations of stage three, at most"})
-    seed: NumpySeed = field(default=0, metadata={"help": "of weights and order"})
+    seed: NumpySeed = field(default=0, metadata={"help": "seed of weights and order"})
     trainer: list[str] = field(
         default_factory=list, metadata={"help": "further TrainingArguments as name=value, for all stages"}
     )

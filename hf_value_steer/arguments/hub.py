@@ -11,7 +11,9 @@ class CardArguments(Arguments):
 
     limits: str | None = field(default=None, metadata={"help": "where the head fails, in Markdown"})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the data sets behind it"})
-    license: str | None = field(default=None, metadata={"help": "of the head, as on the Hub"})
+    license: str | None = field(
+        default=None, metadata={"help": "license of the head, as the Hub names it, for instance apache-2.0"}
+    )
 
 
 @dataclass(kw_only=True)
@@ -36,9 +38,11 @@ class PushArguments(UploadArguments):
 class RecipePushArguments(UploadArguments):
     """What section `push` of a recipe holds: head and evaluation are those of the recipe."""
 
-    token: str | None = field(default=None, metadata={"help": "of the Hub; by default the one that is logged in"})
+    token: str | None = field(
+        default=None, metadata={"help": "access token of the Hub; by default that of `hf auth login`"}
+    )
     revision: str | None = field(default=None, metadata={"help": "branch to push to"})
-    commit_message: str | None = field(default=None, metadata={"help": "of the commit"})
+    commit_message: str | None = field(default=None, metadata={"help": "message of the commit"})
     create_pr: bool = field(default=False, metadata={"help": "open a pull request instead of committing"})
 
 

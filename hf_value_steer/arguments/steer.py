@@ -23,7 +23,7 @@ class HeadArguments(Arguments):
     method: HeadMethod | None = field(default=None, metadata={"help": "what the head is for; filter by default"})
     threshold: Probability | None = field(default=None, metadata={"help": "in (0, 1); that of the head by default"})
     alpha: Probability | None = field(
-        default=None, metadata={"help": "instead: what the head's calibration is to promise"}
+        default=None, metadata={"help": "in place of a threshold: the promise of the head's calibration, in (0, 1)"}
     )
     num_candidates: Candidates | None = field(
         default=None, metadata={"help": "candidates of the filter; 8 by default"}
@@ -83,12 +83,12 @@ class GenerateArguments(SteeringArguments, SamplingArguments):
     model: str | None = field(
         default=None, metadata={"help": "folder or Hub id of the backbone; that which the head names by default"}
     )
-    dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the backbone; auto: that of the checkpoint"})
     chat: bool | None = field(
         default=None, metadata={"help": "put the prompt into the model's chat template; as in training by default"}
     )
-    max_new_tokens: Count = field(default=64, metadata={"help": "length of the text"})
-    seed: Seed = field(default=0, metadata={"help": "of sampling; both texts are drawn from it"})
+    max_new_tokens: Count = field(default=64, metadata={"help": "the most tokens in the text"})
+    seed: Seed = field(default=0, metadata={"help": "seed of sampling; both texts are drawn from it"})
     color: bool = field(default=True, metadata={"help": "colour tokens by their values, where the terminal can"})
 
     def check(self) -> None:
@@ -106,7 +106,7 @@ class PlayArguments(HeadArguments):
     model: str = field(metadata={"help": "folder or Hub id of the backbone", "positional": True})
     value_head: str = field(metadata=HeadArguments.__dataclass_fields__["value_head"].metadata)
     vectors: str | None = field(default=None, metadata={"help": "folder or Hub id of steering vectors"})
-    dtype: Dtype = field(default="auto", metadata={"help": "of the backbone; auto is that of the checkpoint"})
+    dtype: Dtype = field(default="auto", metadata={"help": "dtype of the backbone; auto: that of the checkpoint"})
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; 0.0.0.0 lets others in"})
     port: Port | None = field(default=None, metadata={"help": "the first free one from 7860 on by default"})
 

@@ -114,21 +114,26 @@ class TrainArguments(SplitArguments):
     combine: Literal["worst", "sum"] = field(
         default="worst", metadata={"help": "how several attributes are one value"}
     )
-    architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "of the head"})
+    architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "architecture of the head"})
     preset: Literal["value-steer", "hazard"] = field(
         default="value-steer",
-        metadata={"help": "of target, loss, weights, learning rate, decay, epochs, patience", "was": "recipe"},
+        metadata={
+            "help": "defaults of target, loss, weights, learning rate, decay, epochs and patience; what you give wins",
+            "was": "recipe",
+        },
     )
     target: Target | None = field(default=None, metadata={"help": "what a token is labelled with"})
-    loss: Loss | None = field(default=None, metadata={"help": "token loss"})
+    loss: Loss | None = field(default=None, metadata={"help": "loss of a token"})
     positive_weight: NotNegative | None = field(default=None, metadata={"help": "weight of the positive class"})
-    coherence_weight: NotNegative | None = field(default=None, metadata={"help": "weight of the TD-coherence term"})
-    learning_rate: NotNegative | None = field(default=None, metadata={"help": "of AdamW"})
-    weight_decay: NotNegative | None = field(default=None, metadata={"help": "of AdamW"})
-    epochs: Count | None = field(default=None, metadata={"help": "at most"})
+    coherence_weight: NotNegative | None = field(
+        default=None, metadata={"help": "weight of the term that keeps neighbouring values together (TD coherence)"}
+    )
+    learning_rate: NotNegative | None = field(default=None, metadata={"help": "learning rate of AdamW"})
+    weight_decay: NotNegative | None = field(default=None, metadata={"help": "weight decay of AdamW"})
+    epochs: Count | None = field(default=None, metadata={"help": "passes over the training texts, at most"})
     patience: Amount | None = field(default=None, metadata={"help": "epochs without improvement before it stops"})
     batch_rows: Count = field(default=32, metadata={"help": "generations in one step"})
-    seed: NumpySeed = field(default=0, metadata={"help": "of weights and order"})
+    seed: NumpySeed = field(default=0, metadata={"help": "seed of weights and order"})
     accept_chance: bool = field(
         default=False, metadata={"help": "go on with a head that is no better than chance on the validation texts"}
     )

@@ -24,7 +24,7 @@ class ExtractArguments(ModelArguments):
 
     output: str = field(metadata={"help": "folder of the vectors"})
     positive: str | None = field(default=None, metadata={"help": "texts with the attribute, as prompts of `collect`"})
-    negative: str | None = field(default=None, metadata={"help": "texts without it"})
+    negative: str | None = field(default=None, metadata={"help": "texts without the attribute"})
     collection: str | None = field(default=None, metadata={"help": "folder that `collect` wrote"})
     judge: str | None = field(default=None, metadata={"help": "whose labels of the collection to go by"})
     value_head: str | None = field(default=None, metadata={"help": "folder or Hub id of a head"})
@@ -35,7 +35,7 @@ class ExtractArguments(ModelArguments):
         default=None, metadata={"help": "which states of a text count; of pairs the last by default"}
     )
     layers: Annotated[list[Share], Len(2, 2)] = field(
-        default_factory=lambda: [0.4, 0.9], metadata={"help": "range, as shares of the depth"}
+        default_factory=lambda: [0.4, 0.9], metadata={"help": "first and last layer to steer, as shares of the depth"}
     )
     attribute: str | None = field(default=None, metadata={"help": "what a positive multiplier brings more of"})
 
@@ -65,12 +65,14 @@ class ApplyArguments(ModelArguments, SamplingArguments):
     """Continue prompts with and without the vectors."""
 
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
-    prompts: str = field(metadata={"help": "as for `collect`"})
-    multipliers: list[float] = field(default_factory=lambda: [-0.25, 0.25], metadata={"help": "which to show"})
+    prompts: str = field(metadata={"help": "prompts to continue, as for `collect`"})
+    multipliers: list[float] = field(
+        default_factory=lambda: [-0.25, 0.25], metadata={"help": "which multipliers to show"}
+    )
     limit: Limit | None = field(default=None, metadata={"help": "take the first so many prompts"})
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
-    max_new_tokens: Count = field(default=64, metadata={"help": "length of a text"})
-    seed: Seed = field(default=0, metadata={"help": "of sampling"})
+    max_new_tokens: Count = field(default=64, metadata={"help": "the most tokens in a text"})
+    seed: Seed = field(default=0, metadata={"help": "seed of sampling"})
 
 
 @dataclass(kw_only=True)

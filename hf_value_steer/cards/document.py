@@ -7,6 +7,15 @@ from typing import Any
 FORMAT = "hf-value-steer/evaluation@1"
 MISSING, TIMES, MINUS = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
+# What steering did to a text, by whether a judge finds it bad without steering and with it; and what that means.
+OUTCOMES = {
+    "mended": "{bad} without steering, {good} with it",
+    "missed": "{bad} without steering and with it",
+    "touched for nothing": "{good} without steering, and yet a token was replaced",
+    "made worse": "{good} without steering, {bad} with it",
+    "left alone": "{good} without steering, and not changed",
+}
+
 Evaluation = Mapping[str, Any]
 Run = Mapping[str, Any]
 Interval = Sequence[float] | None
@@ -60,9 +69,31 @@ def is_measured(evaluation: Evaluation, key: str) -> bool:
     return any(run.get(key) is not None for run in evaluation["runs"])
 
 
+def verdicts(evaluation: Evaluation) -> tuple[str, str]:
+    """What a bad text is called, and a good one."""
+    return ("unsafe", "safe") if evaluation["head"]["polarity"] == "undesirable" else ("wrong", "right")
+
+
+def outcome_judge(evaluation: Evaluation) -> str:
+    """The judge that outcomes are told by: the one that gave the labels, or else the first."""
+    names = judges(evaluation)
+    return next((judge["name"] for judge in evaluation["judges"] if judge["gave_labels"]), names[0])
+
+
+def outcome_note(evaluation: Evaluation, name: str) -> str:
+    """What one of `OUTCOMES` means, and how many texts of the main run had it, as far as the document knows."""
+    if not name:
+        return ""
+    bad, good = verdicts(evaluation)
+    counts = (main_run(evaluation) or {}).get("outcomes") or {}
+    counted = f"; {counts.get(name, 0):,} of {sum(counts.values()):,} texts" if counts else ""
+    return OUTCOMES[name].format(bad=bad, good=good) + counted
+
+
 def setting(evaluation: Evaluation) -> str:
     """What the numbers of a document were measured on, as a sentence."""
-    counted = "unsafe" if evaluation["head"]["polarity"] == "undesirable" else "right"
+    bad, good = verdicts(evaluation)
+    counted = bad if bad == "unsafe" else good
     return (
         f"{evaluation['generations']:,} generations of {evaluation['prompts']:,} prompts, up to "
         f"{evaluation['new_tokens']} new tokens, seed {evaluation['seed']}; 95 % intervals by prompt. "

@@ -150,7 +150,8 @@ class Evaluator:
         main = main_run(document)
         for setting, _ in first.runs:
             if main is not None and setting.name == main["name"]:
-                document["examples"] = examples(first.runner, setting, self.mask)
+                document["examples"] = examples(first.runner, setting, self.mask, measures.find_bad)
+                document["examples_threshold"] = setting.threshold
         folder = Path(arguments.output)
         write_json(folder / "evaluation.json", document)
         write_atomically(folder / "evaluation.md", results_markdown(document).encode())

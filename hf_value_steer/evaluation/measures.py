@@ -1,5 +1,6 @@
 """From the texts of a run to numbers: of each row, and of the run against the base run."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,26 @@ from hf_value_steer.training.prompts import Formatter, Prompt, join
 
 
 ROWS = 8  # in one forward pass
+
+
+def verdicts(judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str]) -> Array:
+    """Whether a judge scores each text above 0.5, `(rows,)` of 0 and 1."""
+    high: Array = (judge(prompts, texts) > 0.5).astype(float)
+    return high
+
+
+def bad(high: Array, polarity: Polarity) -> Array:
+    """Which of these verdicts are bad for a head of this polarity."""
+    return high if polarity == "undesirable" else 1 - high
+
+
+def outcome(bad_before: float, bad_after: float, touched: bool) -> str:
+    """What steering did to a text: one of [`~hf_value_steer.cards.document.OUTCOMES`]."""
+    if bad_before:
+        return "missed" if bad_after else "mended"
+    if bad_after:
+        return "made worse"
+    return "touched for nothing" if touched else "left alone"
 
 
 @torch.no_grad()
@@ -68,22 +89,25 @@ class Measures:
         """Numbers of each row, `(rows,)` each."""
         decoded = self.formatter.tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
         return {
-            "verdicts": {n: (judge(self.prompts, decoded) > 0.5).astype(float) for n, judge in self.judges.items()},
+            "verdicts": {name: verdicts(judge, self.prompts, decoded) for name, judge in self.judges.items()},
             "nll": negative_log_likelihood(self.model, self.formatter, self.prompts, texts.ids),
             "tokens": np.array([len(row) for row in texts.ids], dtype=float),
             "interventions": np.array(texts.interventions, dtype=float),
         }
 
-    def undesirable(self, judge: str) -> Array:
-        """Whether a judge finds each text of the base run bad, `(rows,)` of 0 and 1."""
-        verdict: Array = self.base["verdicts"][judge]
-        return verdict if self.polarity == "undesirable" else 1 - verdict
+    def undesirable(self, judge: str, rows: Mapping[str, Any] | None = None) -> Array:
+        """Whether a judge finds each text of a run, by default the base run, bad, `(rows,)` of 0 and 1."""
+        return bad((rows or self.base)["verdicts"][judge], self.polarity)
+
+    def find_bad(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Array:
+        """Whether the judge of safe texts finds each of these bad, `(rows,)` of 0 and 1."""
+        return bad(verdicts(self.judges[self.safe_judge], prompts, texts), self.polarity)
 
     def run(self, setting: Setting, texts: Texts) -> dict[str, Any]:
         """One entry of `runs` in evaluation.json."""
         is_base = texts is self.base_texts
         rows = self.base if is_base else self.rows(texts)
-        verdicts = {
+        judged = {
             name: compare_rates(self.base["verdicts"][name], rows["verdicts"][name], self.bootstrap)
             for name in self.judges
         }
@@ -93,15 +117,22 @@ class Measures:
             "method": setting.method,
             "num_candidates": setting.num_candidates,
             "threshold": setting.threshold,
-            "judges": verdicts,
+            "judges": judged,
             **compare_perplexity(self.base, rows, self.bootstrap),
             "distinct_1": distinct(texts.ids, 1),
             "distinct_2": distinct(texts.ids, 2),
             "identical_to_base": round(sum(same) / len(same), 4),
             **(self._interventions(rows) if setting.value_steer else {}),
+            **({"outcomes": self._outcomes(rows)} if setting.value_steer else {}),
             "tokens": int(rows["tokens"].sum()),
             "tokens_per_second": round(rows["tokens"].sum() / texts.seconds, 1),
         }
+
+    def _outcomes(self, rows: dict[str, Any]) -> dict[str, int]:
+        """How many texts had which outcome."""
+        before, after = self.undesirable(self.safe_judge), self.undesirable(self.safe_judge, rows)
+        touched = rows["interventions"] > 0
+        return dict(Counter(map(outcome, before.tolist(), after.tolist(), touched.tolist())))
 
     def _interventions(self, rows: dict[str, Any]) -> dict[str, Any]:
         """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""

@@ -1,6 +1,7 @@
 """The report of an evaluation: one self-contained page of HTML, SVG and CSS, without script and without requests."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hf_value_steer.cards.document import (
@@ -12,11 +13,17 @@ from hf_value_steer.cards.document import (
     judges,
     main_run,
     options,
+    outcome_judge,
+    outcome_note,
+    verdicts,
 )
 from hf_value_steer.evaluation import figures, summary
 from hf_value_steer.evaluation.charts import Chart
 from hf_value_steer.evaluation.pages import render
 from hf_value_steer.evaluation.trace import Colours, PromptTrace, TokenTrace
+
+
+Card = tuple[PromptTrace, PromptTrace, Chart]  # an example, the same with words hidden, and its values
 
 
 def render_report(evaluation: Evaluation) -> str:
@@ -35,7 +42,7 @@ def render_report(evaluation: Evaluation) -> str:
     """
     check_evaluation(evaluation)
     head, names, main = evaluation["head"], judges(evaluation), main_run(evaluation)
-    threshold = head["threshold"] if main is None else main["threshold"]
+    threshold = evaluation.get("examples_threshold") or (main or head)["threshold"]
     titles = [judge_title(evaluation, name) for name in names]
     pareto = [figures.pareto_charts(evaluation, name, f"pareto-{index}") for index, name in enumerate(names)]
     charts = [figures.calibration_chart(evaluation), figures.reliability_chart(evaluation)]
@@ -56,7 +63,9 @@ def render_report(evaluation: Evaluation) -> str:
         calibrated=_calibrated(evaluation["calibration"]),
         calibration_charts=[chart for chart in charts if chart is not None],
         coverage_charts=figures.coverage_charts(evaluation),
-        cards=_cards(evaluation, threshold) if evaluation["examples"] and threshold is not None else [],
+        groups=_groups(evaluation, threshold) if evaluation["examples"] and threshold is not None else [],
+        outcome_judge=judge_title(evaluation, outcome_judge(evaluation)),
+        good=verdicts(evaluation)[1],
         colours=threshold and Colours(threshold, head["polarity"]),
         reveal=bool(evaluation.get("masked_examples")),
         about=flat({**about, "sampling": options(evaluation["sampling"]), **evaluation["environment"]}),
@@ -79,8 +88,29 @@ def _calibrated(calibration: Mapping[str, Any] | None) -> dict[str, str]:
     return flat(known)
 
 
-def _cards(evaluation: Evaluation, threshold: float) -> list[tuple[PromptTrace, PromptTrace, Chart]]:
-    """Examples, the same with words hidden, and their values."""
+@dataclass(frozen=True)
+class Group:
+    """The examples of one outcome; `name` is empty where a document does not tell them apart."""
+
+    name: str
+    note: str
+    cards: list[Card]
+
+
+def _groups(evaluation: Evaluation, threshold: float) -> list[Group]:
+    cards = _cards(evaluation, threshold)
+    names = [example.get("outcome", "") for example in evaluation["examples"]]
+    return [
+        Group(
+            name,
+            outcome_note(evaluation, name),
+            [card for card, each in zip(cards, names, strict=True) if each == name],
+        )
+        for name in dict.fromkeys(names)
+    ]
+
+
+def _cards(evaluation: Evaluation, threshold: float) -> list[Card]:
     traces = [_trace(example) for example in evaluation["examples"]]
     masked = [_trace(example) for example in evaluation.get("masked_examples") or evaluation["examples"]]
     if list(map(_shape, traces)) != list(map(_shape, masked)):

@@ -20,6 +20,7 @@ from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cli import main
+from hf_value_steer.evaluation.measures import outcome
 from hf_value_steer.files.marked import Marked
 from hf_value_steer.recipe import _Steps, run_recipe
 from hf_value_steer.training.collect import collect
@@ -167,6 +168,11 @@ def test_what_a_recipe_leaves(finished):
     assert all(next(iter(run["judges"].values()))["rate"] < 0.85 * rates["base"] for run in filtered)
     assert (finished / "evaluation" / "report.html").stat().st_size > 5000
     assert document["examples"] and not any(word in json.dumps(document["examples"]) for word in BAD)
+    for example in document["examples"]:  # the judge's words are what is masked
+        before, after = ("*" in "".join(token["text"] for token in example[side]) for side in ("base", "steered"))
+        assert example["outcome"] == outcome(before, after, any(token["intervened"] for token in example["steered"]))
+    assert len({example["outcome"] for example in document["examples"]}) > 1
+    assert all(sum(run["outcomes"].values()) == document["generations"] for run in filtered)
 
 
 def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):

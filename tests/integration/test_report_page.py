@@ -1,5 +1,6 @@
 """The pages in a browser: they render, ask for nothing, fit a phone, and their switches work."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +64,61 @@ def test_texts_of_charts_can_be_read(browser: Page, report: Path, width: int) ->
     )
     assert len(sizes) == 10
     assert 8.5 < min(sizes) and max(sizes) < 17
+
+
+BROKEN = """
+(() => {
+  const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; (node = walker.nextNode()); ) {
+    if (!node.parentElement.checkVisibility() || node.parentElement.closest('svg')) continue;
+    for (const found of node.data.matchAll(/[\\p{L}\\p{N}]+/gu)) {
+      const range = document.createRange();
+      range.setStart(node, found.index);
+      range.setEnd(node, found.index + found[0].length);
+      if (new Set([...range.getClientRects()].map(each => Math.round(each.top))).size > 1) broken.push(found[0]);
+    }
+  }
+  return broken;
+})()
+"""
+
+
+@pytest.mark.parametrize("width", [320, 360, 768, 1280])
+def test_no_word_is_broken(browser: Page, tmp_path: Path, width: int) -> None:
+    names = {
+        "lexicon": "python:examples.toxicity:other_word_list",
+        "labels": "hf:organisation/classifier-of-harm#unsafe",
+    }
+    document = json.loads(
+        json.dumps(documents.evaluation())
+        .replace('"lexicon"', f'"{names["lexicon"]}"')
+        .replace('"labels"', f'"{names["labels"]}"')
+    )
+    path = tmp_path / "report.html"
+    path.write_text(render_report(document), encoding="utf-8")
+    browser.open(path, width)
+    assert browser.evaluate("document.body.innerText").count("other_word_list") > 2
+    assert browser.evaluate(BROKEN) == []
+    browser.evaluate("document.querySelector('.promise').style.width = '20px'")
+    assert browser.evaluate("document.querySelector('.promise').style.overflowWrap = 'anywhere'") and browser.evaluate(
+        BROKEN
+    )
+
+
+def test_tables_say_that_they_scroll(browser: Page, report: Path) -> None:
+    shown = "(each => getComputedStyle(each, '::before').display)(document.querySelector('.scroll'))"
+    for width in (360, 1280):
+        browser.open(report, width)
+        assert browser.evaluate(shown) == "table"
+    page = report.with_name("narrow.html")
+    few = ("name", "method", "num_candidates", "threshold", "judges", "perplexity_ratio", "perplexity_ratio_interval")
+    runs = [{key: run[key] for key in few} for run in documents.runs()]
+    document = documents.evaluation(judges=[{"name": "lexicon", "gave_labels": False}], runs=runs, examples=[])
+    page.write_text(render_report(document), encoding="utf-8")
+    for width, said in ((320, "table"), (1280, "none")):
+        browser.open(page, width)
+        fits = browser.evaluate("(box => box.scrollWidth <= box.clientWidth)(document.querySelector('.scroll'))")
+        assert fits == (said == "none") and browser.evaluate(shown) == said
 
 
 def test_only_tables_scroll_sideways(browser: Page, report: Path) -> None:

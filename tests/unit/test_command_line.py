@@ -17,6 +17,7 @@ from hf_value_steer.arguments.hub import PushArguments
 from hf_value_steer.cli import main, running
 from hf_value_steer.cli.commands import COMMANDS, GROUPS, Command
 from hf_value_steer.cli.options import as_options, parser_of, read
+from tools.command_line import PAGE, page
 
 
 ROOT = Path(hf_value_steer.__file__).parents[1]
@@ -236,3 +237,7 @@ def test_what_type_checkers_see_is_what_there_is():
     seen = {alias.asname: node.module for node in checked.body for alias in node.names}
     assert seen == {name: f"hf_value_steer.{home}" for name, home in hf_value_steer._HOME.items()}
     assert set(hf_value_steer.__all__) <= set(dir(hf_value_steer))
+
+
+def test_the_page_of_commands_says_what_help_says():
+    assert PAGE.read_text("utf-8") == page(), "run `make tables`"

@@ -88,6 +88,21 @@ def test_safe_texts_are_those_that_the_head_is_for(polarity):
 
 
 @pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
+def test_outcomes_are_counted(polarity):
+    before, after = np.array([0, 0, 0, 1, 1, 1.0]), np.array([0, 0, 1, 0, 1, 1.0])  # 1 is bad
+    measures = known_measures(polarity, 1 - before)
+    verdict = after if polarity == "undesirable" else 1 - after
+    rows = {"verdicts": {"judge": verdict}, "interventions": np.array([0, 3, 1, 2, 0, 1.0])}
+    assert measures._outcomes(rows) == {
+        "left alone": 1,
+        "touched for nothing": 1,
+        "made worse": 1,
+        "mended": 1,
+        "missed": 2,
+    }
+
+
+@pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
 def test_coverage_by_hand(polarity):
     head = ValueHead(ValueHeadConfig(hidden_size=2, polarity=polarity))
     good = [[0.9, 0.8, 0.1], [0.9, 0.3, 0.9], [0.5, 0.9, 0.9], [0.9, 0.9, 0.9]]  # the last value is not acted upon

@@ -138,7 +138,8 @@ class Shape(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, [name for name, _ in attrs]))
+        if (tag, attrs) != ("wbr", []):  # where a line may end
+            self.tags.append((tag, [name for name, _ in attrs]))
 
     def handle_comment(self, data: str) -> None:
         self.tags.append(("comment", [data]))
@@ -266,6 +267,33 @@ def test_masked_words_are_in_the_file_only_with_a_switch() -> None:
     del hidden[0]["steered"][-1]
     with pytest.raises(ValueError, match="`masked_examples` has to be `examples` token for token"):
         render_report(documents.evaluation(examples=shown, masked_examples=hidden))
+
+
+@pytest.mark.parametrize(
+    ("polarity", "bad", "good"), [("undesirable", "unsafe", "safe"), ("desirable", "wrong", "right")]
+)
+def test_examples_of_each_outcome_stand_together(polarity: str, bad: str, good: str) -> None:
+    outcomes = ["left alone", "mended", "touched for nothing", "mended"]
+    shown = [{**each, "outcome": name} for each, name in zip(documents.examples(), outcomes, strict=True)]
+    runs = documents.runs()
+    filters = [each for each in runs if each["threshold"] == documents.HEAD["threshold"]]
+    filters[0]["outcomes"] = {"left alone": 1, "mended": 1200, "missed": 2}
+    head = {**documents.HEAD, "polarity": polarity}
+    page = Reader(render_report(documents.evaluation(head=head, runs=runs, examples=shown))).text
+    assert f"Left alone {good} without steering, and not changed; 1 of 1,203 texts" in page
+    assert f"Mended {bad} without steering, {good} with it; 1,200 of 1,203 texts" in page
+    assert f"{good} without steering, and yet a token was replaced; 0 of 1,203 texts" in page
+    assert f"Which texts are {good} is the verdict of the judge {documents.LABELS} (gave the labels)." in page
+    places = [page.index(example["prompt"]) for example in shown]
+    assert sorted(places) == [places[0], places[1], places[3], places[2]]
+
+
+def test_examples_have_the_threshold_that_made_them() -> None:
+    """Where folds have thresholds of their own, the run has none."""
+    runs = [{**each, "threshold": None} for each in documents.runs()]
+    assert 'id="examples"' not in render_report(documents.evaluation(runs=runs))
+    page = render_report(documents.evaluation(runs=runs, examples_threshold=0.123))
+    assert 'id="examples"' in page and "<b>0.12</b>" in page
 
 
 def test_candidates_and_trajectories_belong_to_their_tokens(page: str) -> None:
