@@ -184,7 +184,7 @@ def main() -> None:
         batch_size=len(prompts), seed=0, folder=WORK / "runs",
         conditions={"vectors": vectors.fingerprint(), "value_head": head.fingerprint()},
     )  # fmt: skip
-    sweeper = Sweeper(runner, vectors, JUDGES)
+    sweeper = Sweeper(runner, vectors, JUDGES, "python:examples.toxicity:mask_offensive")
     planned = [(m, "broadcast") for m in sorted(MULTIPLIERS, key=abs)]
     planned += [(m, "last_token") for m in (-STRONG, STRONG, -2 * STRONG, 2 * STRONG)]
     for multiplier, mode in planned:

@@ -1,7 +1,9 @@
 """Adding vectors to the residual stream of a live model, and taking them off again without a trace."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +20,9 @@ from hf_value_steer.choices import VectorMode
 from hf_value_steer.configuration.activate import Tokens, check_choices
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.hosts.transformers import cache_of, holds_text, stage_of_generate
+
+
+logger = logging.getLogger(__name__)
 
 
 class Injection:
@@ -233,6 +238,8 @@ def injected(
     model, multiplier = underlying(model), as_python(multiplier)
     check_choices(multiplier, mode, tokens)
     vectors.check_fit(model, allow_backbone_mismatch)
+    if vectors.norms is None and vectors.provenance.get("source") in ("pairs", "collection", "value head"):
+        _warn_unscaled()
     if is_steered(model):
         raise ValueError("This model is steered by vectors already: leave that `with` block first.")
     injection, points = Injection(multiplier, mode, tokens, model.device, here), layer_points(model)
@@ -242,6 +249,14 @@ def injected(
         if injection.positional:
             undo.callback(on_call(model, _reader(injection, model)))
         yield injection
+
+
+@cache  # says it once
+def _warn_unscaled() -> None:
+    logger.warning(
+        "These vectors are not scaled: a small multiplier may be far too much. `vectors.scale(...)`, or "
+        "`hf-value-steer vectors scale`, gives them strengths that follow the norms of the model."
+    )
 
 
 def _reader(injection: Injection, model: PreTrainedModel) -> Callable[[nn.Module, dict[str, Any]], None]:

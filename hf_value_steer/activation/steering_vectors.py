@@ -50,7 +50,26 @@ class SteeringVectors(Directions):
     def bake(
         self, model: PreTrainedModel, multiplier: float, output_dir: str | os.PathLike[str], **options: Any
     ) -> dict[str, Any]:
-        """Write a checkpoint that is steered by itself; see [`~hf_value_steer.activation.bake.bake`]."""
+        """Write a checkpoint that adds the vectors at every position, by itself; compare it with the steered model.
+
+        It is loaded by plain `AutoModelForCausalLM.from_pretrained`, unless the report's `kind` is `"custom code"`,
+        which needs `trust_remote_code=True`. The report lies beside it, too, in `steering/report.json`.
+
+        Args:
+            model: the backbone, not quantised; it stays as it is.
+            multiplier (`float`): how much of the vectors.
+            output_dir: folder, which must not be there yet.
+            options: `sequences`, token ids of the texts on which the two are compared (random tokens by default);
+                `tokenizer`, which is saved beside it; `allow_backbone_mismatch`; `max_shard_size`.
+
+        Returns:
+            The report: `kind`, `max_logit_change` (by steering), `max_logit_difference` (between the steered model and
+            the checkpoint), `same_greedy_tokens` (share), `offset_rounding`, `original`, ...
+
+        Raises:
+            ValueError: for vectors that do not fit, a quantised, offloaded or steered model, a folder that is there,
+                and if the checkpoint does not compute what the steered model does. Nothing is written then.
+        """
         return bake(model, self, multiplier, output_dir, **options)
 
 

@@ -35,7 +35,7 @@ _RECORDED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Directions:
     r"""Unit directions of the residual stream, one a layer, and their strengths: what [`SteeringVectors`] are made of.
 
@@ -104,6 +104,13 @@ class Directions:
         if zero := [layer for layer, strength in zip(layers, strengths.tolist(), strict=True) if not strength]:
             raise ValueError(f"`vectors` of layers {zero} are zero: they have no direction.")
         return cls(layers, stacked / strengths[:, None], strengths, **recorded)
+
+    def __repr__(self) -> str:
+        """Without the numbers, which are many."""
+        attribute = f"{self.attribute!r}, " if self.attribute else ""
+        scaled = "scaled" if self.norms is not None else "not scaled"
+        said = f"{attribute}layers {self.layers[0]} to {self.layers[-1]}, {self.width} wide, {scaled}"
+        return f"{type(self).__name__}({said})"
 
     @property
     def width(self) -> int:

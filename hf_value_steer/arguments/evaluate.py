@@ -69,12 +69,17 @@ class SweepArguments(GenerationArguments):
     output: str = field(metadata={"help": "folder of the results; what is there already is not made again"})
     vectors: str = field(metadata={"help": "folder or Hub id of the vectors"})
     prompts: str = field(metadata={"help": "prompts that the vectors never saw, as for `collect`"})
-    judges: Texts = field(metadata={"help": "judges of the texts; the first one is what the page is about"})
+    judges: Texts = field(
+        metadata={"help": "judges whose rates are shown; the window follows from perplexity and repetition alone"}
+    )
     multipliers: Annotated[list[float], Len(1)] = field(
         default_factory=lambda: list(MULTIPLIERS), metadata={"help": "which multipliers to try"}
     )
     budget: NotNegative = field(
         default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"}
+    )
+    mask: str | None = field(
+        default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
     )
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
     max_new_tokens: Count = field(default=64, metadata={"help": "the most tokens in a generation"})

@@ -42,6 +42,10 @@ class ExtractArguments(ModelArguments):
     def check(self) -> None:
         if self.layers != sorted(self.layers):
             raise FieldError("layers", f"`layers` has to be the lower before the higher, got {self.layers}.")
+        if self.chat and (self.collection or self.vectors):
+            raise FieldError(
+                "chat", "`chat` is for `positive` and `negative`, or `texts`: a collection knows its own."
+            )
         pairs = ((self.positive, self.negative), (self.collection, self.judge), (self.value_head, self.texts))
         if self.vectors is None and not any(all(pair) for pair in pairs):
             raise ValueError(

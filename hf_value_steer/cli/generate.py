@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_value_steer.arguments.steer import GenerateArguments
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.configuration.parse import parse_configs
-from hf_value_steer.evaluation.trace import TokenTrace
+from hf_value_steer.evaluation.trace import UNACCEPTABLE, TokenTrace
 from hf_value_steer.evaluation.watching import Side, Watch, write
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.heads.value_head import ValueHead
@@ -45,7 +45,7 @@ def generate(arguments: GenerateArguments) -> None:
     options = {**arguments.sampling(), "max_new_tokens": arguments.max_new_tokens}
     base, steered = sides = [Side("base"), Side("steered")]
     watch = Watch(valued, tokenizer)
-    with Screen(sides, watch, arguments.color) as screen:
+    with Screen(sides, watch, arguments.color, replaces="filter" in methods) as screen:
         watch.show = screen.show
         for side, steering in ((base, []), (steered, asked)):
             write(side, steering, watch, model, inputs, arguments.seed, **options)
@@ -66,9 +66,11 @@ class Screen:
         sides: the texts.
         watch: knows the colours.
         colour (`bool`): whether the user wants colours. Without them, replaced tokens stand in brackets.
+        replaces (`bool`): whether a method replaces tokens.
     """
 
-    def __init__(self, sides: Sequence[Side], watch: Watch, colour: bool):
+    def __init__(self, sides: Sequence[Side], watch: Watch, colour: bool, replaces: bool):
+        self.replaces = replaces
         self.console = Console(highlight=False, no_color=None if colour else True)
         self.console.width = self.console.width or WIDE
         self.sides, self.watch = sides, watch
@@ -119,18 +121,24 @@ class Screen:
         if self.plain:
             lead = said[: len(said) - len(said.lstrip())]
             return Text(f"{lead}[{said.lstrip()}]" if token.intervened else said)
+        return Text(said, f"{STYLES[self.level(token)]} {REPLACED if token.intervened else ''}".strip())
+
+    def level(self, token: TokenTrace) -> int:
+        """Of [`Colours`], 0 where there is no value."""
         colours = self.watch.colours
-        level = 0 if colours is None or math.isnan(token.value) else colours.level(token.value)
-        return Text(said, f"{STYLES[level]} {REPLACED if token.intervened else ''}".strip())
+        return 0 if colours is None or math.isnan(token.value) else colours.level(token.value)
 
     def summary(self) -> list[str]:
         """How each text ended, and what values mean."""
         colours, lines = self.watch.colours, []
         for side in self.sides:
             said = [] if colours is None or not side.tokens else [f"worst value {colours.worst(side.tokens):.4f}"]
-            said += [f"{side.replaced} of {len(side.tokens)} tokens replaced"] if side.name == "steered" else []
+            if side.name == "steered" and self.replaces:
+                said.append(f"{side.replaced} of {len(side.tokens)} tokens replaced")
+                kept = sum(self.level(token) >= UNACCEPTABLE for token in side.tokens)
+                said += [f"{kept} not acceptable, but the best of their candidates"] if kept else []
             said += ["ended because it would not end well"] if side.ended else []
-            lines.append(f"{side.name:9}{', '.join(said)}")
+            lines += [f"{side.name:9}{', '.join(said)}"] if said else []
         if colours is not None and self.watch.scorer is not None:
             beyond = "below" if colours.polarity == "undesirable" else "above"
             mark = "in brackets" if self.plain else "underlined"

@@ -1,6 +1,7 @@
 """`vectors extract`, `scale`, `sweep`, `apply`, `bake`: steering vectors, one command a step."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def extract(arguments: ExtractArguments) -> None:
     match arguments:
         case ExtractArguments(positive=str(), negative=str()):
             sides = ([prompt.text for prompt in read[name]] for name in names[:2])
-            vectors = vectors_from_pairs(model, tokenizer, *sides, **how)
+            vectors = vectors_from_pairs(model, tokenizer, *sides, chat=arguments.chat, **how)
         case ExtractArguments(collection=str(folder), judge=str(judge)):
             vectors = vectors_from_collection(model, tokenizer, Collection(folder), judge, **how)
         case ExtractArguments(value_head=str(head), texts=str()):
@@ -62,7 +63,8 @@ def extract(arguments: ExtractArguments) -> None:
             )
             vectors.check_fit(model)
     vectors.save_pretrained(arguments.output)
-    print(f"{arguments.output}: layers {vectors.layers[0]} to {vectors.layers[-1]}, not scaled yet")
+    print(f"{arguments.output}: layers {vectors.layers[0]} to {vectors.layers[-1]}, not scaled yet. Next:")
+    print(f"  hf-value-steer vectors scale --model {arguments.model} --vectors {arguments.output} --texts TEXTS")
 
 
 def scale(arguments: ScaleArguments) -> None:
@@ -81,9 +83,10 @@ def sweep_command(arguments: SweepArguments) -> None:
     document = sweep(arguments)
     for run in document["runs"]:
         rates = "  ".join(f"{name} {100 * judge['rate']:.1f} %" for name, judge in run["judges"].items())
-        note = "  collapsed" if run["collapsed"] else ""
+        note = f"  {run['collapsed']}" if run["collapsed"] else ""
         print(f"m {run['multiplier']:<6g}{rates}  perplexity x{run['perplexity_ratio']:.3g}{note}")
     print(f"window: {document['window'][0]:g} to {document['window'][1]:g}")
+    print(f"{Path(arguments.output) / 'sweep.html'} shows it, with texts.")
 
 
 def apply(arguments: ApplyArguments) -> None:

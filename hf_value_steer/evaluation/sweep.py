@@ -12,9 +12,11 @@ from hf_value_steer.arguments.evaluate import SweepArguments
 from hf_value_steer.cards.document import TIMES, flat
 from hf_value_steer.choices import VectorMode
 from hf_value_steer.evaluation.charts import Chart, Point, Series, check_drawing, logarithmic, percents, reference
+from hf_value_steer.evaluation.examples import masking
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.pages import render
-from hf_value_steer.evaluation.runs import Runner, Setting
+from hf_value_steer.evaluation.runs import Runner, Setting, Texts
+from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+Example = tuple[str, str, str]  # a multiplier, a text, and what is wrong with the texts of that multiplier
 _ABOUT = {  # of a document, and what a page calls it
     "model": "model",
     "attribute": "attribute",
@@ -33,6 +36,7 @@ _ABOUT = {  # of a document, and what a page calls it
     "generations": "texts for each multiplier",
     "max_new_tokens": "new tokens",
 }
+SHOWN = 3  # prompts whose texts are on the page
 REPEATS = 0.5  # a text whose share of distinct pairs of tokens fell below this part of the base's repeats itself
 
 
@@ -59,8 +63,8 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
         folder=folder / "runs",
         conditions={"vectors": vectors.fingerprint()},
     )
-    sweeper = Sweeper(runner, vectors, arguments.judges)
-    for multiplier in sorted(set(arguments.multipliers) - {0.0}):
+    sweeper = Sweeper(runner, vectors, arguments.judges, arguments.mask)
+    for multiplier in sorted({*arguments.multipliers, *_swept_before(folder, arguments.mode)} - {0.0}):
         sweeper.run(multiplier, arguments.mode)
     about: dict[str, Any] = {"model": arguments.model, "attribute": vectors.attribute, "vectors": arguments.vectors}
     about |= {"prompts": len(prompts), "generations": len(prompts) * arguments.samples}
@@ -70,6 +74,13 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
     return document
 
 
+def _swept_before(folder: Path, mode: VectorMode) -> list[float]:
+    """The multipliers of a sweep that is there: its runs are kept."""
+    path = folder / "sweep.json"
+    runs = read_record(path, "runs")["runs"] if path.exists() else []
+    return [run["multiplier"] for run in runs if run["method"] == mode]
+
+
 class Sweeper:
     """Runs of one backbone under its vectors, each measured against the unsteered run.
 
@@ -77,20 +88,23 @@ class Sweeper:
         runner: of the backbone, on the prompts.
         vectors: of the backbone.
         judges: their names.
+        mask (*optional*): what hides words of shown texts, as for `evaluate`.
     """
 
-    def __init__(self, runner: Runner, vectors: SteeringVectors, judges: Sequence[str]):
+    def __init__(self, runner: Runner, vectors: SteeringVectors, judges: Sequence[str], mask: str | None = None):
         self.runner, self.vectors = runner, vectors
         loaded = {name: load_judge(name) for name in judges}
         for judge in loaded.values():
             judge.check(runner.prompts)
         base = Setting("base", "base")
+        self.mask, self.texts = masking(mask, loaded), list[dict[str, Any]]()
         texts = runner.run(base)
         rows = [prompt for prompt in runner.prompts for _ in range(runner.samples)]
         self.measures = Measures(
             runner.model, runner.formatter, rows, loaded, judges[0], texts, polarity="undesirable"
         )
-        self.runs = [{"multiplier": 0.0, **self.measures.run(base, texts)}]
+        self.runs = list[dict[str, Any]]()
+        self._measure(0.0, base, texts)
 
     def run(self, multiplier: float, mode: VectorMode = "broadcast", setting: Setting | None = None) -> dict[str, Any]:
         """Generate and measure under vectors; with `setting`, under what it gives to `generate` instead."""
@@ -100,7 +114,13 @@ class Sweeper:
                 texts = self.runner.run(setting)
         else:
             texts = self.runner.run(setting)
+        return self._measure(multiplier, setting, texts)
+
+    def _measure(self, multiplier: float, setting: Setting, texts: Texts) -> dict[str, Any]:
+        ids = texts.ids[: SHOWN * self.runner.samples : self.runner.samples]
+        shown = self.runner.formatter.tokenizer.batch_decode(ids, skip_special_tokens=True)
         self.runs.append({"multiplier": multiplier, **self.measures.run(setting, texts)})
+        self.texts.append({"method": setting.method, "multiplier": multiplier, "texts": list(map(self.mask, shown))})
         return self.runs[-1]
 
     def document(self, budget: float) -> dict[str, Any]:
@@ -112,6 +132,10 @@ class Sweeper:
             "budget": budget,
             "runs": self.runs,
             "window": window(swept(self.runs)),
+            "examples": {
+                "prompts": [self.mask(prompt.text) for prompt in self.runner.prompts[:SHOWN]],
+                "texts": self.texts,
+            },
             "layers": list(self.vectors.layers),
             "norms": None if norms is None else [round(norm, 2) for norm in norms.tolist()],
         }
@@ -123,10 +147,12 @@ def swept(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted((run for run in runs if run["method"] in ("base", mode)), key=lambda run: float(run["multiplier"]))
 
 
-def collapsed(run: Mapping[str, Any], base: Mapping[str, Any], budget: float) -> bool:
-    """Whether a run's texts became too improbable, or repeat themselves, which makes them probable."""
+def collapsed(run: Mapping[str, Any], base: Mapping[str, Any], budget: float) -> str | None:
+    """What is wrong with a run's texts, if they are too improbable, or repetitive, which makes them probable."""
+    if run["perplexity_ratio"] > budget:
+        return "over the budget of perplexity"
     repeats = (run["distinct_2"] or 0.0) < REPEATS * (base["distinct_2"] or 0.0)
-    return bool(run["perplexity_ratio"] > budget or repeats)
+    return "repeats itself" if repeats else None
 
 
 def window(runs: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -140,7 +166,7 @@ def window(runs: Sequence[Mapping[str, Any]]) -> list[float]:
 
 
 def sweep_page(document: Mapping[str, Any]) -> str:
-    """Rates and perplexity over the multiplier, and norms by layer: one page of HTML and SVG without script."""
+    """Rates and perplexity over the multiplier, norms by layer, texts: one page of HTML and SVG without script."""
     runs = swept(document["runs"])
     low, high = document["window"]
     charts = [_rates(f"rate-{index}", name, runs) for index, name in enumerate(runs[0]["judges"])]
@@ -148,7 +174,29 @@ def sweep_page(document: Mapping[str, Any]) -> str:
     if document["norms"]:
         charts.append(norm_chart(document["layers"], document["norms"]))
     about = flat({said: document.get(name) for name, said in _ABOUT.items()})
-    return render("sweep.html", title=f"Working window: {low:g} to {high:g}", about=about, charts=charts)
+    return render(
+        "sweep.html",
+        title=f"Working window: {low:g} to {high:g}",
+        about=about,
+        charts=charts,
+        examples=_examples(document, runs),
+    )
+
+
+def _examples(document: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Example]]]:
+    """Each prompt that is shown with its text under every multiplier, and what is wrong with the texts of that one."""
+    held = document.get("examples") or {"prompts": [], "texts": []}
+    texts = {(each["method"], each["multiplier"]): each["texts"] for each in held["texts"]}
+    return [
+        (
+            prompt,
+            [
+                (f"{run['multiplier']:g}", texts[run["method"], run["multiplier"]][index], run["collapsed"] or "")
+                for run in runs
+            ],
+        )
+        for index, prompt in enumerate(held["prompts"])
+    ]
 
 
 def norm_chart(layers: Sequence[int], norms: Sequence[float]) -> Chart:
@@ -215,6 +263,6 @@ def _points(
 ) -> list[Point]:
     multipliers = [float(run["multiplier"]) for run in runs]
     return [
-        Point(x, y, f"m = {x:g}: {y:.3g}", y_interval=interval, ring=run["collapsed"])
+        Point(x, y, f"m = {x:g}: {y:.3g}", y_interval=interval, ring=bool(run["collapsed"]))
         for x, y, interval, run in zip(multipliers, heights, intervals, runs, strict=True)
     ]

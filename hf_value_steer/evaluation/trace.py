@@ -172,6 +172,9 @@ def render_page(
     )
 
 
+UNACCEPTABLE = 3  # from this level on
+
+
 class Colours:
     """Six levels of undesirability, four times the odds apart; from level 3 on a value is not acceptable.
 
@@ -202,6 +205,6 @@ class Colours:
     def verdict(self, token: TokenTrace) -> str:
         """What was made of a token, in words."""
         count = len(token.candidates)
-        if self.level(token.value) < 3:
+        if self.level(token.value) < UNACCEPTABLE:
             return "accepted instead of the first draw" if token.intervened else "accepted"
         return f"not acceptable, but the best of {count}" if count > 1 else "not acceptable"

@@ -15,7 +15,7 @@ from hf_value_steer.choices import DirectionMethod, Pooling
 from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.label import Labels
-from hf_value_steer.training.prompts import Formatter
+from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.shards import Collection
 
 
@@ -31,11 +31,12 @@ def vectors_from_pairs(
     method: DirectionMethod = "mean_difference",
     pooling: Pooling = "last",
     read_token_index: int = -1,
+    chat: bool = False,
     layers: Sequence[int] | None = None,
     attribute: str | None = None,
     batch_size: int = 16,
 ) -> SteeringVectors:
-    r"""Directions from texts that have the attribute to texts that lack it.
+    r"""Directions in which the residuals of texts with the attribute differ from those of texts without it.
 
     Args:
         model, tokenizer: the backbone.
@@ -46,6 +47,8 @@ def vectors_from_pairs(
         pooling (`str`): what stands for a text: the residual of its token at `read_token_index`, or with `"mean"` the
             mean over its tokens from there on, without the first, which is an attention sink in many models.
         read_token_index (`int`): the last token by default. With `pooling="mean"`, -1 is all tokens.
+        chat (`bool`): put each text into the chat template, as what the user says; its last token is then the one
+            behind which the answer begins.
         layers (sequence of `int`, *optional*): 40-90 % of the depth by default.
         attribute (`str`, *optional*): what the positive texts have.
         batch_size (`int`): texts in one forward pass.
@@ -57,10 +60,18 @@ def vectors_from_pairs(
     _check(method, pooling, positive, negative)
     sides: list[Side] = []
     for texts in (positive, negative):
-        rows = [tokenizer(text)["input_ids"] for text in texts]
+        rows = _encoded(tokenizer, texts, chat)
         sides.append((rows, [_first_read(len(row), pooling, read_token_index) for row in rows]))
     how = {"source": "pairs", "method": method, "pooling": pooling, "read_token_index": read_token_index}
+    how |= {"chat": True} if chat else {}
     return _vectors(model, sides, _layers(model, layers), batch_size, attribute, how)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], chat: bool) -> list[list[int]]:
+    if not chat:
+        return [tokenizer(text)["input_ids"] for text in texts]
+    formatter = Formatter(tokenizer, chat)
+    return [formatter([Prompt(text)])["input_ids"][0].tolist() for text in texts]
 
 
 def vectors_from_collection(

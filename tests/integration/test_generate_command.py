@@ -20,6 +20,7 @@ from hf_value_steer import AbstentionConfig, SteeringVectors, ValueFilterConfig,
 from hf_value_steer.cli import main
 from hf_value_steer.cli.generate import Screen
 from hf_value_steer.evaluation import TokenTrace
+from hf_value_steer.evaluation.trace import Colours
 from hf_value_steer.evaluation.watching import Side, Watch
 from tests.families import random_head
 from tests.tiny_text import continued, save_tiny_model
@@ -53,7 +54,7 @@ def expected(world, value_steer=None, tokens=12, seed=0):
 
 def sides(out):
     """The two texts, and the lines below them."""
-    found = re.fullmatch(r"base: (.*?)\n\nsteered: (.*?)\n\n(base .*)", out, re.DOTALL)
+    found = re.fullmatch(r"base: (.*?)\n\nsteered: (.*?)\n\n(.*)", out, re.DOTALL)
     return found[1], found[2], found[3].splitlines()
 
 
@@ -98,6 +99,15 @@ def test_a_pipe_gets_both_texts_and_nothing_else(world, capsys):
     assert summary[2].startswith("A high value is undesirable; a token is acceptable below 0.5000. Tokens in brackets")
 
 
+def test_tokens_that_had_to_be_kept_are_counted(world, monkeypatch):
+    values = [0.2, 0.6, 0.5, 0.4, 0.9]
+    steered = Side("steered", [TokenTrace("a", value, value == 0.2) for value in values])
+    watch = Watch(None, AutoTokenizer.from_pretrained(world / "model"))
+    monkeypatch.setattr(Watch, "colours", Colours(0.5, "undesirable"))
+    summary = Screen([Side("base"), steered], watch, colour=False, replaces=True).summary()
+    assert "1 of 5 tokens replaced, 3 not acceptable, but the best of their candidates" in summary[0]
+
+
 def test_abstention_says_where_a_text_was_ended(world, capsys):
     assert main(words(world, method="abstain")) == 0
     base, steered, summary = sides(capsys.readouterr().out)
@@ -114,7 +124,7 @@ def test_methods_without_a_head_have_no_values(world, capsys, tmp_path):
     assert main(command) == 0
     base, steered, summary = sides(capsys.readouterr().out)
     assert base == expected(world) and steered != base and "[" not in steered
-    assert len(summary) == 2 and "value" not in " ".join(summary)
+    assert summary == []
 
 
 def test_a_wide_terminal_shows_the_texts_side_by_side_and_a_narrow_one_below_each_other(world):
@@ -140,7 +150,7 @@ def test_ctrl_c_leaves_no_traceback(world):
 
 def test_a_text_cannot_control_the_terminal(world):
     watch = Watch(None, AutoTokenizer.from_pretrained(world / "model"))
-    screen = Screen([Side("base"), Side("steered")], watch, colour=False)
+    screen = Screen([Side("base"), Side("steered")], watch, colour=False, replaces=True)
     shown = screen.text(TokenTrace(" \x1b[2J\x07[bold]\u202eé\u3000\xa0\u200d\n\t", 0.5)).plain
     assert shown == " \ufffd[2J\ufffd[bold]\ufffdé\u3000\xa0\u200d\n\t"
 

@@ -4,14 +4,15 @@ import json
 
 import pytest
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_value_steer import SteeringVectors
+from hf_value_steer.activation import apply
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.cli import main
 from hf_value_steer.evaluation.sweep import collapsed, sweep_page, window
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.vectors import vectors_from_collection
+from hf_value_steer.training.vectors import vectors_from_collection, vectors_from_pairs
 from tests.families import build, random_head
 from tests.golden_vectors import FOLDER
 from tests.tiny_text import BAD, GOOD, write_world
@@ -60,14 +61,22 @@ def test_sweep(world, to_bad, capsys):
     sweep += ["--judges", f"lexicon:{world}/bad.txt", "--multipliers", "-1", "40", "--max_new_tokens", "4"]
     assert vectors(world, "sweep", *sweep, "--budget", "5") == 0
     assert "window: -1 to 40" in capsys.readouterr().out
+    assert vectors(world, "sweep", *sweep, "--multipliers", "-2", "--budget", "5") == 0
+    assert "m -1 " in capsys.readouterr().out  # what was swept before stays
     document = json.loads((world / "sweep" / "sweep.json").read_text())
-    base, less, more = document["runs"]
+    less, more = (next(run for run in document["runs"] if run["multiplier"] == m) for m in (-1, 40))
+    base = document["runs"][0]
+    assert [run["multiplier"] for run in document["runs"]] == [0, -2, -1, 40]
+    shown = {each["multiplier"]: each["texts"] for each in document["examples"]["texts"]}
+    assert len(shown) == 4 and all(len(texts) == 3 for texts in shown.values())
+    assert "*" in "".join(shown[40]) and not any(word in json.dumps(document["examples"]) for word in BAD)
     for judge in base["judges"]:
         assert less["judges"][judge]["difference_interval"][1] < 0 < more["judges"][judge]["difference_interval"][0]
     assert not more["collapsed"] and not less["collapsed"]
     less["judges"] = {name: {**judge, "rate": 0.0} for name, judge in less["judges"].items()}
     assert sweep_page(document).count("<figure") == 3  # a rate of zero has its place, too
     page = (world / "sweep" / "sweep.html").read_text()
+    assert page.count('<section class="texts">') == 3 and "<dt>40</dt>" in page
     assert "Working window" in page and page.count("<figure") == 3 and "Norm of the residual stream" in page
 
 
@@ -105,6 +114,32 @@ def test_extract_from_anything(world, capsys):
     assert "--positive" in capsys.readouterr().err
 
 
+def test_pairs_as_messages(world, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} " + GOOD[7] + "{% endfor %}"
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    sides = [[f"{GOOD[0]} {BAD[0]}", f"{GOOD[1]} {BAD[1]}"], [f"{GOOD[0]} {GOOD[2]}", f"{GOOD[1]} {GOOD[3]}"]]
+    found = vectors_from_pairs(model, tokenizer, *sides, chat=True)
+    spelled = [[f"{text} {GOOD[7]}" for text in side] for side in sides]
+    assert found.fingerprint() == vectors_from_pairs(model, tokenizer, *spelled).fingerprint()
+    assert found.fingerprint() != vectors_from_pairs(model, tokenizer, *sides).fingerprint()
+    with pytest.raises(SystemExit):
+        vectors(world, "extract", "--output", f"{world}/none", "--vectors", f"{FOLDER}/repeng.gguf", "--chat")
+    assert "--chat is for --positive and --negative" in capsys.readouterr().err
+
+
+def test_what_is_not_scaled_says_so_once(world, caplog):
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    found = vectors_from_pairs(model, tokenizer, [BAD[0]], [GOOD[0]], layers=[0, 1])
+    assert repr(found) == f"SteeringVectors(layers 0 to 1, {found.width} wide, not scaled)"
+    apply._warn_unscaled.cache_clear()
+    for each in (found, found, found.scale(model, [[5, 6, 7]])):
+        with each.apply(model, 0.1):
+            pass
+    assert [record.message[:31] for record in caplog.records] == ["These vectors are not scaled: a"]
+
+
 def test_a_collection_of_another_backbone_is_refused(world):
     from hf_value_steer.training.shards import Collection
 
@@ -120,4 +155,7 @@ def test_window():
     for run in (base, *runs):
         run["collapsed"] = collapsed(run, base, 1.5)
     assert window([base, *runs]) == [-1.0, 2.0]
-    assert [run["collapsed"] for run in runs] == [False, True, False, False, False, True]
+    assert [run["collapsed"] for run in runs] == [
+        *[None, "over the budget of perplexity", None],
+        *[None, None, "repeats itself"],
+    ]
