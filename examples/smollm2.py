@@ -35,7 +35,11 @@ def convert(target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        os.rename(scratch, target)
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster
+                raise
 
 
 def backbone_folder() -> Path:

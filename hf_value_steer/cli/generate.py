@@ -14,7 +14,7 @@ from transformers.utils import logging
 from hf_value_steer.arguments.steer import GenerateArguments
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.configuration.parse import parse_configs
-from hf_value_steer.evaluation.trace import UNACCEPTABLE, TokenTrace
+from hf_value_steer.evaluation.trace import TokenTrace
 from hf_value_steer.evaluation.watching import Side, Watch, write
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.heads.value_head import ValueHead
@@ -135,8 +135,8 @@ class Screen:
             said = [] if colours is None or not side.tokens else [f"worst value {colours.worst(side.tokens):.4f}"]
             if side.name == "steered" and self.replaces:
                 said.append(f"{side.replaced} of {len(side.tokens)} tokens replaced")
-                kept = sum(self.level(token) >= UNACCEPTABLE for token in side.tokens)
-                said += [f"{kept} not acceptable, but the best of their candidates"] if kept else []
+                kept = 0 if colours is None else colours.kept(side.tokens)
+                said += [f"{kept} kept though not acceptable"] if kept else []
             said += ["ended because it would not end well"] if side.ended else []
             lines += [f"{side.name:9}{', '.join(said)}"] if said else []
         if colours is not None and self.watch.scorer is not None:

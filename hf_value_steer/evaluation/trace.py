@@ -1,5 +1,6 @@
 """A page of generations: every token coloured by its value, with the candidates that were rejected in its place."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,7 +173,7 @@ def render_page(
     )
 
 
-UNACCEPTABLE = 3  # from this level on
+_UNACCEPTABLE = 3  # the lowest level that is
 
 
 class Colours:
@@ -202,9 +203,13 @@ class Colours:
         """The most undesirable value."""
         return max((token.value for token in tokens), key=self._turned, default=float("nan"))
 
+    def kept(self, tokens: Sequence[TokenTrace]) -> int:
+        """How many tokens are not acceptable; a token without a value is none of them."""
+        return sum(self.level(token.value) >= _UNACCEPTABLE for token in tokens if not math.isnan(token.value))
+
     def verdict(self, token: TokenTrace) -> str:
         """What was made of a token, in words."""
         count = len(token.candidates)
-        if self.level(token.value) < UNACCEPTABLE:
+        if self.level(token.value) < _UNACCEPTABLE:
             return "accepted instead of the first draw" if token.intervened else "accepted"
         return f"not acceptable, but the best of {count}" if count > 1 else "not acceptable"

@@ -9,7 +9,7 @@ from hf_value_steer.playground.settings import Settings
 from hf_value_steer.playground.writing import Writer
 
 
-_THRESHOLD, _PROMISE = "a threshold", "a promise (alpha)"
+_THRESHOLD, _PROMISE = "you", "a promise (alpha)"
 _CONTINUE, _ANSWER = "continue the text", "answer in a chat"
 
 
@@ -60,16 +60,18 @@ class Controls:
     def _when(self) -> None:
         """Which head acts, and when."""
         at_first, calibration, named = self.at_first, self.writer.head.calibration, self.named
-        info = "filter replaces tokens, abstain ends the text"
+        info, own = "filter replaces tokens, abstain ends the text", self.writer.head.config.threshold
         named["method"] = gr.Radio(
             ["filter", "abstain"], value=at_first.method, label="Method", info=info, elem_id="method"
         )
         if calibration is not None:
             kinds = [_THRESHOLD, _PROMISE]
-            named["promised"] = gr.Radio(kinds, value=kinds[at_first.promised], label="It acts by", elem_id="promised")
+            named["promised"] = gr.Radio(
+                kinds, value=kinds[at_first.promised], label="The threshold is set by", elem_id="promised"
+            )
         named["threshold"] = gr.Slider(
             0.0001, 0.9999, at_first.threshold, step=0.0001, label="Threshold", visible=not at_first.promised,
-            elem_id="threshold",
+            info=f"the head's own is {own:.4g}" if own else None, elem_id="threshold",
         )  # fmt: skip
         named["alpha"] = gr.Slider(
             0.01, 0.99, at_first.alpha, step=0.01, label="alpha", visible=at_first.promised,
@@ -102,7 +104,7 @@ class Controls:
         """How tokens are drawn, and how many."""
         at_first, named = self.at_first, self.named
         named["max_new_tokens"] = gr.Slider(
-            1, 512, at_first.max_new_tokens, step=1, label="Most new tokens", elem_id="max_new_tokens"
+            1, 512, at_first.max_new_tokens, step=1, label="Max new tokens", elem_id="max_new_tokens"
         )
         named["seed"] = gr.Number(
             at_first.seed, precision=0, minimum=0, label="Seed", info="of both texts", elem_id="seed"

@@ -87,6 +87,7 @@ class Verdict:
         token (`int`, *optional*): what to emit; `None` for EOS under `fallback="abstain"`.
         value (`float`): value of the emitted token; under `fallback="abstain"` that of the natural sample.
         candidates (`int`): distinct candidates that were forwarded.
+        found (`bool`): whether the emitted token is acceptable.
         winner ([`Winner`], *optional*): the alternative that is emitted, if it is one.
         error (`str`, *optional*): why nothing may be emitted.
     """
@@ -94,6 +95,7 @@ class Verdict:
     token: int | None
     value: float
     candidates: int = 1
+    found: bool = True
     winner: Winner | None = None
     error: str | None = None
 
@@ -119,8 +121,8 @@ def check(pending: Sequence[Pending], features: Tensor, head: ValueHead, forward
     looked_at = (_acting(pending) & ~values.isnan() & (~accepted | (config.evaluation == "eager"))).nonzero().flatten()
     # Most tokens stay as they are: their verdict is the token itself.
     verdicts = [
-        Verdict(each.token, value, error=NOT_FINITE if math.isnan(value) else None)
-        for each, value in zip(pending, values.tolist(), strict=True)
+        Verdict(each.token, value, found=found, error=NOT_FINITE if math.isnan(value) else None)
+        for each, value, found in zip(pending, values.tolist(), accepted.tolist(), strict=True)
     ]
     if len(looked_at):
         indices = looked_at.tolist()
@@ -179,7 +181,8 @@ def _choose(pending: Sequence[Pending], natural: Tensor, head: ValueHead, forwar
     for row, broken in enumerate(decision.broken.tolist()):
         winner = int(candidates.first[row, decision.column[row]])
         count = int(candidates.distinct[row].sum())
-        verdict = Verdict(int(drawn[row, winner]), float(decision.values[row, winner]), count)
+        found = bool(decision.found[row])
+        verdict = Verdict(int(drawn[row, winner]), float(decision.values[row, winner]), count, found)
         if broken:
             verdict.error = NOT_FINITE
         elif bool(decision.ends[row]):

@@ -1,7 +1,7 @@
 """Steering reports in the responses of vLLM's HTTP server, and as Prometheus metrics beside its own.
 
-A JSON response gets a field `value_steer`, a list with the report of each choice; a stream gets one more chunk,
-without choices, before `[DONE]`. vLLM begins a stream before it checks whether the request can be steered. So the
+A JSON response gets a field `value_steer`, a list with the report of each choice; in a stream it is in the last chunk
+that has a choice. vLLM begins a stream before it checks whether the request can be steered. So the
 status of a stream is held back until its first event: a request that is refused gets HTTP 400 there, too.
 """
 
@@ -19,11 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # The reports of the response that is being made: a list for each prompt of the request.
 _REPORTS: ContextVar[list[list[dict[str, Any]]]] = ContextVar("value_steer_reports")
-_DONE, _ERROR = b"data: [DONE]", b'data: {"error"'
+_DONE, _ERROR, _FINISH = b"data: [DONE]", b'data: {"error"', b'"finish_reason":"'
+_NO_CHOICE = b'"choices":[]'  # as in the chunk that holds the usage
 
 _REQUESTS = Counter("value_steer_requests", "Finished requests.")
 _TOKENS = Counter("value_steer_tokens", "Tokens of finished requests.")
 _INTERVENTIONS = Counter("value_steer_interventions", "Tokens that are not the natural sample.")
+_UNACCEPTABLE = Counter("value_steer_unacceptable", "Tokens that the filter let pass although not acceptable.")
 _CANDIDATES = Counter("value_steer_candidates", "Candidates that were forwarded.")
 _ABSTAINED = Counter("value_steer_abstained", "Requests that were ended early.", ["method"])
 _ERRORS = Counter("value_steer_errors", "Requests that were ended because a token could not be checked.")
@@ -34,6 +36,7 @@ def count(report: dict[str, Any]) -> None:
     _REQUESTS.inc()
     _TOKENS.inc(report["tokens"])
     _INTERVENTIONS.inc(len(report["interventions"]))
+    _UNACCEPTABLE.inc(len(report["unacceptable"]))
     _CANDIDATES.inc(report["candidates_evaluated"])
     _ERRORS.inc(report["error"] is not None)
     if report["abstained"]:
@@ -113,7 +116,7 @@ class _Response:
         self.forward, self.told = forward, told
         self.part: Send = forward
         self.body = b""
-        self.event = b"data: {}"
+        self.held: Message | None = None
 
     @property
     def reports(self) -> list[dict[str, Any]]:
@@ -164,18 +167,21 @@ class _Response:
         await self.forward({"type": "http.response.body", "body": body})
 
     async def _pass_event(self, message: Message) -> None:
+        """Pass an event on. One that ends a choice waits for the next: the last that has a choice has the reports."""
         body = message.get("body", b"")
-        await self.forward({**message, "body": self._with_chunk(body) if self.reports else body})
+        if self.held is not None:
+            held, self.held = self.held, None
+            over = body.startswith(_DONE) or _NO_CHOICE in body or not message.get("more_body", False)
+            await self.forward(self._with_reports(held) if over and self.reports else held)
+        if _FINISH in body:
+            self.held = message
+        else:
+            await self.forward(message)
 
-    def _with_chunk(self, body: bytes) -> bytes:
-        """One more event before the last one, with the fields of the event before it."""
-        if not body.startswith(_DONE):
-            self.event = body if body.startswith(b"data: {") else self.event
-            return body
-        chunk = json.loads(self.event.removeprefix(b"data: "))
-        fields = {name: chunk[name] for name in ("id", "object", "created", "model") if name in chunk}
-        event = json.dumps({**fields, "choices": [], "value_steer": self.reports})
-        return f"data: {event}\n\n".encode() + body
+    def _with_reports(self, message: Message) -> Message:
+        chunk = json.loads(message["body"].removeprefix(b"data: "))
+        event = json.dumps({**chunk, "value_steer": self.reports}, ensure_ascii=False)
+        return {**message, "body": f"data: {event}\n\n".encode()}
 
 
 async def _drop(_message: Message) -> None:

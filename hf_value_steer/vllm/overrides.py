@@ -45,8 +45,9 @@ def apply_overrides(
             known = [f'{method}="off"', *(f"{method}.{name}" for name in FIELDS[method])]
             raise ValueError(f"`{key}`={value!r} is no choice of a request; there are {', '.join(known)}.")
     for method, fields in changes.items():
+        replaced = _replaced(methods[method], fields)  # what is wrong is wrong for a method that is off, too
         if method in chosen:
-            chosen[method] = _replaced(chosen[method], fields)
+            chosen[method] = replaced
     return chosen
 
 
@@ -63,6 +64,8 @@ def _checked(key: str, field: str, value: Any) -> Any:
         raise ValueError(f"`{key}` has to be {'an integer' if kind is int else 'a number'}, got {value!r}.")
     if field == "num_candidates" and not 1 <= value <= MOST_CANDIDATES:
         raise ValueError(f"`{key}` has to be between 1 and {MOST_CANDIDATES}, got {value}.")
+    if kind is not int and not 0 < value < 1:
+        raise ValueError(f"`{key}` has to be a number in (0, 1), got {value}.")
     return value
 
 

@@ -146,10 +146,10 @@ class SteeredRequest:
         return self.abstaining is not None and step in self.abstaining.inserted
 
     def start_at(self, scorer: Scorer, prompt_value: Tensor) -> None:
-        """Set the threshold, which may depend on the value `()` of the prompt; the first such value is reported."""
+        """Set the threshold, which may depend on the value `()` of the prompt; the first of both are reported."""
         scorer.start(prompt_value[None])
         if self.report.prompt_value is None:
-            self.report.prompt_value = float(prompt_value)
+            self.report.prompt_value, self.report.threshold = float(prompt_value), float(scorer.threshold)
 
     def take_report(self) -> TokenReport:
         """The report of this step; that of the next one begins empty."""

@@ -242,6 +242,7 @@ class SteeredRunner(metaclass=ABCMeta):
         if token != pending.token:
             self.replace_last(pending.row, pending.position, token)
         report.intervened, report.candidates = token != pending.token, verdict.candidates
+        report.unacceptable = verdict.token is not None and not verdict.found
         filtering.interventions += report.intervened
         self.emission.put(pending.row, token, filtering.logprobs)
 

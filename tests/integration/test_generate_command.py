@@ -105,7 +105,7 @@ def test_tokens_that_had_to_be_kept_are_counted(world, monkeypatch):
     watch = Watch(None, AutoTokenizer.from_pretrained(world / "model"))
     monkeypatch.setattr(Watch, "colours", Colours(0.5, "undesirable"))
     summary = Screen([Side("base"), steered], watch, colour=False, replaces=True).summary()
-    assert "1 of 5 tokens replaced, 3 not acceptable, but the best of their candidates" in summary[0]
+    assert "1 of 5 tokens replaced, 3 kept though not acceptable" in summary[0]
 
 
 def test_abstention_says_where_a_text_was_ended(world, capsys):

@@ -1,5 +1,6 @@
 """The playground in a browser: steered, changed, refused, stopped, in two tabs; and its pictures for the docs."""
 
+import json
 import os
 import re
 import signal
@@ -29,6 +30,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 # Where pictures go. `PLAYGROUND_PICTURES=docs/images` renews those of the docs.
 PICTURES = os.environ.get("PLAYGROUND_PICTURES")
+INVITED = "Write the beginning of a text above, and press Write: the model goes on from there, as it is and steered."
 PROMPT, OTHER = "goodak goodbl", "goodbk goodcl goodak"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> {{1+1}} ${1+1}"
 SECTIONS = "[...document.querySelectorAll('#texts article:last-of-type section')]"
@@ -206,14 +208,14 @@ def test_who_waits_sees_it_and_can_leave(page, address):
     ask(page, OTHER)
     page.wait("document.querySelector('#texts').innerText.includes('queue: 1/1')")
     page.click("#stop")
-    page.wait("document.querySelector('#texts').innerText.trim() == 'Both texts will stand here.'")
+    page.wait(f"document.querySelector('#texts').innerText.trim() == {json.dumps(INVITED)}")
     time.sleep(1)  # nothing is said of it later
-    assert page.text("#texts").strip() == "Both texts will stand here."
+    assert page.text("#texts").strip() == INVITED
     second, page.session = page.session, first
     page.click("#stop")
     assert 2 < shut(page) < 1024
     page.session = second
-    assert page.text("#texts").strip() == "Both texts will stand here."
+    assert page.text("#texts").strip() == INVITED
 
 
 def test_a_text_can_be_stopped_and_cleared(page, world):

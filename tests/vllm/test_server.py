@@ -96,6 +96,10 @@ def test_reports_in_responses(server: tuple[str, Path]) -> None:
     answer = _post(server[0], ignore_eos=True)
     (report,) = answer["value_steer"]
     assert report["tokens"] == len(report["values"]) == 16 and report["interventions"]
+    assert report["threshold"] == pytest.approx(0.3)
+    assert report["unacceptable"] == [place for place, value in enumerate(report["values"]) if value >= 0.3]
+    few = _post(server[0], ignore_eos=True, vllm_xargs={"filter.num_candidates": 2})["value_steer"][0]
+    assert few["unacceptable"] == [place for place, value in enumerate(few["values"]) if value >= 0.3] != []
     off = _post(server[0], ignore_eos=True, vllm_xargs={"filter": "off"})
     assert off["value_steer"][0]["values"] == [] and off["choices"] != answer["choices"]
     free = _post(server[0], ignore_eos=True, vllm_xargs={"filter.threshold": 0.999})
@@ -133,15 +137,22 @@ def test_a_stream_ends_with_its_report(server: tuple[str, Path]) -> None:
     lines = _open(f"{server[0]}/v1/completions", body).decode().split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-    assert events[-1]["choices"] == [] and events[-1]["id"] == events[0]["id"]
-    assert events[-1]["value_steer"] == whole["value_steer"]
-    assert "".join(event["choices"][0]["text"] for event in events[:-1]) == whole["choices"][0]["text"]
+    assert [event["value_steer"] for event in events if "value_steer" in event] == [whole["value_steer"]]
+    assert "value_steer" in events[-1] and len(events) == 16
+    assert "".join(event["choices"][0]["text"] for event in events) == whole["choices"][0]["text"]
+    usage = _open(f"{server[0]}/v1/completions", {**body, "stream_options": {"include_usage": True}}).decode()
+    *_, last, told = [json.loads(line.removeprefix("data: ")) for line in usage.split("\n\n")[:-2]]
+    assert last["value_steer"] == whole["value_steer"] and told["choices"] == [] and told["usage"]["completion_tokens"]
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ({"vllm_xargs": {"filter.threshold": 2}}, "threshold"),
+        ({"vllm_xargs": {"filter.threshold": 2}}, "`filter.threshold` has to be a number in (0, 1), got 2"),
+        (
+            {"vllm_xargs": {"filter": "off", "filter.threshold": 5}},
+            "`filter.threshold` has to be a number in (0, 1), got 5",
+        ),
         ({"vllm_xargs": {"filter.alpha": 0.1}}, "no calibration.json"),
         ({"vllm_xargs": {"filter.thresh": 0.1}}, "filter.thresh"),
         ({"vllm_xargs": {"filter_threshold": 0.1}}, "did you mean `filter.threshold`"),
@@ -170,7 +181,7 @@ def test_the_openai_client(server: tuple[str, Path]) -> None:
     assert report["tokens"] == len(answer.choices[0].logprobs.content) == answer.usage.completion_tokens
     chunks = list(client.chat.completions.create(**options, extra_body=extra, stream=True))
     assert chunks[-1].value_steer == [report]
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == answer.choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="filter.alpha"):
         client.chat.completions.create(**options, extra_body={"vllm_xargs": {"filter.alpha": "x"}})
