@@ -7,7 +7,8 @@ gave the labels sees it, words masked, go to `benchmarks/results/examples-NAME.j
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,16 @@ from examples.sentiment import eval_prompts
 from examples.smollm2 import backbone_folder
 from examples.toxicity import load_prompts, mask_offensive
 from hf_value_steer import ValueHead
-from hf_value_steer.evaluation.examples import examples
-from hf_value_steer.evaluation.measures import bad, verdicts
-from hf_value_steer.evaluation.runs import Runner, value_filter
+from hf_value_steer.evaluation.examples import Pair
+from hf_value_steer.evaluation.measures import Measures
+from hf_value_steer.evaluation.runs import Runner, Setting, value_filter
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, Prompt, share
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-CANDIDATES, NEW_TOKENS = 8, 32
+CANDIDATES, NEW_TOKENS, BATCH = 8, 32, 16
 
 
 def unseen() -> list[str]:
@@ -41,16 +42,18 @@ PROMPTS: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def of(name: str, runner: Runner, judge_name: str) -> dict[str, Any]:
-    """The examples of one shipped head."""
-    head, judge = ValueHead.from_pretrained(ROOT / "model_cards" / name), load_judge(judge_name)
-
-    def find_bad(prompts: Sequence[Prompt], texts: Sequence[str]) -> Any:
-        return bad(verdicts(judge, prompts, texts), head.config.polarity)
-
-    setting = value_filter(head, head.config.threshold, CANDIDATES, named=False)
-    found = examples(runner, setting, mask_offensive, find_bad)
-    return {"examples_threshold": head.config.threshold, "examples": found}
+def of(runner: Runner, head: ValueHead, judge_name: str) -> dict[str, Any]:
+    """The examples of one head, and how many of its texts had which outcome."""
+    assert head.config.threshold is not None
+    judges = {judge_name: load_judge(judge_name)}
+    base, setting = Setting("base", "base"), value_filter(head, head.config.threshold, CANDIDATES, named=False)
+    texts, steered = runner.run(base), runner.run(setting)
+    polarity = head.config.polarity
+    measures = Measures(runner.model, runner.formatter, runner.prompts, judges, judge_name, texts, polarity)
+    outcomes = measures.outcomes(measures.rows(steered))
+    found = Pair(runner, setting, texts, steered, outcomes).examples(mask_offensive)
+    about = {"mask": "python:examples.toxicity:mask_offensive", "outcomes": Counter(outcomes)}
+    return {"examples": found, "examples_threshold": setting.threshold, **about}
 
 
 def main() -> None:
@@ -65,12 +68,13 @@ def main() -> None:
                 document["sampling"],
                 samples=1,
                 max_new_tokens=NEW_TOKENS,
-                batch_size=1,
+                batch_size=BATCH,
                 seed=document["seed"],
                 folder=Path(folder),
                 conditions={},
             )
-            found = of(name, runner, next(each["name"] for each in document["judges"] if each["gave_labels"]))
+            head = ValueHead.from_pretrained(ROOT / "model_cards" / name)
+            found = of(runner, head, next(each["name"] for each in document["judges"] if each["gave_labels"]))
         (RESULTS / f"examples-{name}.json").write_text(json.dumps(found, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -71,3 +71,4 @@ class LabelCommandArguments(LabelArguments):
     """What is labelled."""
 
     collection: str = field(metadata={"help": "folder of the collection; labels that are there already are kept"})
+    show: Amount = field(default=0, metadata={"help": "print so many texts, drawn at random, with their scores"})

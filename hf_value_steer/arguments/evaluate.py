@@ -44,7 +44,8 @@ class EvaluateArguments(GenerationArguments):
     bad_words: str | None = field(default=None, metadata={"help": "a .txt file or python: reference, for bad_words"})
     system_prompt: str | None = field(default=None, metadata={"help": "for the baseline system_prompt"})
     mask: str | None = field(
-        default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
+        default=None,
+        metadata={"help": "python:module:function that masks shown text, or none; by default lexicon: judges mask"},
     )
     best_of: Count = field(default=4, metadata={"help": "how many texts best_of_n draws to choose from"})
     batch_size: Count = field(default=8, metadata={"help": "prompts in one call of generate"})
@@ -79,7 +80,8 @@ class SweepArguments(GenerationArguments):
         default=1.5, metadata={"help": "the highest perplexity, relative to the unsteered text's"}
     )
     mask: str | None = field(
-        default=None, metadata={"help": "python:module:function that masks shown text; by default lexicon: judges do"}
+        default=None,
+        metadata={"help": "python:module:function that masks shown text, or none; by default lexicon: judges mask"},
     )
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
     max_new_tokens: Count = field(default=64, metadata={"help": "the most tokens in a generation"})

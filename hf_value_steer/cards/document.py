@@ -74,6 +74,11 @@ def verdicts(evaluation: Evaluation) -> tuple[str, str]:
     return ("unsafe", "safe") if evaluation["head"]["polarity"] == "undesirable" else ("wrong", "right")
 
 
+def reliability_judge(evaluation: Evaluation) -> str:
+    """The judge that the reliability of values was measured by; older documents took the first and did not say so."""
+    return str(evaluation.get("reliability_judge") or evaluation["judges"][0]["name"])
+
+
 def outcome_judge(evaluation: Evaluation) -> str:
     """The judge that outcomes are told by: the one that gave the labels, or else the first."""
     names = judges(evaluation)
@@ -85,7 +90,7 @@ def outcome_note(evaluation: Evaluation, name: str) -> str:
     if not name:
         return ""
     bad, good = verdicts(evaluation)
-    counts = (main_run(evaluation) or {}).get("outcomes") or {}
+    counts = evaluation.get("outcomes") or (main_run(evaluation) or {}).get("outcomes") or {}
     counted = f"; {counts.get(name, 0):,} of {sum(counts.values()):,} texts" if counts else ""
     return OUTCOMES[name].format(bad=bad, good=good) + counted
 
@@ -169,7 +174,6 @@ COLUMNS: Mapping[str, tuple[str, Callable[[float | None, Interval], str]]] = {
     "distinct_1": ("distinct-1", _digits(3)),
     "distinct_2": ("distinct-2", _digits(3)),
     "tokens": ("tokens", _digits(0)),
-    "tokens_per_second": ("tokens/s", _digits(0)),
 }
 
 

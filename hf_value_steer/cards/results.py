@@ -46,7 +46,17 @@ def results_markdown(evaluation: Evaluation) -> str:
     if curve:
         parts.append(_coverage(curve))
     sampling = code(options(evaluation["sampling"]))
-    return "\n\n".join([*parts, f"{plain(setting(evaluation))} Sampling: {sampling}."]) + "\n"
+    said = [*_discrimination(evaluation), f"{plain(setting(evaluation))} Sampling: {sampling}."]
+    return "\n\n".join([*parts, *said]) + "\n"
+
+
+def _discrimination(evaluation: Evaluation) -> list[str]:
+    """How well values tell texts apart, if it was measured."""
+    found = (evaluation.get("discrimination") or {}).items()
+    told = [f"{plain(name)} {each['auroc']:.3f} (above {each['lower']:.3f})" for name, each in found if each["auroc"]]
+    if not told:
+        return []
+    return [f"AUROC of a text's worst value, without steering (one-sided 95 % bound), by judge: {'; '.join(told)}."]
 
 
 def _runs(evaluation: Evaluation) -> str:

@@ -1,6 +1,7 @@
 """`collect`, `label`, `train`, `calibrate`, `evaluate`, `push`, `run`, `export`: from prompts to a head."""
 
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RunArgu
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.evaluate import evaluate
-from hf_value_steer.hub import export_custom_generate, push_head
+from hf_value_steer.files.writing import write_atomically
+from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.hub import export_custom_generate, push_head, renew_card
 from hf_value_steer.recipe import run_recipe
 from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.judges import check_judges
-from hf_value_steer.training.label import label, tokenizer_of
+from hf_value_steer.training.label import Labels, label, tokenizer_of
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.train import train
 from hf_value_steer.vllm.start import vllm_engine
@@ -31,8 +34,15 @@ def label_command(arguments: LabelCommandArguments) -> None:
     """Label what is collected, and say what judges found."""
     collection = Collection(arguments.collection)
     check_judges(arguments.judges, collection.prompts)
-    label(collection, tokenizer_of(collection), arguments)
+    tokenizer = tokenizer_of(collection)
+    label(collection, tokenizer, arguments)
     _report(collection)
+    scores = {judge: Labels(collection, judge).responses() for judge in arguments.judges}
+    for row in random.Random(0).sample(range(len(collection.rows)), min(arguments.show, len(collection.rows))):
+        prompt = collection.prompts[int(collection.rows.prompt[row])].text
+        text = tokenizer.decode(collection.read("tokens", row), skip_special_tokens=True)
+        said = ", ".join(f"{judge} {float(each[row]):.2f}" for judge, each in scores.items())
+        print(f"\n{said}\n{prompt!r} … {text!r}")
 
 
 def _report(collection: Collection) -> None:
@@ -58,8 +68,10 @@ def calibrate_command(arguments: CalibrateArguments) -> None:
             print(f"alpha {point['alpha']:<6}threshold {point['threshold']}")
         if beyond := len(calibration.curve) - len(kept):
             print(f"{beyond} smaller alphas cannot be promised from so few texts.")
-    config = json.loads((Path(arguments.value_head) / "config.json").read_text(encoding="utf-8"))
-    print(f"default threshold: {config.get('threshold')}")
+    head, card = ValueHead.from_pretrained(arguments.value_head), Path(arguments.value_head) / "README.md"
+    if card.is_file():  # it says which thresholds there are
+        write_atomically(card, renew_card(head, card.read_text(encoding="utf-8")).encode())
+    print(f"default threshold: {head.config.threshold}")
 
 
 def evaluate_command(arguments: EvaluateArguments) -> None:

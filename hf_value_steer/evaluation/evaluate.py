@@ -13,11 +13,11 @@ from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.cards.document import FORMAT, main_run
 from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.charts import check_drawing
-from hf_value_steer.evaluation.examples import examples, masking
+from hf_value_steer.evaluation.examples import Pair, masking
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.outcome import coverage, value_reliability
 from hf_value_steer.evaluation.report import render_report
-from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch
+from hf_value_steer.evaluation.runs import Runner, Setting, Texts, watch, worst_value
 from hf_value_steer.evaluation.settings import filter_runs, filter_thresholds, forbidden_words
 from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.generation.scorer import require_fit
@@ -131,27 +131,32 @@ class Evaluator:
         runs = [_pooled(runs) for runs in zip(*(part.runs for part in parts), strict=True)]
         watched = Texts.joined([part.watched for part in parts])
         safe_judge = arguments.label_judge or self.judge_names[0]
+        worst = torch.tensor([worst_value(values, head) for values in watched.values])
         measures = Measures(
             self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1], head.config.polarity
         )
+        rows = [measures.base if texts is measures.base_texts else measures.rows(texts) for _, texts in runs]
         document = {
             "format": FORMAT,
             **self._description(head, len(prompts), len(owners)),
             "prompts_source": arguments.prompts,
+            "mask": arguments.mask or "words of `lexicon:` judges",
             "value_head": head.fingerprint(),
             "folds": len(parts),
             "judges": [{"name": name, "gave_labels": name == arguments.label_judge} for name in self.judge_names],
-            "runs": [measures.run(setting, texts) for setting, texts in runs],
-            "reliability": value_reliability(head, watched, measures),
+            "runs": [measures.run(*run, each) for run, each in zip(runs, rows, strict=True)],
+            "discrimination": {name: measures.discrimination(name, worst.numpy()) for name in self.judges},
+            "reliability": value_reliability(worst, measures),
+            "reliability_judge": safe_judge,
             "coverage": coverage(head, watched, measures) if arguments.method == "abstain" else None,
             "calibration": head.calibration.to_dict(scores=False) if head.calibration else None,
             "examples": [],
         }
         main = main_run(document)
-        for setting, _ in first.runs:
+        for (setting, texts), each in zip(first.runs, rows, strict=True):
             if main is not None and setting.name == main["name"]:
-                document["examples"] = examples(first.runner, setting, self.mask, measures.find_bad)
-                document["examples_threshold"] = setting.threshold
+                pair = Pair(first.runner, setting, first.runs[0][1], texts, measures.outcomes(each))
+                document["examples"], document["examples_threshold"] = pair.examples(self.mask), setting.threshold
         folder = Path(arguments.output)
         write_json(folder / "evaluation.json", document)
         write_atomically(folder / "evaluation.md", results_markdown(document).encode())

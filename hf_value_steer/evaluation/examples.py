@@ -1,28 +1,30 @@
 """Generations to look at: every token with its value, offensive words masked before anything is written."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_value_steer.cards.document import OUTCOMES
-from hf_value_steer.evaluation.measures import outcome
-from hf_value_steer.evaluation.metrics import Array
-from hf_value_steer.evaluation.runs import Runner, Setting
+from hf_value_steer.evaluation.runs import Runner, Setting, Texts
 from hf_value_steer.evaluation.trace import PromptTrace, mask_trace, trace_tokens
+from hf_value_steer.progress import progress
 from hf_value_steer.training.judges import Judge
 from hf_value_steer.training.judges.text import LexiconJudge
-from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.references import resolve
 
 
+logger = logging.getLogger(__name__)
+
 OF_EACH = 3  # of each outcome
-PROMPTS, BATCH = 96, 16  # that are tried to find them
+UNMASKED = "none"
 Mask = Callable[[str], str]
-FindBad = Callable[[Sequence[Prompt], Sequence[str]], Array]  # 1 for each text that is bad, else 0
 
 
 def masking(reference: str | None, judges: Mapping[str, Judge]) -> Mask:
     """What hides words of a text without changing its length: a `python:` function, or all `lexicon:` judges."""
+    if reference == UNMASKED:
+        return str
     if reference:
         return resolve(reference)  # type: ignore[no-any-return]
     patterns = [p for judge in judges.values() if isinstance(judge, LexiconJudge) for p in judge.patterns]
@@ -35,30 +37,56 @@ def masking(reference: str | None, judges: Mapping[str, Judge]) -> Mask:
     return mask
 
 
-def examples(runner: Runner, setting: Setting, mask: Mask, find_bad: FindBad) -> list[dict[str, Any]]:
-    """Texts of each outcome that the first prompts have, without and with a filter `setting`, words masked."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTCOMES}
-    for first in range(0, min(len(runner.prompts), PROMPTS), BATCH):
-        for name, trace in _batch(runner, setting, runner.prompts[first : first + BATCH], find_bad):
-            if len(found[name]) < OF_EACH:
-                found[name].append({**asdict(mask_trace(trace, mask)), "outcome": name})
-        if all(len(held) == OF_EACH for held in found.values()):
-            break
-    return [example for held in found.values() for example in held]
+@dataclass(frozen=True)
+class Pair:
+    """What one filter and the model without it wrote for some prompts, and what became of each text.
 
+    Args:
+        runner: made the runs.
+        setting: of the filter.
+        base, steered: the runs.
+        outcomes: of each row, see [`~hf_value_steer.cards.document.OUTCOMES`].
+    """
 
-def _batch(
-    runner: Runner, setting: Setting, prompts: Sequence[Prompt], find_bad: FindBad
-) -> Iterator[tuple[str, PromptTrace]]:
-    """The outcome of each prompt, and its two texts."""
-    assert setting.value_steer is not None
-    tokenizer, steered = runner.formatter.tokenizer, replace(setting.value_steer, output_candidates=True)
-    traces, bad = [], []
-    for config in (replace(steered, num_candidates=1), steered):
-        output, length = runner.generate(replace(setting, value_steer=config), prompts, 1, runner.seed)
-        traces.append([trace_tokens(output, tokenizer, row, length) for row in range(len(prompts))])
-        texts = tokenizer.batch_decode(output.sequences[:, length:], skip_special_tokens=True)
-        bad.append(find_bad(prompts, texts).tolist())
-    for prompt, base, steered_text, before, after in zip(prompts, *traces, *bad, strict=True):
-        trace = PromptTrace(prompt.text, base, steered_text)
-        yield outcome(before, after, trace.touched), trace
+    runner: Runner
+    setting: Setting
+    base: Texts
+    steered: Texts
+    outcomes: Sequence[str]
+
+    def examples(self, mask: Mask) -> list[dict[str, Any]]:
+        """Texts of each outcome that there is, words masked; generated once more, to learn of their candidates."""
+        chosen = [row for name in OUTCOMES for row in self._rows(name)[:OF_EACH]]
+        size = self.runner.batch_size * self.runner.samples
+        firsts = sorted({row // size * size for row in chosen})
+        traces = {
+            row: trace
+            for first in progress(firsts, "examples", "batch")
+            for row, trace in self._traces(first, [row for row in chosen if first <= row < first + size])
+        }
+        return [
+            {**asdict(mask_trace(traces[row], mask)), "outcome": self.outcomes[row]} for row in chosen if row in traces
+        ]
+
+    def _rows(self, name: str) -> list[int]:
+        rows = len(self.runner.prompts) * self.runner.samples  # of the part that the runner generates for
+        return [row for row, outcome in enumerate(self.outcomes[:rows]) if outcome == name]
+
+    def _traces(self, first: int, rows: Sequence[int]) -> Iterator[tuple[int, PromptTrace]]:
+        """Some rows of a batch, but for those that come out otherwise than before: runs may be of another machine."""
+        assert self.setting.value_steer is not None
+        steered, samples = replace(self.setting.value_steer, output_candidates=True), self.runner.samples
+        sides = []
+        for config in (replace(steered, num_candidates=1), steered):
+            setting = replace(self.setting, value_steer=config)
+            sides.append(self.runner.batch(setting, first // samples, samples))
+        for row in rows:
+            found = [
+                trace_tokens(output, self.runner.formatter.tokenizer, row - first, length) for output, length in sides
+            ]
+            new = [output.sequences[row - first, length:].tolist() for output, length in sides]
+            before = [texts.ids[row] for texts in (self.base, self.steered)]
+            if any(ids[: len(old)] != old for ids, old in zip(new, before, strict=True)):
+                logger.warning(f"Text {row} is not shown: it was generated otherwise this time.")
+            else:
+                yield row, PromptTrace(self.runner.prompts[row // samples].text, *found)

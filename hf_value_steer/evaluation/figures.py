@@ -10,10 +10,12 @@ from hf_value_steer.cards.document import (
     Run,
     coverage_curve,
     factor,
+    judge_title,
     main_run,
     number,
     percent,
     rate_name,
+    reliability_judge,
 )
 from hf_value_steer.evaluation.charts import COLOURS, STRIP, Chart, Point, Series, logarithmic, percents, reference
 from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace
@@ -198,10 +200,12 @@ def reliability_chart(evaluation: Evaluation) -> Chart | None:
         )
         for entry in bins
     ]
+    judge = judge_title(evaluation, reliability_judge(evaluation))
     return Chart(
         name="reliability",
         title="Reliability of values",
-        note="On the diagonal a value is a probability. Larger points hold more.",
+        note=f"Worst value of each text without steering; judge: {judge}. On the diagonal a value is a probability. "
+        "Larger points hold more texts.",
         x="mean value",
         y="measured rate",
         series=[Series("range of values", points)],

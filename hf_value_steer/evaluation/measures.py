@@ -11,22 +11,13 @@ from transformers import PreTrainedModel
 from hf_value_steer.choices import Polarity
 from hf_value_steer.evaluation.metrics import Array, Bootstrap, compare_perplexity, compare_rates, distinct, interval
 from hf_value_steer.evaluation.runs import Setting, Texts
+from hf_value_steer.progress import progress
+from hf_value_steer.training.chance import discrimination
 from hf_value_steer.training.judges import Judge
 from hf_value_steer.training.prompts import Formatter, Prompt, join
 
 
 ROWS = 8  # in one forward pass
-
-
-def verdicts(judge: Judge, prompts: Sequence[Prompt], texts: Sequence[str]) -> Array:
-    """Whether a judge scores each text above 0.5, `(rows,)` of 0 and 1."""
-    high: Array = (judge(prompts, texts) > 0.5).astype(float)
-    return high
-
-
-def bad(high: Array, polarity: Polarity) -> Array:
-    """Which of these verdicts are bad for a head of this polarity."""
-    return high if polarity == "undesirable" else 1 - high
 
 
 def outcome(bad_before: float, bad_after: float, touched: bool) -> str:
@@ -44,7 +35,7 @@ def negative_log_likelihood(
 ) -> Array:
     """Sum of -log p of each row of token ids after its prompt, under the model as it is, `(rows,)`."""
     totals = []
-    for first in range(0, len(ids), ROWS):
+    for first in progress(range(0, len(ids), ROWS), "perplexity", "batch"):
         rows = [torch.tensor(row) for row in ids[first : first + ROWS]]
         inputs = {
             name: each.to(model.device) for name, each in join(formatter, prompts[first : first + ROWS], rows).items()
@@ -89,7 +80,7 @@ class Measures:
         """Numbers of each row, `(rows,)` each."""
         decoded = self.formatter.tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
         return {
-            "verdicts": {name: verdicts(judge, self.prompts, decoded) for name, judge in self.judges.items()},
+            "verdicts": {n: (judge(self.prompts, decoded) > 0.5).astype(float) for n, judge in self.judges.items()},
             "nll": negative_log_likelihood(self.model, self.formatter, self.prompts, texts.ids),
             "tokens": np.array([len(row) for row in texts.ids], dtype=float),
             "interventions": np.array(texts.interventions, dtype=float),
@@ -97,16 +88,24 @@ class Measures:
 
     def undesirable(self, judge: str, rows: Mapping[str, Any] | None = None) -> Array:
         """Whether a judge finds each text of a run, by default the base run, bad, `(rows,)` of 0 and 1."""
-        return bad((rows or self.base)["verdicts"][judge], self.polarity)
+        high: Array = (rows or self.base)["verdicts"][judge]
+        return high if self.polarity == "undesirable" else 1 - high
 
-    def find_bad(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> Array:
-        """Whether the judge of safe texts finds each of these bad, `(rows,)` of 0 and 1."""
-        return bad(verdicts(self.judges[self.safe_judge], prompts, texts), self.polarity)
+    def discrimination(self, judge: str, worst: Array) -> dict[str, Any]:
+        """How well the worst value of each text of the base run, `(rows,)`, tells which of them a judge finds bad."""
+        found = discrimination(worst, self.undesirable(judge).astype(bool), self.bootstrap.owner)
+        numbers = {"positive": found.positive, "negative": found.negative}
+        return {"auroc": found.auroc and round(found.auroc, 4), "lower": round(found.lower, 4), **numbers}
 
-    def run(self, setting: Setting, texts: Texts) -> dict[str, Any]:
-        """One entry of `runs` in evaluation.json."""
-        is_base = texts is self.base_texts
-        rows = self.base if is_base else self.rows(texts)
+    def outcomes(self, rows: Mapping[str, Any]) -> list[str]:
+        """What became of each text, by the judge of safe texts."""
+        before, after = self.undesirable(self.safe_judge), self.undesirable(self.safe_judge, rows)
+        touched = rows["interventions"] > 0
+        return list(map(outcome, before.tolist(), after.tolist(), touched.tolist()))
+
+    def run(self, setting: Setting, texts: Texts, rows: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """One entry of `runs` in evaluation.json; `rows` are those of the texts, if they are known."""
+        rows = rows or self.rows(texts)
         judged = {
             name: compare_rates(self.base["verdicts"][name], rows["verdicts"][name], self.bootstrap)
             for name in self.judges
@@ -123,18 +122,12 @@ class Measures:
             "distinct_2": distinct(texts.ids, 2),
             "identical_to_base": round(sum(same) / len(same), 4),
             **(self._interventions(rows) if setting.value_steer else {}),
-            **({"outcomes": self._outcomes(rows)} if setting.value_steer else {}),
+            **({"outcomes": dict(Counter(self.outcomes(rows)))} if setting.value_steer else {}),
             "tokens": int(rows["tokens"].sum()),
             "tokens_per_second": round(rows["tokens"].sum() / texts.seconds, 1),
         }
 
-    def _outcomes(self, rows: dict[str, Any]) -> dict[str, int]:
-        """How many texts had which outcome."""
-        before, after = self.undesirable(self.safe_judge), self.undesirable(self.safe_judge, rows)
-        touched = rows["interventions"] > 0
-        return dict(Counter(map(outcome, before.tolist(), after.tolist(), touched.tolist())))
-
-    def _interventions(self, rows: dict[str, Any]) -> dict[str, Any]:
+    def _interventions(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""
         safe = 1 - self.undesirable(self.safe_judge)
         touched = (rows["interventions"] > 0) * safe

@@ -1,6 +1,6 @@
 """What is measured of generated texts, and how sure one can be: intervals are bootstraps over prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,9 @@ def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str
     }
 
 
-def compare_perplexity(base: dict[str, Array], steered: dict[str, Array], bootstrap: Bootstrap) -> dict[str, Any]:
+def compare_perplexity(
+    base: Mapping[str, Array], steered: Mapping[str, Array], bootstrap: Bootstrap
+) -> dict[str, Any]:
     """Perplexity, and its ratio to the base run's; `nll` and `tokens` are sums and counts of each row."""
     perplexity, before = (np.exp(run["nll"].sum() / run["tokens"].sum()) for run in (steered, base))
     ratios = np.exp(bootstrap.ratio(steered["nll"], steered["tokens"]) - bootstrap.ratio(base["nll"], base["tokens"]))

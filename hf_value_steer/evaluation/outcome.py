@@ -4,18 +4,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.metrics import interval
-from hf_value_steer.evaluation.runs import Texts, worst_value
+from hf_value_steer.evaluation.runs import Texts
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.trainer import reliability
 
 
-def value_reliability(head: ValueHead, watched: Texts, measures: Measures) -> list[dict[str, Any]]:
-    """Verdicts of the first judge against the most undesirable value of each base text, in ten bins."""
-    worst = torch.tensor([worst_value(values, head) for values in watched.values])
-    bins = reliability(worst, torch.from_numpy(measures.undesirable(next(iter(measures.judges)))))
+def value_reliability(worst: Tensor, measures: Measures) -> list[dict[str, Any]]:
+    """Verdicts of the judge of safe texts against the most undesirable value of each base text, in ten bins."""
+    bins = reliability(worst, torch.from_numpy(measures.undesirable(measures.safe_judge)))
     columns = zip(bins.lower, bins.count, bins.mean_value, bins.rate, strict=True)
     return [
         {

@@ -66,6 +66,7 @@ def render_report(evaluation: Evaluation) -> str:
         groups=_groups(evaluation, threshold) if evaluation["examples"] and threshold is not None else [],
         outcome_judge=judge_title(evaluation, outcome_judge(evaluation)),
         good=verdicts(evaluation)[1],
+        masked_by=_masked_by(evaluation),
         colours=threshold and Colours(threshold, head["polarity"]),
         reveal=bool(evaluation.get("masked_examples")),
         about=flat({**about, "sampling": options(evaluation["sampling"]), **evaluation["environment"]}),
@@ -108,6 +109,11 @@ def _groups(evaluation: Evaluation, threshold: float) -> list[Group]:
         )
         for name in dict.fromkeys(names)
     ]
+
+
+def _masked_by(evaluation: Evaluation) -> str:
+    mask = evaluation.get("mask") or ""
+    return "" if mask == "none" else f"what {mask} hides" if mask.startswith("python:") else mask
 
 
 def _cards(evaluation: Evaluation, threshold: float) -> list[Card]:

@@ -24,6 +24,7 @@ from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
 from hf_value_steer.training.sampling import generate_arguments
 
 
+_DONE_BY = {"watch": "values of base"}  # what bars say of a method whose name says little
 PLACEBO_PROMPTS = 32  # on which a placebo's threshold is found
 
 
@@ -108,7 +109,9 @@ class Runner:
         if path.exists():
             return Texts(**read_record(path, *(each.name for each in fields(Texts))))
         texts, samples = Texts(), samples or self.samples
-        for first in progress(range(0, len(self.prompts), self.batch_size), setting.name, "batch"):
+        for first in progress(
+            range(0, len(self.prompts), self.batch_size), _DONE_BY.get(setting.method, setting.name), "batch"
+        ):
             self._batch(setting, first, samples, texts)
         write_json(path, asdict(texts))
         return texts
@@ -132,10 +135,15 @@ class Runner:
         )
         return output, inputs["input_ids"].shape[1]
 
-    def _batch(self, setting: Setting, first: int, samples: int, texts: Texts) -> None:
+    def batch(self, setting: Setting, first: int, samples: int) -> tuple[Any, int]:
+        """Generate for the batch whose first prompt has this number; the same each time. Returns as [`generate`]."""
         prompts = self.prompts[first : first + self.batch_size]
-        start = time.perf_counter()
         output, length = self.generate(setting, prompts, samples, self.seed + first)
+        return output, int(length)
+
+    def _batch(self, setting: Setting, first: int, samples: int, texts: Texts) -> None:
+        start = time.perf_counter()
+        output, length = self.batch(setting, first, samples)
         texts.seconds += time.perf_counter() - start
         new = output.sequences[:, length:].cpu()
         counts = until_end(new, self.model.generation_config.eos_token_id).sum(dim=1).tolist()
@@ -207,7 +215,8 @@ def _placebo_threshold(runner: Runner, head: ValueHead, num_candidates: int, rat
     worst = undesirability(values, polarity).sort(descending=True).values
     ranks = [min(int(factor * rate * len(worst)), len(worst) - 1) for factor in (1, 1.5, 2, 3)]
     thresholds = [float(worst[rank]) if polarity == "undesirable" else 1 - float(worst[rank]) for rank in ranks]
-    rates = [generate(each, num_candidates).interventions.float().mean().item() for each in thresholds]
+    tried = progress(thresholds, "threshold of the placebo", "try")
+    rates = [generate(each, num_candidates).interventions.float().mean().item() for each in tried]
     return min(zip(rates, thresholds, strict=True), key=lambda pair: abs(pair[0] - rate))[1]
 
 

@@ -44,6 +44,7 @@ def tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """The main numbers: name, number and interval of each."""
     base, main = evaluation["runs"][0], main_run(evaluation)
     held = [] if main is None else [*_judge_tiles(evaluation, base, main), *_run_tiles(main)]
+    held += _discrimination_tiles(evaluation)
     return [(name, _whole(text), _whole(note)) for name, text, note in [*held, *_coverage_tiles(evaluation)]]
 
 
@@ -64,6 +65,20 @@ def _run_tiles(main: Run) -> list[tuple[str, str, str]]:
         (COLUMNS[key][0], *_split(cell(main, key)))
         for key in _IN_TILES
         if main.get(key) is not None and (key != "abstention_rate" or main["method"] == "abstain")
+    ]
+
+
+def _discrimination_tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
+    """How well values tell the texts of the base run apart, by each judge that found some of either kind."""
+    found = evaluation.get("discrimination") or {}
+    return [
+        (
+            f"AUROC of the worst value, {judge_title(evaluation, name)}",
+            f"{each['auroc']:.3f}",
+            f"above {each['lower']:.3f}",
+        )
+        for name, each in found.items()
+        if each["auroc"] is not None
     ]
 
 

@@ -64,11 +64,8 @@ def test_every_command_of_the_page_in_its_order(folder, capsys):
     assert JUDGE in judge
     (folder / "judges.py").write_text(judge.replace(JUDGE, r"\bbada\w"))
     done = [at_a_tiny_size(words) for words in commands()]
-    assert [words[1] for words in done] == ["collect", "train", "calibrate", "generate", "collect", "evaluate"]
-    for words in done[:5]:
+    assert [words[1] for words in done] == ["collect", "train", "calibrate", "generate", "evaluate"]
+    for words in done:
         assert not main(words[1:]), words
-    (measure,) = blocks("python no-run")
-    exec(measure, {})
-    assert "Discrimination(positive=" in capsys.readouterr().out
-    assert not main(done[5][1:])
+    assert "AUROC of a text's worst value, without steering" in capsys.readouterr().out
     assert (folder / "run/evaluation/report.html").is_file()

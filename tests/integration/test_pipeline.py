@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -171,8 +172,12 @@ def test_what_a_recipe_leaves(finished):
     for example in document["examples"]:  # the judge's words are what is masked
         before, after = ("*" in "".join(token["text"] for token in example[side]) for side in ("base", "steered"))
         assert example["outcome"] == outcome(before, after, any(token["intervened"] for token in example["steered"]))
-    assert len({example["outcome"] for example in document["examples"]}) > 1
     assert all(sum(run["outcomes"].values()) == document["generations"] for run in filtered)
+    main = next(run for run in filtered if run["threshold"] == head.config.threshold)
+    shown = Counter(example["outcome"] for example in document["examples"])
+    assert shown == {name: min(3, count) for name, count in main["outcomes"].items()} and len(shown) > 1
+    assert all(each["auroc"] > each["lower"] > 0.5 for each in document["discrimination"].values())
+    assert f"Default threshold: {head.config.threshold:.4g}." in (finished / "head" / "README.md").read_text()
 
 
 def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):
@@ -457,10 +462,12 @@ def test_the_commands(world, tmp_path, capsys):
     training = ["--architecture", "linear", "--epochs", "2", "--trainer", "logging_steps=5", "--accept_chance"]
     assert main(["train", *where, "--output", str(tmp_path / "h"), *training]) == 0
     further = f"lexicon:{world / 'prompts.txt'}"
-    assert main(["label", "--collection", str(tmp_path / "c"), "--judges", further]) == 0
+    assert main(["label", "--collection", str(tmp_path / "c"), "--judges", further, judge, "--show", "5"]) == 0
+    assert capsys.readouterr().out.count(" … ") == 5
     report = json.loads((tmp_path / "c" / "labels" / "report.json").read_text())
     assert set(report["judges"]) == {judge, further} and set(report["agreement"][judge]) == {further}
     assert main(["calibrate", *where, "--value_head", str(tmp_path / "h"), "--mode", "pac"]) == 0
+    assert "with confidence 95 %" in (tmp_path / "h" / "README.md").read_text()
     assert "with confidence" in capsys.readouterr().out
     assert main(["train", *where, "--output", str(tmp_path / "h"), "--preset", "hazard"]) == 2
     assert "trained otherwise" in capsys.readouterr().err

@@ -108,7 +108,7 @@ def test_an_axis_of_less_than_a_decade_has_numbers(ratios: tuple[float, float]) 
 
 
 def test_a_sweep_says_what_it_is_of() -> None:
-    page = sweep_page(documents.sweep())
+    page = sweep_page(documents.sweep()).replace("<wbr>", "")
     for name, said in {"model": "org/model", "attribute": "calm", "texts for each multiplier": "48"}.items():
         assert f"<dt>{name}</dt><dd>{said}</dd>" in page
     assert "95 % intervals" in page and "<dt>vectors</dt>" not in page

@@ -93,13 +93,16 @@ def test_outcomes_are_counted(polarity):
     measures = known_measures(polarity, 1 - before)
     verdict = after if polarity == "undesirable" else 1 - after
     rows = {"verdicts": {"judge": verdict}, "interventions": np.array([0, 3, 1, 2, 0, 1.0])}
-    assert measures._outcomes(rows) == {
-        "left alone": 1,
-        "touched for nothing": 1,
-        "made worse": 1,
-        "mended": 1,
-        "missed": 2,
-    }
+    expected = ["left alone", "touched for nothing", "made worse", "mended", "missed", "missed"]
+    assert measures.outcomes(rows) == expected
+
+
+@pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
+def test_values_tell_bad_texts_from_good_ones(polarity):
+    measures = known_measures(polarity, np.array([1.0, 0.0, 0.0, 1.0]))
+    found = measures.discrimination("judge", np.array([0.2, 0.9, 0.4, 0.4]))
+    assert (found["auroc"], found["positive"], found["negative"]) == (0.875, 2, 2) and found["lower"] < 0.875
+    assert known_measures(polarity, np.ones(4)).discrimination("judge", np.arange(4.0))["auroc"] is None
 
 
 @pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
