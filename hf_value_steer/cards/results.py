@@ -53,7 +53,11 @@ def results_markdown(evaluation: Evaluation) -> str:
 def _discrimination(evaluation: Evaluation) -> list[str]:
     """How well values tell texts apart, if it was measured."""
     found = (evaluation.get("discrimination") or {}).items()
-    told = [f"{plain(name)} {each['auroc']:.3f} (above {each['lower']:.3f})" for name, each in found if each["auroc"]]
+    told = [
+        f"{plain(name)} {each['auroc']:.3f} (above {each['lower']:.3f})"
+        for name, each in found
+        if each["auroc"] is not None
+    ]
     if not told:
         return []
     return [f"AUROC of a text's worst value, without steering (one-sided 95 % bound), by judge: {'; '.join(told)}."]

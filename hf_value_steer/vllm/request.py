@@ -149,7 +149,8 @@ class SteeredRequest:
         """Set the threshold, which may depend on the value `()` of the prompt; the first of both are reported."""
         scorer.start(prompt_value[None])
         if self.report.prompt_value is None:
-            self.report.prompt_value, self.report.threshold = float(prompt_value), float(scorer.threshold)
+            self.report.prompt_value = float(prompt_value)
+            self.report.threshold = round(float(scorer.threshold), 7)  # as it was said, not as float32 keeps it
 
     def take_report(self) -> TokenReport:
         """The report of this step; that of the next one begins empty."""
