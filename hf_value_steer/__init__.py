@@ -51,6 +51,7 @@ _HOME = {
     "GuidanceModule": "guidance.module",
     "GuidanceModuleConfig": "configuration.guidance_module",
     "MismatchError": "errors",
+    "ScoredText": "scoring",
     "ScoringError": "errors",
     "SteeringError": "errors",
     "SteeringVectors": "activation.steering_vectors",
@@ -66,6 +67,7 @@ _HOME = {
     "disable_value_steer": "generate",
     "enable_value_steer": "generate",
     "export_custom_generate": "hub",
+    "score_text": "scoring",
     "value_steer_generate": "generation.decoding",
 }
 

@@ -38,6 +38,12 @@ COMMANDS = {
         f"{_HERE}.play:play",
         f"hf-value-steer play {_MODEL} --value-head org/head",
     ),
+    "score": Command(
+        "values of texts that are there already, a line of JSON for each",
+        (f"{_TOLD}.score:ScoreArguments",),
+        f"{_HERE}.score:score",
+        f"hf-value-steer score --model {_MODEL} --value-head org/head --texts texts.txt",
+    ),
     "doctor": Command(
         "check that steering is exact on a model and this machine",
         (f"{_TOLD}.doctor:DoctorArguments",),

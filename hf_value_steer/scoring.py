@@ -1,0 +1,156 @@
+"""Values of texts that are there already: for audits, for filtering data, for moderation."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_value_steer.backbone.parts import underlying
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.errors import ScoringError, UnsupportedError
+from hf_value_steer.generation.prepared import PreparedModel
+from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.hosts.transformers import CACHE
+from hf_value_steer.policy import acceptable
+
+
+Text: TypeAlias = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """The values of one text.
+
+    Args:
+        tokens (`list` of `int`): its token ids, without those of its prompt.
+        values (`list` of `float`): value in (0, 1) of what stands there up to each of them, that token included.
+        prompt_value (`float`, *optional*): value of the prompt, if there is one.
+        first_unacceptable (`int`, *optional*): which of the tokens is the first that is not acceptable, from 0.
+    """
+
+    tokens: list[int]
+    values: list[float]
+    prompt_value: float | None
+    first_unacceptable: int | None
+
+
+@torch.no_grad()
+def score_text(
+    model: PreTrainedModel,
+    value_head: ValueHead | str,
+    texts: Iterable[Text],
+    prompts: Iterable[Text] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    threshold: float | None = None,
+    alpha: float | None = None,
+    batch_size: int = 8,
+    chunk: int = 1024,
+    allow_backbone_mismatch: bool = False,
+) -> Iterator[ScoredText]:
+    """Values of every token of texts that are there already, one forward for each batch, in the order of the texts.
+
+    They are the values that the same tokens have while they are generated. Neither logits nor a cache are kept, and
+    texts are read as they are asked for: memory does not grow with their number.
+
+    Args:
+        model: the backbone.
+        value_head: of this backbone, or its folder or Hub id.
+        texts (iterable of `str` or of sequences of `int`): texts, or token ids. A text behind a prompt gets no special
+            tokens. Token ids are exact; a text may be cut into other tokens than those it was generated in.
+        prompts (iterable, *optional*): what stands before each text, in the same form.
+        tokenizer: of the backbone; needed for texts.
+        threshold (`float`, *optional*), alpha (`float`, *optional*): what is acceptable, as in [`ValueFilterConfig`];
+            by default the threshold of the head.
+        batch_size (`int`): texts in one forward.
+        chunk (`int`): longer texts are read in so many tokens at a time, with a cache.
+        allow_backbone_mismatch (`bool`): use a head that was made for another backbone of this shape.
+
+    Raises:
+        ValueError: for a head that does not fit, a text without a tokenizer, or another number of prompts than of texts.
+        UnsupportedError: for texts longer than `chunk` in a model with recurrent state.
+        ScoringError: if a value is no number.
+    """
+    model = underlying(model)
+    config = ValueFilterConfig(
+        value_head=value_head, threshold=threshold, alpha=alpha, allow_backbone_mismatch=allow_backbone_mismatch
+    )
+    reader = _Reader(PreparedModel(model), config, load_head(config, model), chunk)
+    pairs = ((None, text) for text in texts) if prompts is None else zip(prompts, texts, strict=True)
+    rows = (_ids(prompt, text, tokenizer) for prompt, text in pairs)
+    while batch := list(itertools.islice(rows, batch_size)):
+        yield from reader.read(batch)
+
+
+def _ids(prompt: Text | None, text: Text, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt, none if there is none, and of a text."""
+
+    def ids(given: Text, first: bool) -> list[int]:
+        if not isinstance(given, str):
+            return list(given)
+        if tokenizer is None:
+            raise ValueError("`tokenizer` is needed for texts: pass it, or token ids.")
+        return list(tokenizer(given, add_special_tokens=first)["input_ids"])
+
+    return ([] if prompt is None else ids(prompt, True)), ids(text, prompt is None)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads batches of texts with one head."""
+
+    prepared: PreparedModel
+    config: ValueFilterConfig
+    head: ValueHead
+    chunk: int
+
+    def read(self, batch: Sequence[tuple[list[int], list[int]]]) -> Iterator[ScoredText]:
+        """Values of some prompts and texts, given as token ids."""
+        scorer = bind(self.config, self.head, len(batch), torch.device("cpu"))
+        values = self._values(scorer, [torch.tensor(prompt + text, dtype=torch.long) for prompt, text in batch])
+        starts = [len(prompt) for prompt, _ in batch]
+        if scorer.least_growth is not None:
+            if not all(starts):
+                raise ValueError("This alpha compares values with that of the prompt: pass `prompts`.")
+            scorer.start(values[torch.arange(len(batch)), torch.tensor(starts) - 1])
+        passed = acceptable(values, scorer.threshold[:, None], scorer.polarity)
+        for row, ((_, text), start) in enumerate(zip(batch, starts, strict=True)):
+            mine = slice(start, start + len(text))
+            failed = (~passed[row, mine]).nonzero().flatten().tolist()
+            prompt_value = float(values[row, start - 1]) if start else None
+            yield ScoredText(text, values[row, mine].tolist(), prompt_value, failed[0] if failed else None)
+
+    def _values(self, scorer: Scorer, rows: list[Tensor]) -> Tensor:
+        """Value of every position, `(rows, positions)`; 0 behind the end of a row."""
+        ids = pad_sequence(rows, batch_first=True)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        model, length = self.prepared.model, ids.shape[1]
+        if not length:
+            return torch.zeros(len(rows), 0)
+        cache = None if length <= self.chunk else self._cache(length)
+        found = []
+        for first in range(0, length, self.chunk):
+            last = first + self.chunk
+            inputs: dict[str, Any] = {"input_ids": ids[:, first:last], "attention_mask": mask[:, :last]}
+            inputs = {name: each.to(model.device) for name, each in inputs.items()}
+            inputs |= {"use_cache": cache is not None, **({CACHE: cache} if cache is not None else {})}
+            found.append(scorer.values(self.prepared.forwards.run_to(self.prepared.point, inputs).feature))
+        values = torch.cat(found, dim=1)
+        if bool((values.isnan() & mask.bool()).any()):
+            raise ScoringError("A value is no number in [0, 1]: the head or the model gave NaN or an infinity.")
+        return values.masked_fill(~mask.bool(), 0.0)
+
+    def _cache(self, length: int) -> DynamicCache:
+        model = self.prepared.model
+        if model._is_stateful:
+            raise UnsupportedError(
+                f"{type(model).__name__} has recurrent state, so that a text of {length} tokens is not read in parts: "
+                f"pass `chunk={length}`, or shorter texts."
+            )
+        return DynamicCache(config=model.config)

@@ -1,0 +1,63 @@
+"""`hf-value-steer score`: a line for each text, with the values that the library gives."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_value_steer import score_text
+from hf_value_steer.cli import main
+from tests.families import random_head
+from tests.tiny_text import save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    random_head(AutoModelForCausalLM.from_pretrained(save_tiny_model(folder / "model"))).save_pretrained(
+        folder / "head"
+    )
+    (folder / "texts.txt").write_text("goodak goodbl\nbadak goodal goodam\n")
+    records = [{"text": "goodal goodam", "before": "goodak"}, {"text": "badak", "before": "goodbl goodcl"}]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder
+
+
+def scored(world, capsys, *words):
+    command = ["score", "--model", f"{world}/model", "--value-head", f"{world}/head", "--threshold", "0.5", *words]
+    assert main(command) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_lines_are_what_the_library_says(world, capsys, prompted):
+    model, tokenizer = (kind.from_pretrained(world / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    texts, prompts = ["goodak goodbl", "badak goodal goodam"], None
+    words = ["--texts", f"{world}/texts.txt"]
+    if prompted:
+        texts, prompts = ["goodal goodam", "badak"], ["goodak", "goodbl goodcl"]
+        words = ["--texts", f"{world}/texts.jsonl", "--prompt-column", "before"]
+    known = list(score_text(model, str(world / "head"), texts, prompts, tokenizer=tokenizer, threshold=0.5))
+    lines = scored(world, capsys, *words, "--values")
+    assert len(lines) == len(known) == 2
+    for number, (line, each) in enumerate(zip(lines, known, strict=True)):
+        assert (line["text"], line["first_unacceptable"]) == (number, each.first_unacceptable)
+        assert [value for _, value in line["values"]] == pytest.approx(each.values)
+        assert line["worst_value"] == max(value for _, value in line["values"])
+        assert "".join(piece for piece, _ in line["values"]).split() == texts[number].split()
+        assert line["acceptable"] == (each.first_unacceptable is None) == ("token" not in line)
+    assert "values" not in scored(world, capsys, *words)[0]
+
+
+def test_a_missing_column_is_named(world, capsys):
+    command = [
+        "score",
+        "--model",
+        f"{world}/model",
+        "--value-head",
+        f"{world}/head",
+        "--texts",
+        f"{world}/texts.jsonl",
+    ]
+    assert main([*command, "--prompt-column", "befor"]) == 2
+    assert "--prompt-column: text 0 has no text 'befor', only ['before'" in capsys.readouterr().err

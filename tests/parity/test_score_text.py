@@ -1,0 +1,122 @@
+"""Values of texts that are there already: those of decode time, whatever the batch, the padding and the chunks."""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig, score_text
+from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
+from tests.families import FAMILIES, build, prompts, random_head
+from tests.steer import steer
+
+
+NEW = 14
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def written(request):
+    """A model, a head, and what was written by steering: prompts and texts as token ids, and the values of then."""
+    model = build(request.param)
+    head = random_head(model)
+    given = prompts(3)
+    config = ValueFilterConfig(value_head=head, threshold=0.4, num_candidates=4)
+    output = steer(model, config, **given, max_new_tokens=NEW, do_sample=True)
+    length = given["input_ids"].shape[1]
+    counts = (~output.token_values.isnan()).sum(dim=1).tolist()
+    return (
+        model,
+        head,
+        {
+            "prompts": [row[mask.bool()].tolist() for row, mask in zip(*given.values(), strict=True)],
+            "texts": [
+                row[length : length + count].tolist() for row, count in zip(output.sequences, counts, strict=True)
+            ],
+            "values": [row[:count].tolist() for row, count in zip(output.token_values, counts, strict=True)],
+            "prompt_values": output.prompt_values.tolist(),
+        },
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_values_are_those_of_decode_time(written, batch_size):
+    model, head, known = written
+    found = list(score_text(model, head, known["texts"], known["prompts"], threshold=0.4, batch_size=batch_size))
+    assert [each.tokens for each in found] == known["texts"]
+    for each, values, prompt_value in zip(found, known["values"], known["prompt_values"], strict=True):
+        assert each.values == pytest.approx(values, abs=1e-4)
+        assert each.prompt_value == pytest.approx(prompt_value, abs=1e-4)
+        bad = [place for place, value in enumerate(each.values) if value >= 0.4]
+        assert each.first_unacceptable == (bad[0] if bad else None)
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_long_texts_are_read_in_parts(written, chunk):
+    model, head, known = written
+    whole = list(score_text(model, head, known["texts"], known["prompts"], threshold=0.4))
+    parts = score_text(model, head, known["texts"], known["prompts"], threshold=0.4, chunk=chunk)
+    if model._is_stateful:
+        with pytest.raises(UnsupportedError, match="recurrent state"):
+            next(parts)
+        return
+    for one, other in zip(whole, parts, strict=True):
+        assert other.values == pytest.approx(one.values, abs=1e-4)
+
+
+def test_texts_and_token_ids_are_the_same(smollm2, tokenizer):
+    head = random_head(smollm2)
+    texts, prompts = ["a dog barked.", "it rained", ""], ["Last night", "In the morning", "At noon"]
+    given = {"tokenizer": tokenizer, "threshold": 0.5}
+    found = list(score_text(smollm2, head, texts, prompts, **given))
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    known = list(score_text(smollm2, head, ids, [tokenizer(each)["input_ids"] for each in prompts], threshold=0.5))
+    assert found == known and [each.tokens for each in found] == ids and found[2].values == []
+    alone = list(score_text(smollm2, head, ["Last nighta dog barked."], **given))
+    assert alone[0].prompt_value is None and len(alone[0].values) == len(
+        tokenizer("Last nighta dog barked.")["input_ids"]
+    )
+
+
+def test_texts_are_read_as_they_are_asked_for():
+    model = build("llama")
+    asked = []
+
+    def texts():
+        for number in range(1000):
+            asked.append(number)
+            yield [5, 6, 7]
+
+    found = score_text(model, random_head(model), texts(), threshold=0.5, batch_size=4)
+    next(found)
+    assert len(asked) == 4
+
+
+def test_no_position_reaches_the_output_embedding():
+    model = build("llama")
+    positions = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, function, _types, args=(), kwargs=None):
+            if function is torch.nn.functional.linear and args[1] is model.lm_head.weight:
+                positions.append(args[0].shape[1])
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        list(score_text(model, random_head(model), [[5, 6, 7]] * 3, threshold=0.5))
+        assert positions == [0]
+        model(torch.tensor([[5, 6, 7]]))
+    assert positions == [0, 3]
+
+
+def test_what_cannot_be_done_is_refused():
+    model = build("llama")
+    head = random_head(model)
+    with pytest.raises(ValueError, match="`tokenizer` is needed"):
+        list(score_text(model, head, ["a text"], threshold=0.5))
+    with pytest.raises(ValueError, match="shorter|longer"):
+        list(score_text(model, head, [[5], [6]], [[7]], threshold=0.5))
+    wide = ValueHead(ValueHeadConfig(hidden_size=64, threshold=0.5))
+    with pytest.raises(MismatchError, match="hidden_size=64"):
+        list(score_text(model, wide, [[5]]))
+    head.net[-1].bias.data.fill_(torch.nan)
+    with pytest.raises((ScoringError, ValueError), match="finite|no number"):
+        list(score_text(model, head, [[5, 6]], threshold=0.5))
