@@ -73,7 +73,7 @@ def score_text(
         allow_backbone_mismatch (`bool`): use a head that was made for another backbone of this shape.
 
     Raises:
-        ValueError: for a head that does not fit, a text without a tokenizer, or another number of prompts than of texts.
+        ValueError: for a head that does not fit, a text without a tokenizer, or more prompts than texts, or fewer.
         UnsupportedError: for texts longer than `chunk` in a model with recurrent state.
         ScoringError: if a value is no number.
     """
