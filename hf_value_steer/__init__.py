@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from hf_value_steer.heads.value_head import ValueHead as ValueHead
     from hf_value_steer.heads.value_head import ValueHeadOutput as ValueHeadOutput
     from hf_value_steer.hub import export_custom_generate as export_custom_generate
+    from hf_value_steer.scoring import ScoredText as ScoredText
+    from hf_value_steer.scoring import score_text as score_text
     from hf_value_steer.wrapper import ValueSteerForCausalLM as ValueSteerForCausalLM
 
 # Where what is exported is defined.

@@ -24,6 +24,7 @@ from hf_value_steer.cards.document import (
     percent,
     rate_name,
     setting,
+    verdicts,
 )
 from hf_value_steer.files.markup import code, plain, table
 
@@ -52,12 +53,12 @@ def results_markdown(evaluation: Evaluation) -> str:
 
 def _discrimination(evaluation: Evaluation) -> list[str]:
     """How well values tell texts apart, if it was measured."""
-    found = (evaluation.get("discrimination") or {}).items()
-    told = [
-        f"{plain(name)} {each['auroc']:.3f} (above {each['lower']:.3f})"
-        for name, each in found
-        if each["auroc"] is not None
-    ]
+    bad, good = verdicts(evaluation)
+    told = []
+    for name, each in (evaluation.get("discrimination") or {}).items():
+        if each["auroc"] is not None:
+            of = f"above {each['lower']:.3f}; {each['positive']} {bad}, {each['negative']} {good}"
+            told.append(f"{plain(judge_title(evaluation, name))} {each['auroc']:.3f} ({of})")
     if not told:
         return []
     return [f"AUROC of a text's worst value, without steering (one-sided 95 % bound), by judge: {'; '.join(told)}."]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.arguments.train import parse_attributes
 from hf_value_steer.cards.document import FORMAT, main_run
 from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.charts import check_drawing
@@ -130,7 +131,8 @@ class Evaluator:
         owners = [prompt for prompt in prompts for _ in range(arguments.samples)]
         runs = [_pooled(runs) for runs in zip(*(part.runs for part in parts), strict=True)]
         watched = Texts.joined([part.watched for part in parts])
-        safe_judge = arguments.label_judge or self.judge_names[0]
+        labelled = {arguments.label_judge, *_learned_from(head)}
+        safe_judge = next((name for name in self.judge_names if name in labelled), self.judge_names[0])
         worst = torch.tensor([worst_value(values, head) for values in watched.values])
         measures = Measures(
             self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1], head.config.polarity
@@ -143,7 +145,7 @@ class Evaluator:
             "mask": arguments.mask or "words of `lexicon:` judges",
             "value_head": head.fingerprint(),
             "folds": len(parts),
-            "judges": [{"name": name, "gave_labels": name == arguments.label_judge} for name in self.judge_names],
+            "judges": [{"name": name, "gave_labels": name in labelled} for name in self.judge_names],
             "runs": [measures.run(*run, each) for run, each in zip(runs, rows, strict=True)],
             "discrimination": {name: measures.discrimination(name, worst.numpy()) for name in self.judges},
             "reliability": value_reliability(worst, measures),
@@ -178,6 +180,12 @@ class Evaluator:
                 **{package: version(package) for package in ("hf-value-steer", "torch", "transformers")},
             },
         }
+
+
+def _learned_from(head: ValueHead) -> list[str]:
+    """The judges whose labels the head learned, as far as it says."""
+    training = head.config.training or {}
+    return [each.judge for each in parse_attributes(training.get("attributes") or [])] or [training.get("judge", "")]
 
 
 def _pooled(runs: Sequence[tuple[Setting, Texts]]) -> tuple[Setting, Texts]:

@@ -70,7 +70,10 @@ class Pair:
 
     def _rows(self, name: str) -> list[int]:
         rows = len(self.runner.prompts) * self.runner.samples  # of the part that the runner generates for
-        return [row for row, outcome in enumerate(self.outcomes[:rows]) if outcome == name]
+        found = [row for row, outcome in enumerate(self.outcomes[:rows]) if outcome == name]
+        of_prompts = {row // self.runner.samples: row for row in reversed(found)}
+        first = sorted(of_prompts.values())  # one text of each prompt comes before its others
+        return first + [row for row in found if row not in first]
 
     def _traces(self, first: int, rows: Sequence[int]) -> Iterator[tuple[int, PromptTrace]]:
         """Some rows of a batch, but for those that come out otherwise than before: runs may be of another machine."""

@@ -52,13 +52,20 @@ def interval(draws: Array) -> list[float] | None:
 def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str, Any]:
     """Rate of a judge's verdicts, and how far it fell against the base run, both `(rows,)` of 0 and 1."""
     rate, before = steered.mean(), base.mean()
+    exact = _at_the_edge(float(rate), bootstrap.weights.shape[1])
     return {
         "rate": round(float(rate), 4),
-        "rate_interval": interval(bootstrap.mean(steered)),
+        "rate_interval": exact or interval(bootstrap.mean(steered)),
         "difference_interval": interval(bootstrap.mean(steered - base)),
         "relative_reduction": round(float(1 - rate / before), 4) if before else None,
-        "relative_reduction_interval": interval(1 - bootstrap.ratio(steered, base)),
+        "relative_reduction_interval": None if exact else interval(1 - bootstrap.ratio(steered, base)),
     }
+
+
+def _at_the_edge(rate: float, prompts: int) -> list[float] | None:
+    """The exact 95 % interval (Clopper-Pearson, of prompts) of a rate of 0 or 1, where resamples know no variation."""
+    bound = round(1 - 0.025 ** (1 / prompts), 4)
+    return [0.0, bound] if rate == 0 else [1 - bound, 1.0] if rate == 1 else None
 
 
 def compare_perplexity(

@@ -17,6 +17,7 @@ from hf_value_steer.cards.document import (
     percent,
     rate_name,
     setting,
+    verdicts,
 )
 
 
@@ -70,12 +71,12 @@ def _run_tiles(main: Run) -> list[tuple[str, str, str]]:
 
 def _discrimination_tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """How well values tell the texts of the base run apart, by each judge that found some of either kind."""
-    found = evaluation.get("discrimination") or {}
+    found, (bad, good) = evaluation.get("discrimination") or {}, verdicts(evaluation)
     return [
         (
             f"AUROC of the worst value, {judge_title(evaluation, name)}",
             f"{each['auroc']:.3f}",
-            f"above {each['lower']:.3f}",
+            f"above {each['lower']:.3f}; {each['positive']} {bad}, {each['negative']} {good} texts",
         )
         for name, each in found.items()
         if each["auroc"] is not None

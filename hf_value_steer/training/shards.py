@@ -195,7 +195,9 @@ class Collection:
             raise ArtefactError(f"`shards` of {path} is {shards!r}, expected a whole number of at least 1.")
         names = [found.stem for found in shard_path(self.folder, 0).parent.glob("*.safetensors")]
         if missing := shards - sum(name.isdecimal() and int(name) < shards for name in names):
-            raise ArtefactError(f"{missing} of {shards} shards of {self.folder} are missing: run `collect` again.")
+            raise ArtefactError(
+                f"{missing} of {shards} shards of {self.folder} are missing: wait for `collect`, or run it again."
+            )
 
     @cached_property
     def prompts(self) -> list[Prompt]:

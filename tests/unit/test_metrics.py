@@ -157,3 +157,13 @@ def test_runs_whose_names_differ_by_a_sign_are_two(tmp_path, monkeypatch):
         runner.run(Setting(name, "other"))
     assert made == ["m=-0.5", "m=0.5", "filter K=8"]
     assert (tmp_path / "filter-k-8.json").exists()
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_rate_at_the_edge_is_not_certain(rate):
+    bootstrap = Bootstrap(np.repeat(np.arange(20), 3))
+    base = np.tile([0.0, 1.0, 1.0], 20)
+    found = compare_rates(base, np.full(60, rate), bootstrap)
+    bound = 1 - 0.025 ** (1 / 20)  # of 20 prompts, none or all
+    assert found["rate_interval"] == pytest.approx([0, bound] if rate == 0 else [1 - bound, 1], abs=1e-4)
+    assert found["relative_reduction_interval"] is None and found["difference_interval"] is not None

@@ -24,6 +24,7 @@ from hf_value_steer.arguments.doctor import DoctorArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments, SweepArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments, LossWeights
 from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipePushArguments, RunArguments
+from hf_value_steer.arguments.score import ScoreArguments
 from hf_value_steer.arguments.steer import GenerateArguments, PlayArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
 from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, ExtractArguments, ScaleArguments
@@ -483,6 +484,7 @@ NEEDED = {
     GenerateArguments: {"prompt": "p"},
     PlayArguments: {"model": "m", "value_head": "h"},
     ServeArguments: {"model": "m"},
+    ScoreArguments: {"model": "m", "value_head": "h", "texts": "t"},
     ExtractArguments: {"model": "m", "output": "o"},
     ScaleArguments: {"model": "m", "vectors": "v", "texts": "t"},
     ApplyArguments: {"model": "m", "vectors": "v", "prompts": "p"},

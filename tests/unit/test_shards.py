@@ -266,7 +266,7 @@ def test_a_collection_is_read(collection):
         ({**MANIFEST, "shards": [2]}, "`shards` of .* is .2."),
         ({**MANIFEST, "shards": -1}, "`shards` of .* is -1"),
         ({**MANIFEST, "shards": 0}, "`shards` of .* is 0"),
-        ({**MANIFEST, "shards": 3}, "1 of 3 shards of .* are missing: run `collect` again"),
+        ({**MANIFEST, "shards": 3}, "1 of 3 shards of .* are missing: wait for `collect`, or run it again"),
         ({**MANIFEST, "shards": 10**12}, "999999999998 of 1000000000000 shards of .* are missing"),
     ],
 )
