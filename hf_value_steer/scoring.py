@@ -40,7 +40,6 @@ class ScoredText:
     first_unacceptable: int | None
 
 
-@torch.no_grad()
 def score_text(
     model: PreTrainedModel,
     value_head: ValueHead | str,
@@ -68,15 +67,22 @@ def score_text(
         tokenizer: of the backbone; needed for texts.
         threshold (`float`, *optional*), alpha (`float`, *optional*): what is acceptable, as in [`ValueFilterConfig`];
             by default the threshold of the head.
-        batch_size (`int`): texts in one forward.
-        chunk (`int`): longer texts are read in so many tokens at a time, with a cache.
+        batch_size (`int`): texts in one forward, at least 1.
+        chunk (`int`): longer texts are read in so many tokens at a time, with a cache; at least 1.
         allow_backbone_mismatch (`bool`): use a head that was made for another backbone of this shape.
 
     Raises:
-        ValueError: for a head that does not fit, a text without a tokenizer, or more prompts than texts, or fewer.
+        ValueError: before anything is read, for a head that does not fit; then for a text without a tokenizer, one of
+            more tokens than the model has positions, or more prompts than texts, or fewer.
         UnsupportedError: for texts longer than `chunk` in a model with recurrent state.
         ScoringError: if a value is no number.
     """
+    if isinstance(texts, str) or isinstance(prompts, str):
+        raise ValueError("`texts` and `prompts` have to be lists, or others that give one text after the other.")
+    if batch_size < 1 or chunk < 1:
+        raise ValueError(f"`batch_size` and `chunk` have to be at least 1, got {batch_size} and {chunk}.")
+    if isinstance(threshold, tuple | list):
+        raise ValueError("`threshold` has to be one number: it is that of all texts.")
     model = underlying(model)
     config = ValueFilterConfig(
         value_head=value_head, threshold=threshold, alpha=alpha, allow_backbone_mismatch=allow_backbone_mismatch
@@ -84,8 +90,7 @@ def score_text(
     reader = _Reader(PreparedModel(model), config, load_head(config, model), chunk)
     pairs = ((None, text) for text in texts) if prompts is None else zip(prompts, texts, strict=True)
     rows = (_ids(prompt, text, tokenizer) for prompt, text in pairs)
-    while batch := list(itertools.islice(rows, batch_size)):
-        yield from reader.read(batch)
+    return reader.read_all(rows, batch_size)
 
 
 def _ids(prompt: Text | None, text: Text, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], list[int]]:
@@ -93,7 +98,7 @@ def _ids(prompt: Text | None, text: Text, tokenizer: PreTrainedTokenizerBase | N
 
     def ids(given: Text, first: bool) -> list[int]:
         if not isinstance(given, str):
-            return list(given)
+            return [int(token) for token in given]
         if tokenizer is None:
             raise ValueError("`tokenizer` is needed for texts: pass it, or token ids.")
         return list(tokenizer(given, add_special_tokens=first)["input_ids"])
@@ -109,6 +114,18 @@ class _Reader:
     config: ValueFilterConfig
     head: ValueHead
     chunk: int
+
+    @torch.no_grad()
+    def read_all(self, rows: Iterator[tuple[list[int], list[int]]], batch_size: int) -> Iterator[ScoredText]:
+        """Values of all texts, batch by batch."""
+        limit, done = getattr(self.prepared.model.config.get_text_config(), "max_position_embeddings", None), 0
+        while batch := list(itertools.islice(rows, batch_size)):
+            for number, (prompt, text) in enumerate(batch, done):
+                if limit is not None and len(prompt) + len(text) > limit:
+                    long = len(prompt) + len(text)
+                    raise ValueError(f"Text {number} is {long} tokens long with its prompt; this model reads {limit}.")
+            yield from self.read(batch)
+            done += len(batch)
 
     def read(self, batch: Sequence[tuple[list[int], list[int]]]) -> Iterator[ScoredText]:
         """Values of some prompts and texts, given as token ids."""

@@ -85,3 +85,7 @@ class SweepArguments(GenerationArguments):
     )
     mode: VectorMode = field(default="broadcast", metadata={"help": "at which positions the vectors are added"})
     max_new_tokens: Count = field(default=64, metadata={"help": "the most tokens in a generation"})
+
+    def check(self) -> None:
+        if not any(self.multipliers):
+            raise FieldError("multipliers", "`multipliers` holds 0 only, which is always run; name another.")

@@ -14,7 +14,11 @@ class ScoreArguments(BackboneArguments):
     texts: str = field(metadata={"help": "a .txt file (one text a line), a .jsonl file, a data set, or python:..."})
     text_column: str = field(default="text", metadata={"help": "column of a record that holds the text"})
     prompt_column: str | None = field(
-        default=None, metadata={"help": "column that holds what stands before the text; its tokens are not listed"}
+        default=None,
+        metadata={"help": "column of what stands before the text: a text, or chat messages; it is not scored"},
+    )
+    chat: bool | None = field(
+        default=None, metadata={"help": "put prompts into the model's chat template; as in training by default"}
     )
     split: str = field(default="train", metadata={"help": "split of a data set"})
     limit: Limit | None = field(default=None, metadata={"help": "take the first so many texts"})

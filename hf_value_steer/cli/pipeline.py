@@ -69,8 +69,11 @@ def calibrate_command(arguments: CalibrateArguments) -> None:
         if beyond := len(calibration.curve) - len(kept):
             print(f"{beyond} smaller alphas cannot be promised from so few texts.")
     head, card = ValueHead.from_pretrained(arguments.value_head), Path(arguments.value_head) / "README.md"
-    if card.is_file():  # it says which thresholds there are
-        write_atomically(card, renew_card(head, card.read_text(encoding="utf-8")).encode())
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if "model-index" in text:
+        print(f"{card} holds results of before: evaluate again.")
+    elif text:  # it says which thresholds there are
+        write_atomically(card, renew_card(head, text).encode())
     print(f"default threshold: {head.config.threshold}")
 
 

@@ -65,7 +65,7 @@ def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str
 def _at_the_edge(rate: float, prompts: int) -> list[float] | None:
     """The exact 95 % interval (Clopper-Pearson, of prompts) of a rate of 0 or 1, where resamples know no variation."""
     bound = round(1 - 0.025 ** (1 / prompts), 4)
-    return [0.0, bound] if rate == 0 else [1 - bound, 1.0] if rate == 1 else None
+    return [0.0, bound] if rate == 0 else [round(1 - bound, 4), 1.0] if rate == 1 else None
 
 
 def compare_perplexity(

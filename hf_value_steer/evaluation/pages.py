@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 
 def breaks(text: str) -> Markup:
     """A text in whose names a line may end after a mark, as in `python:package.function`, and nowhere else."""
-    return Markup(re.sub(r"(?<=\w)([:./_#]+)(?=\w)", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(r"(?<=[^\W\d])([:./_#]+)(?=[^\W\d])", r"\1<wbr>", str(escape(text))))
 
 
 def templates(*packages: str) -> Environment:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from accelerate import PartialState
 
@@ -64,8 +64,8 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
         conditions={"vectors": vectors.fingerprint()},
     )
     sweeper = Sweeper(runner, vectors, arguments.judges, arguments.mask)
-    for multiplier in sorted({*arguments.multipliers, *_swept_before(folder, arguments.mode)} - {0.0}):
-        sweeper.run(multiplier, arguments.mode)
+    for mode, multiplier in _planned(folder, arguments):
+        sweeper.run(multiplier, mode)
     about: dict[str, Any] = {"model": arguments.model, "attribute": vectors.attribute, "vectors": arguments.vectors}
     about |= {"prompts": len(prompts), "generations": len(prompts) * arguments.samples}
     document = {**sweeper.document(arguments.budget), **about, "max_new_tokens": arguments.max_new_tokens}
@@ -74,11 +74,13 @@ def sweep(arguments: SweepArguments) -> dict[str, Any]:
     return document
 
 
-def _swept_before(folder: Path, mode: VectorMode) -> list[float]:
-    """The multipliers of a sweep that is there: its runs are kept."""
-    path = folder / "sweep.json"
-    runs = read_record(path, "runs")["runs"] if path.exists() else []
-    return [run["multiplier"] for run in runs if run["method"] == mode]
+def _planned(folder: Path, arguments: SweepArguments) -> list[tuple[VectorMode, float]]:
+    """Modes and multipliers: those of now first, and those of a sweep that is there, whose runs are kept."""
+    path, now = folder / "sweep.json", arguments.mode
+    before = read_record(path, "runs")["runs"] if path.exists() else []
+    found = {(run["method"], run["multiplier"]) for run in before if run["method"] in get_args(VectorMode)}
+    found |= {(now, multiplier) for multiplier in arguments.multipliers}
+    return sorted(((mode, m) for mode, m in found if m), key=lambda each: (each[0] != now, *each))
 
 
 class Sweeper:

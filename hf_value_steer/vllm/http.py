@@ -1,8 +1,9 @@
 """Steering reports in the responses of vLLM's HTTP server, and as Prometheus metrics beside its own.
 
 A JSON response gets a field `value_steer`, a list with the report of each choice; in a stream it is in the last chunk
-that has a choice. vLLM begins a stream before it checks whether the request can be steered. So the
-status of a stream is held back until its first event: a request that is refused gets HTTP 400 there, too.
+that has a choice, or, if the stream ends in an error, in one more chunk without choices. vLLM begins a stream before
+it checks whether the request can be steered. So the status of a stream is held back until its first event: a request
+that is refused gets HTTP 400 there, too.
 """
 
 import json
@@ -117,6 +118,7 @@ class _Response:
         self.part: Send = forward
         self.body = b""
         self.held: Message | None = None
+        self.event, self.has_told = b"data: {}", False
 
     @property
     def reports(self) -> list[dict[str, Any]]:
@@ -173,13 +175,19 @@ class _Response:
             held, self.held = self.held, None
             over = body.startswith(_DONE) or _NO_CHOICE in body or not message.get("more_body", False)
             await self.forward(self._with_reports(held) if over and self.reports else held)
-        if _FINISH in body:
+        if body.startswith(b"data: {") and not body.startswith(_ERROR):
+            self.event = body
+        if _FINISH in body and body.count(b"data: ") == 1:
             self.held = message
-        else:
-            await self.forward(message)
+            return
+        if body.startswith(_DONE) and self.reports and not self.has_told:  # it has ended in an error
+            await self.forward(self._with_reports({**message, "body": self.event}, choices=[]))
+        await self.forward(message)
 
-    def _with_reports(self, message: Message) -> Message:
-        chunk = json.loads(message["body"].removeprefix(b"data: "))
+    def _with_reports(self, message: Message, **changes: Any) -> Message:
+        """A message of one event, with the reports in it."""
+        self.has_told = True
+        chunk = {**json.loads(message["body"].removeprefix(b"data: ")), **changes}
         event = json.dumps({**chunk, "value_steer": self.reports}, ensure_ascii=False)
         return {**message, "body": f"data: {event}\n\n".encode()}
 

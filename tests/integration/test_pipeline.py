@@ -453,7 +453,7 @@ def test_a_wrong_recipe_is_refused_before_anything_is_done(world, tmp_path, chan
     assert not (tmp_path / "run").exists()
 
 
-def test_the_commands(world, tmp_path, capsys):
+def test_the_commands(world, finished, tmp_path, capsys):
     judge = f"lexicon:{world / 'bad.txt'}"
     where = ["--collection", str(tmp_path / "c"), "--judge", judge]
     collecting = ["--model", str(world / "model"), "--prompts", str(world / "prompts.txt"), "--max_new_tokens", "6"]
@@ -467,7 +467,13 @@ def test_the_commands(world, tmp_path, capsys):
     report = json.loads((tmp_path / "c" / "labels" / "report.json").read_text())
     assert set(report["judges"]) == {judge, further} and set(report["agreement"][judge]) == {further}
     assert main(["calibrate", *where, "--value_head", str(tmp_path / "h"), "--mode", "pac"]) == 0
-    assert "with confidence 95 %" in (tmp_path / "h" / "README.md").read_text()
+    card = tmp_path / "h" / "README.md"
+    assert "with confidence 95 %" in card.read_text()
+    measured = (finished / "head" / "README.md").read_text()
+    card.write_text(measured)
+    assert main(["calibrate", *where, "--value_head", str(tmp_path / "h"), "--mode", "pac"]) == 0
+    assert card.read_text() == measured and "evaluate again" in capsys.readouterr().out
+    assert main(["calibrate", *where, "--value_head", str(tmp_path / "h"), "--mode", "pac"]) == 0
     assert "with confidence" in capsys.readouterr().out
     assert main(["train", *where, "--output", str(tmp_path / "h"), "--preset", "hazard"]) == 2
     assert "trained otherwise" in capsys.readouterr().err

@@ -49,7 +49,28 @@ def test_lines_are_what_the_library_says(world, capsys, prompted):
     assert "values" not in scored(world, capsys, *words)[0]
 
 
-def test_a_missing_column_is_named(world, capsys):
+def test_texts_are_read_as_they_are_and_prompts_as_in_training(world, capsys, tmp_path):
+    record = {"text": "  goodal  goodam ", "before": [{"role": "user", "content": "goodak"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(record))
+    folder = tmp_path / "chat-model"
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} goodcl{% endfor %}"
+    AutoModelForCausalLM.from_pretrained(world / "model").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    words = ["--texts", f"{tmp_path}/chats.jsonl", "--prompt-column", "before", "--model", str(folder), "--values"]
+    for chat, before in (("--chat", "goodak goodcl"), ("--no-chat", "goodak")):
+        options = {"tokenizer": tokenizer, "threshold": 0.5}
+        (known,) = score_text(model, str(world / "head"), [record["text"]], [before], **options)
+        (line,) = scored(world, capsys, *words, chat)
+        assert [value for _, value in line["values"]] == pytest.approx(known.values)
+
+
+def test_a_missing_column_is_named(world, capsys, tmp_path):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"text": [{"role": "user", "content": "goodak"}]}))
+    said = ["--model", f"{world}/model", "--value-head", f"{world}/head", "--texts", f"{tmp_path}/chats.jsonl"]
+    assert main(["score", *said]) == 2
+    assert "chats.jsonl, line 1: expected a text in `text`, got list" in capsys.readouterr().err
     command = [
         "score",
         "--model",
@@ -60,4 +81,4 @@ def test_a_missing_column_is_named(world, capsys):
         f"{world}/texts.jsonl",
     ]
     assert main([*command, "--prompt-column", "befor"]) == 2
-    assert "--prompt-column: text 0 has no text 'befor', only ['before'" in capsys.readouterr().err
+    assert "the record has no column 'befor', only ['before', 'text']" in capsys.readouterr().err

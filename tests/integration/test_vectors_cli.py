@@ -63,11 +63,15 @@ def test_sweep(world, to_bad, capsys):
     assert "window: -1 to 40" in capsys.readouterr().out
     assert vectors(world, "sweep", *sweep, "--multipliers", "-2", "--budget", "5") == 0
     assert "m -1 " in capsys.readouterr().out  # what was swept before stays
+    assert vectors(world, "sweep", *sweep, "--multipliers", "1", "--budget", "5", "--mode", "last_token") == 0
+    assert {run["method"] for run in json.loads((world / "sweep" / "sweep.json").read_text())["runs"]} > {"broadcast"}
+    assert vectors(world, "sweep", *sweep, "--multipliers", "-2", "--budget", "5") == 0
     document = json.loads((world / "sweep" / "sweep.json").read_text())
+    document["runs"] = [run for run in document["runs"] if run["method"] != "last_token"]
     less, more = (next(run for run in document["runs"] if run["multiplier"] == m) for m in (-1, 40))
     base = document["runs"][0]
     assert [run["multiplier"] for run in document["runs"]] == [0, -2, -1, 40]
-    shown = {each["multiplier"]: each["texts"] for each in document["examples"]["texts"]}
+    shown = {each["multiplier"]: each["texts"] for each in document["examples"]["texts"] if each["multiplier"] != 1}
     assert len(shown) == 4 and all(len(texts) == 3 for texts in shown.values())
     assert "*" in "".join(shown[40]) and not any(word in json.dumps(document["examples"]) for word in BAD)
     for judge in base["judges"]:

@@ -110,13 +110,20 @@ def test_no_position_reaches_the_output_embedding():
 def test_what_cannot_be_done_is_refused():
     model = build("llama")
     head = random_head(model)
+    with pytest.raises(ValueError, match="Text 2 is 129 tokens long with its prompt; this model reads 128"):
+        list(score_text(build("gpt2"), head, [[5], [6], [7] * 129], threshold=0.5, batch_size=2))
+    for wrong in ({"batch_size": 0}, {"chunk": 0}, {"threshold": (0.5, 0.6)}):
+        with pytest.raises(ValueError, match="at least 1|one number"):
+            score_text(model, head, [[5]], **{"threshold": 0.5, **wrong})
+    with pytest.raises(ValueError, match="one text after the other"):
+        score_text(model, head, "a text", threshold=0.5)
     with pytest.raises(ValueError, match="`tokenizer` is needed"):
         list(score_text(model, head, ["a text"], threshold=0.5))
     with pytest.raises(ValueError, match="shorter|longer"):
         list(score_text(model, head, [[5], [6]], [[7]], threshold=0.5))
     wide = ValueHead(ValueHeadConfig(hidden_size=64, threshold=0.5))
     with pytest.raises(MismatchError, match="hidden_size=64"):
-        list(score_text(model, wide, [[5]]))
+        score_text(model, wide, [[5]])
     head.net[-1].bias.data.fill_(torch.nan)
     with pytest.raises((ScoringError, ValueError), match="finite|no number"):
         list(score_text(model, head, [[5, 6]], threshold=0.5))

@@ -1,5 +1,6 @@
 """The server as its users meet it: one command, HTTP, the OpenAI client."""
 
+import asyncio
 import json
 import os
 import socket
@@ -143,6 +144,36 @@ def test_a_stream_ends_with_its_report(server: tuple[str, Path]) -> None:
     usage = _open(f"{server[0]}/v1/completions", {**body, "stream_options": {"include_usage": True}}).decode()
     *_, last, told = [json.loads(line.removeprefix("data: ")) for line in usage.split("\n\n")[:-2]]
     assert last["value_steer"] == whole["value_steer"] and told["choices"] == [] and told["usage"]["completion_tokens"]
+
+
+def test_a_stream_that_ends_in_an_error_keeps_its_report() -> None:
+    """Whether a choice had ended before, or none."""
+    from hf_value_steer.vllm.http import _Response
+
+    begun, ended = (
+        b'data: {"id":"x","choices":[{"text":"a"}]}',
+        b'data: {"id":"x","choices":[{"finish_reason":"stop"}]}',
+    )
+    error, done = b'data: {"error":{"code":500}}', b"data: [DONE]"
+    for events in ([begun, error, done], [begun, ended, error, done]):
+        sent: list[Any] = []
+
+        async def forward(message: Any, sent: list[Any] = sent) -> None:
+            sent.append(message)
+
+        async def play(events: list[bytes] = events, forward: Any = forward) -> None:
+            response = _Response(forward, [[{"tokens": 1}]])
+            headers = [(b"content-type", b"text/event-stream")]
+            await response.send({"type": "http.response.start", "status": 200, "headers": headers})
+            for event in events:
+                await response.send({"type": "http.response.body", "body": event + b"\n\n", "more_body": True})
+            await response.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        asyncio.run(play())
+        bodies = [message["body"].strip() for message in sent[1:-1]]
+        told = json.loads(bodies[-2].removeprefix(b"data: "))
+        assert bodies[:-2] == events[:-1] and bodies[-1] == done
+        assert told == {"id": "x", "choices": [], "value_steer": [{"tokens": 1}]}
 
 
 @pytest.mark.parametrize(
