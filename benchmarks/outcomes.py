@@ -19,7 +19,7 @@ from examples.sentiment import eval_prompts
 from examples.smollm2 import backbone_folder
 from examples.toxicity import load_prompts, mask_offensive
 from hf_value_steer import ValueHead
-from hf_value_steer.evaluation.examples import Pair
+from hf_value_steer.evaluation.examples import FilterRun
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.runs import Runner, Setting, value_filter
 from hf_value_steer.training.collect import load_backbone
@@ -51,7 +51,7 @@ def of(runner: Runner, head: ValueHead, judge_name: str) -> dict[str, Any]:
     polarity = head.config.polarity
     measures = Measures(runner.model, runner.formatter, runner.prompts, judges, judge_name, texts, polarity)
     outcomes = measures.outcomes(measures.rows(steered))
-    found = Pair(runner, setting, texts, steered, outcomes).examples(mask_offensive)
+    found = FilterRun(runner, setting, texts, steered, outcomes).examples(mask_offensive)
     about = {"mask": "python:examples.toxicity:mask_offensive", "outcomes": Counter(outcomes)}
     return {"examples": found, "examples_threshold": setting.threshold, **about}
 

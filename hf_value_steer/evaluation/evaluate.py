@@ -14,7 +14,7 @@ from hf_value_steer.arguments.train import parse_attributes
 from hf_value_steer.cards.document import FORMAT, main_run
 from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.charts import check_drawing
-from hf_value_steer.evaluation.examples import Pair, masking
+from hf_value_steer.evaluation.examples import FilterRun, masking
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.outcome import coverage, value_reliability
 from hf_value_steer.evaluation.report import render_report
@@ -157,8 +157,8 @@ class Evaluator:
         main = main_run(document)
         for (setting, texts), each in zip(first.runs, rows, strict=True):
             if main is not None and setting.name == main["name"]:
-                pair = Pair(first.runner, setting, first.runs[0][1], texts, measures.outcomes(each))
-                document["examples"], document["examples_threshold"] = pair.examples(self.mask), setting.threshold
+                shown = FilterRun(first.runner, setting, first.runs[0][1], texts, measures.outcomes(each))
+                document["examples"], document["examples_threshold"] = shown.examples(self.mask), setting.threshold
         folder = Path(arguments.output)
         write_json(folder / "evaluation.json", document)
         write_atomically(folder / "evaluation.md", results_markdown(document).encode())

@@ -38,8 +38,8 @@ def masking(reference: str | None, judges: Mapping[str, Judge]) -> Mask:
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What one filter and the model without it wrote for some prompts, and what became of each text.
+class FilterRun:
+    """What a filter, and the model without it, wrote for the same prompts, and what became of each text.
 
     Args:
         runner: made the runs.

@@ -9,7 +9,7 @@ from hf_value_steer.playground.settings import Settings
 from hf_value_steer.playground.writing import Writer
 
 
-_THRESHOLD, _PROMISE = "you", "a promise (alpha)"
+_YOU, _PROMISE = "you", "a promise (alpha)"
 _CONTINUE, _ANSWER = "continue the text", "answer in a chat"
 
 
@@ -65,7 +65,7 @@ class Controls:
             ["filter", "abstain"], value=at_first.method, label="Method", info=info, elem_id="method"
         )
         if calibration is not None:
-            kinds = [_THRESHOLD, _PROMISE]
+            kinds = [_YOU, _PROMISE]
             named["promised"] = gr.Radio(
                 kinds, value=kinds[at_first.promised], label="The threshold is set by", elem_id="promised"
             )
@@ -118,4 +118,4 @@ class Controls:
 
 def _shown(kind: str) -> tuple[Any, Any]:
     """Of threshold and alpha, the one that counts."""
-    return gr.update(visible=kind == _THRESHOLD), gr.update(visible=kind == _PROMISE)
+    return gr.update(visible=kind == _YOU), gr.update(visible=kind == _PROMISE)
