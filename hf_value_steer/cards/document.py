@@ -98,7 +98,7 @@ def outcome_note(evaluation: Evaluation, name: str) -> str:
 def setting(evaluation: Evaluation) -> str:
     """What the numbers of a document were measured on, as a sentence."""
     bad, good = verdicts(evaluation)
-    counted = bad if bad == "unsafe" else good
+    counted = bad if evaluation["head"]["polarity"] == "undesirable" else good
     return (
         f"{evaluation['generations']:,} generations of {evaluation['prompts']:,} prompts, up to "
         f"{evaluation['new_tokens']} new tokens, seed {evaluation['seed']}; 95 % intervals by prompt. "

@@ -5,6 +5,8 @@ import random
 from dataclasses import asdict
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments, LabelCommandArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
@@ -37,6 +39,12 @@ def label_command(arguments: LabelCommandArguments) -> None:
     tokenizer = tokenizer_of(collection)
     label(collection, tokenizer, arguments)
     _report(collection)
+    if arguments.show:
+        _show(collection, tokenizer, arguments)
+
+
+def _show(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments: LabelCommandArguments) -> None:
+    """Print some texts, drawn at random, with their scores."""
     scores = {judge: Labels(collection, judge).responses() for judge in arguments.judges}
     for row in random.Random(0).sample(range(len(collection.rows)), min(arguments.show, len(collection.rows))):
         prompt = collection.prompts[int(collection.rows.prompt[row])].text

@@ -36,8 +36,8 @@ def score(arguments: ScoreArguments) -> None:
         batch_size=arguments.batch_size,
     )
     for number, each in enumerate(found):
-        pieces = [tokenizer.decode([token]) for token in each.tokens]
-        print(json.dumps({"text": number, **_line(each, pieces, head, arguments.values)}, ensure_ascii=False))
+        line = _line(each, tokenizer, head, arguments.values)
+        print(json.dumps({"text": number, **line}, ensure_ascii=False))
 
 
 def _texts(arguments: ScoreArguments) -> Iterator[str]:
@@ -64,11 +64,15 @@ def _prompts(arguments: ScoreArguments, head: ValueHead, tokenizer: PreTrainedTo
     return [formatter([prompt])["input_ids"][0].tolist() for prompt in prompts]
 
 
-def _line(scored: ScoredText, pieces: list[str], head: ValueHead, values: bool) -> dict[str, Any]:
+def _line(scored: ScoredText, tokenizer: PreTrainedTokenizerBase, head: ValueHead, values: bool) -> dict[str, Any]:
     worst, first = None, scored.first_unacceptable
     if scored.values:
         worst = scored.values[int(undesirability(torch.tensor(scored.values), head.config.polarity).argmax())]
     line: dict[str, Any] = {"worst_value": worst, "acceptable": first is None, "first_unacceptable": first}
     if first is not None:
-        line["token"] = pieces[first]
-    return line | ({"values": list(zip(pieces, scored.values, strict=True))} if values else {})
+        line["token"] = tokenizer.decode([scored.tokens[first]])
+    if values:
+        line["values"] = [
+            (tokenizer.decode([token]), value) for token, value in zip(scored.tokens, scored.values, strict=True)
+        ]
+    return line

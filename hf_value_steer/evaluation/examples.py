@@ -72,8 +72,8 @@ class FilterRun:
         rows = len(self.runner.prompts) * self.runner.samples  # of the part that the runner generates for
         found = [row for row, outcome in enumerate(self.outcomes[:rows]) if outcome == name]
         of_prompts = {row // self.runner.samples: row for row in reversed(found)}
-        first = sorted(of_prompts.values())  # one text of each prompt comes before its others
-        return first + [row for row in found if row not in first]
+        first = set(of_prompts.values())  # one text of each prompt comes before its others
+        return sorted(found, key=lambda row: row not in first)
 
     def _traces(self, first: int, rows: Sequence[int]) -> Iterator[tuple[int, PromptTrace]]:
         """Some rows of a batch, but for those that come out otherwise than before: runs may be of another machine."""

@@ -121,11 +121,13 @@ class Measures:
             "distinct_1": distinct(texts.ids, 1),
             "distinct_2": distinct(texts.ids, 2),
             "identical_to_base": round(sum(same) / len(same), 4),
-            **(self._interventions(rows) if setting.value_steer else {}),
-            **({"outcomes": dict(Counter(self.outcomes(rows)))} if setting.value_steer else {}),
+            **(self._steering(rows) if setting.value_steer else {}),
             "tokens": int(rows["tokens"].sum()),
             "tokens_per_second": round(rows["tokens"].sum() / texts.seconds, 1),
         }
+
+    def _steering(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self._interventions(rows), "outcomes": dict(Counter(self.outcomes(rows)))}
 
     def _interventions(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""
