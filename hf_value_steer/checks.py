@@ -72,6 +72,20 @@ def check_threshold(threshold: Any, name: str = "threshold") -> None:
         )
 
 
+def check_layers(layers: Any) -> None:
+    """Raise a `ValueError` unless these are feature layers, see [`ValueHeadConfig`]."""
+    if not isinstance(layers, list | tuple) or not layers:
+        raise ValueError(f"`feature_layers` has to be a list of at least one layer, got {layers!r}.")
+    for layer in layers:
+        number = isinstance(layer, int | float) and not isinstance(layer, bool)
+        if layer != "final" and not (number and (isinstance(layer, int) or 0.0 <= layer <= 1.0)):
+            raise ValueError(
+                f'`feature_layers` has numbers of layers, fractions of the depth in [0, 1] or "final"; got {layer!r}.'
+            )
+    if len(set(map(repr, layers))) < len(layers):
+        raise ValueError(f"`feature_layers` names a layer twice: {list(layers)}.")
+
+
 def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:
     """Raise a `ValueError` unless these are the attributes of one head, see [`ValueHeadConfig`]."""
     for index, attribute in enumerate(attributes):

@@ -4,6 +4,7 @@ from typing import Literal
 
 
 Polarity = Literal["undesirable", "desirable"]
+Temporal = Literal["none", "mean", "ema"]
 Fallback = Literal["argmin", "args", "abstain"]
 VectorMode = Literal["broadcast", "last_token"]
 HeadMethod = Literal["filter", "abstain"]

@@ -14,7 +14,7 @@ from hf_value_steer.backbone.parts import underlying
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.errors import ScoringError, UnsupportedError
 from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.generation.scorer import Scorer, bind, layers_read, load_head
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hosts.transformers import CACHE
 from hf_value_steer.policy import acceptable
@@ -129,9 +129,11 @@ class _Reader:
 
     def read(self, batch: Sequence[tuple[list[int], list[int]]]) -> Iterator[ScoredText]:
         """Values of some prompts and texts, given as token ids."""
-        scorer = bind(self.config, self.head, len(batch), torch.device("cpu"))
-        values = self._values(scorer, [torch.tensor(prompt + text, dtype=torch.long) for prompt, text in batch])
+        reads = layers_read(self.head, self.prepared.model)
+        scorer = bind(self.config, self.head, len(batch), torch.device("cpu"), reads)
         starts = [len(prompt) for prompt, _ in batch]
+        rows = [torch.tensor(prompt + text, dtype=torch.long) for prompt, text in batch]
+        values = self._values(scorer, rows, [max(start - 1, 0) for start in starts])
         if scorer.least_growth is not None:
             if not all(starts):
                 raise ValueError("This alpha compares values with that of the prompt: pass `prompts`.")
@@ -143,25 +145,31 @@ class _Reader:
             prompt_value = float(values[row, start - 1]) if start else None
             yield ScoredText(text, values[row, mine].tolist(), prompt_value, failed[0] if failed else None)
 
-    def _values(self, scorer: Scorer, rows: list[Tensor]) -> Tensor:
-        """Value of every position, `(rows, positions)`; 0 behind the end of a row."""
+    def _values(self, scorer: Scorer, rows: list[Tensor], begins: list[int]) -> Tensor:
+        """Value of every position, `(rows, positions)`; 0 behind the end of a row.
+
+        Args:
+            begins (`list` of `int`): the position of each row from which on the head remembers: its prompt's last.
+        """
         ids = pad_sequence(rows, batch_first=True)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         model, length = self.prepared.model, ids.shape[1]
         if not length:
             return torch.zeros(len(rows), 0)
         cache = None if length <= self.chunk else self._cache(length)
-        found = []
+        found, points = [], self.prepared.points(scorer.reads)
         for first in range(0, length, self.chunk):
             last = first + self.chunk
             inputs: dict[str, Any] = {"input_ids": ids[:, first:last], "attention_mask": mask[:, :last]}
             inputs = {name: each.to(model.device) for name, each in inputs.items()}
             inputs |= {"use_cache": cache is not None, **({CACHE: cache} if cache is not None else {})}
-            found.append(scorer.values(self.prepared.forwards.run_to(self.prepared.point, inputs).feature))
+            features = self.prepared.forwards.run_to(points, inputs).features.of(scorer.reads)
+            found.append(scorer.values_of_tokens(features, [max(begin - first, 0) for begin in begins]))
         values = torch.cat(found, dim=1)
-        if bool((values.isnan() & mask.bool()).any()):
+        counted = mask.bool() & (torch.arange(length) >= torch.tensor(begins)[:, None])
+        if bool((values.isnan() & counted).any()):
             raise ScoringError("A value is no number in [0, 1]: the head or the model gave NaN or an infinity.")
-        return values.masked_fill(~mask.bool(), 0.0)
+        return values.masked_fill(~counted, 0.0)
 
     def _cache(self, length: int) -> DynamicCache:
         model = self.prepared.model

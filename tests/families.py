@@ -17,6 +17,7 @@ from transformers import (
 
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.backbone.parts import feature_width
+from tests.oracle import states
 
 
 VOCABULARY = 101
@@ -75,6 +76,30 @@ def random_head(model: PreTrainedModel, polarity: str = "undesirable", architect
     head = ValueHead(config)
     with torch.no_grad():
         head.net[-1].weight.mul_(8.0)
+    return head
+
+
+def layered_head(
+    model: PreTrainedModel, layers: list, temporal: str = "none", polarity: str = "undesirable"
+) -> ValueHead:
+    """A random head on some layers, whose values spread around one half on what stands there."""
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, VOCABULARY, (9,), generator=generator).tolist() for _ in range(40)]
+    with torch.no_grad():
+        features = torch.stack([states(model, text, layers)[-1] for text in texts])
+        torch.manual_seed(7)
+        head = ValueHead(
+            ValueHeadConfig(
+                hidden_size=features.shape[1], feature_layers=layers, temporal=temporal, polarity=polarity,
+                threshold=0.5, projection_size=24,
+            )
+        ).eval()  # fmt: skip
+        first, last = head.net[0], head.net[-1]
+        first.weight.div_(features.std(0).clamp(min=1e-6)).mul_(4.0 if temporal != "none" else 2.0)
+        first.bias.copy_(-(first.weight @ features.mean(0)))
+        last.bias.zero_()
+        last.weight.mul_(2.0 / head.net(features).std())
+        last.bias.sub_(head.net(features).median())
     return head
 
 

@@ -8,7 +8,28 @@ from typing import Any
 
 import torch
 
+from hf_value_steer.backbone.parts import decoder_layers
 from hf_value_steer.generation.candidates import random_key, uniforms
+
+
+def states(model: Any, tokens: list[int], layers: Any) -> torch.Tensor:
+    """What a head reads of each token of a text, in one forward without a cache, `(tokens, width)`."""
+    found: dict[Any, torch.Tensor] = {}
+    stack = [] if list(layers) == ["final"] else decoder_layers(model)
+
+    def keep(layer: Any) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            found[layer] = (output[0] if isinstance(output, tuple) else output)[0]
+
+        return hook
+
+    final = model.get_output_embeddings()
+    handles = [final.register_forward_pre_hook(lambda _, args: found.update(final=args[0].flatten(0, -2)))]
+    handles += [stack[layer].register_forward_hook(keep(layer)) for layer in layers if layer != "final"]
+    model(torch.tensor([tokens]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.cat([found[layer].float() for layer in layers], dim=-1)
 
 
 class Oracle:
@@ -19,12 +40,21 @@ class Oracle:
         self.values: list[list[float]] = []
         self.interventions: list[list[bool]] = []
 
-    def value(self, model: Any, tokens: list[int]) -> float:
-        features: list[torch.Tensor] = []
-        handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: features.append(args[0]))
-        model(torch.tensor([tokens]), use_cache=False)
-        handle.remove()
-        return float(torch.sigmoid(self.head.net(features[0].flatten(0, -2)[-1].float())))
+    def value(self, model: Any, tokens: list[int], prompt: int) -> float:
+        """Value of a text of which the first `prompt` tokens are the prompt."""
+        head = self.head.config
+        features = states(model, tokens, head.feature_layers)
+        if head.temporal == "none":
+            return float(torch.sigmoid(self.head.net(features[-1])))
+        first, *rest = self.head.net
+        projected = first(features[prompt - 1 :]).double()
+        mean = projected[0]
+        if head.temporal == "mean":
+            mean = projected.mean(dim=0)
+        else:
+            for each in projected[1:]:
+                mean = head.temporal_decay * mean + (1 - head.temporal_decay) * each
+        return float(torch.sigmoid(torch.nn.Sequential(*rest)(mean.float())))
 
     def accepts(self, value: float) -> bool:
         threshold = self.config.threshold
@@ -50,13 +80,15 @@ class Oracle:
         allowed = [token for token in order if token != natural and scores[token] > -torch.inf]
         return allowed[: self.config.num_candidates - 1]
 
-    def commit(self, model: Any, prefix: list[int], scores: torch.Tensor, candidates: list[int]) -> tuple[int, float]:
-        values = [self.value(model, [*prefix, candidate]) for candidate in candidates]
+    def commit(
+        self, model: Any, prefix: list[int], prompt: int, scores: torch.Tensor, candidates: list[int]
+    ) -> tuple[int, float]:
+        values = [self.value(model, [*prefix, candidate], prompt) for candidate in candidates]
         for candidate, value in zip(candidates, values, strict=True):
             if self.accepts(value):
                 return candidate, value
         if self.config.fallback == "abstain":
-            return 2, self.value(model, [*prefix, 2])
+            return 2, self.value(model, [*prefix, 2], prompt)
         probabilities = scores.softmax(-1)
         scored = [self.badness(v, probabilities[c].item()) for c, v in zip(candidates, values, strict=True)]
         best = min(range(len(candidates)), key=scored.__getitem__)
@@ -71,6 +103,7 @@ class Oracle:
         finished = [False] * len(input_ids)
         self.values, self.interventions = [[] for _ in finished], [[] for _ in finished]
         key, step = random_key(input_ids.device, self.config.seed), 0
+        prompts = [input_ids.shape[1] - start for start in starts]
         while not all(finished):
             rows = [ids[start:].tolist() for ids, start in zip(input_ids, starts, strict=True)]
             logits = torch.stack([model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows])
@@ -86,7 +119,7 @@ class Oracle:
                 uniform = uniforms(key, [row], step, self.config.num_candidates - 1)[0]
                 own = natural[row].item()
                 others = self.alternatives(scores[row], own, uniform, generation_config.do_sample)
-                token, value = self.commit(model, prefix, scores[row], [own, *others])
+                token, value = self.commit(model, prefix, prompts[row], scores[row], [own, *others])
                 tokens.append(token)
                 self.values[row].append(value)
                 self.interventions[row].append(token != own)

@@ -66,6 +66,10 @@ _NAMES: tuple[tuple[Any, str], ...] = (
 )
 _SIZES = _DECODER | {name: value for value, names in _NAMES for name in names.split()}
 
+_COUNTS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"),
+    *("num_encoder_layers", "num_decoder_layers"),
+)
 _KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types")
 
 _MLA = {"num_key_value_heads": _HEADS}
@@ -231,17 +235,35 @@ def _values(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     return values
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    """The configuration of a tiny decoder of the type; raises `Unbuildable` where there is none."""
+def _deepened(model_type: str, values: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The values with at least so many layers: the kinds of layers repeat."""
+    before = values.get("num_hidden_layers", _LAYERS)
+    if before >= layers:
+        return values
+    longer = {
+        name: (kinds * layers)[:layers]
+        for name, kinds in values.items()
+        if name in _KINDS and isinstance(kinds, list) and len(kinds) == before
+    }
+    more = {name: layers for name in _COUNTS if name in values}
+    own = {"attention_types": [[["global", "local"], layers // 2]]} if model_type == "gpt_neo" else {}
+    return values | longer | more | own
+
+
+def tiny_config(model_type: str, layers: int = _LAYERS) -> PreTrainedConfig:
+    """The configuration of a tiny decoder of the type, of at least so many layers.
+
+    Raises `Unbuildable` where there is none.
+    """
     if model_type in UNBUILDABLE:
         raise Unbuildable(f"{model_type}: {UNBUILDABLE[model_type]}")
     config_class = CONFIG_MAPPING[model_type]
-    return config_class(**_values(config_class))
+    return config_class(**_deepened(model_type, _values(config_class), layers))
 
 
-def build_tiny(model_type: str) -> PreTrainedModel:
+def build_tiny(model_type: str, layers: int = _LAYERS) -> PreTrainedModel:
     """A tiny decoder of the type with weights large enough that its next-token distribution is far from uniform."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, layers)
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the module of gpt_bigcode has `torch.jit.script`

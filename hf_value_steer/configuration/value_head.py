@@ -1,13 +1,14 @@
 """`ValueHeadConfig`: what a value head is, and which backbone and feature it belongs to."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from hf_value_steer.checks import check_attributes, check_threshold, refuse_unknown
-from hf_value_steer.choices import Polarity
+from hf_value_steer.checks import check_attributes, check_layers, check_probability, check_threshold, refuse_unknown
+from hf_value_steer.choices import Polarity, Temporal
 from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig, check_schema
 
 
@@ -15,12 +16,13 @@ from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig,
 class ValueHeadConfig(VersionedConfig):
     r"""What a value head is, and which backbone and feature it belongs to.
 
-    Unknown keys are refused. The *feature* is the tensor that the backbone's output embedding consumes: final layer,
-    after the final norm, per token.
+    Unknown keys are refused. The *feature* is what the head reads of each token: the outputs of decoder layers, or
+    the tensor that the backbone's output embedding consumes (`"final"`: last layer, after the final norm).
 
     Args:
-        hidden_size (`int`): width of the feature.
+        hidden_size (`int`): width of the feature, that of all its layers together.
         architecture (`str`): `"mlp"` (Linear-Tanh-Linear-ReLU-Linear, as in value-steer) or `"linear"`.
+        projection_size (`int`, *optional*): width of the inner layers of an `"mlp"`; `hidden_size` by default.
         polarity (`str`): meaning of a high value, `"undesirable"` (P(unsafe)) or `"desirable"` (P(correct)).
         attribute (`str`, *optional*): what is valued, for instance `"toxicity"`. With `attributes` their names joined
             by `" + "`, unless it is given.
@@ -28,7 +30,13 @@ class ValueHeadConfig(VersionedConfig):
         backbone_revision (`str`, *optional*): its revision.
         backbone_fingerprint (`str`, *optional*): [`~hf_value_steer.backbone.parts.fingerprint`] of its weights. When
             it is there, generation on other weights is refused.
-        feature_layer (`str`), feature_norm (`str`): the feature contract; `"final"` and `"post"` are what exists.
+        feature_layers (`list`): the layers of the feature, side by side. Each is a number, counted from 0 or, if it is
+            negative, from the end; a fraction of the depth, a `float` in [0, 1]; or `"final"`. Layer `l` is
+            `hidden_states[l + 1]` of `transformers`.
+        feature_norms (`list` of `float`, *optional*): mean Euclidean norm of each of them over the training tokens.
+        temporal (`str`): what the head remembers of the tokens before, from the prompt's last one on: nothing
+            (`"none"`), or the mean (`"mean"`) or an exponential mean (`"ema"`) of what its first layer makes of them.
+        temporal_decay (`float`, *optional*): for `"ema"`, the weight in (0, 1) of what was before; 0.9 by default.
         feature_dtype (`str`, *optional*): dtype of the backbone during training, for instance `"bfloat16"`.
         chat_template (`str`, *optional*): how training prompts were formatted: `"none"` for plain continuations,
             else a name or digest of the template.
@@ -52,13 +60,16 @@ class ValueHeadConfig(VersionedConfig):
 
     hidden_size: int
     architecture: Literal["mlp", "linear"] = "mlp"
+    projection_size: int | None = None
     polarity: Polarity = "undesirable"
     attribute: str | None = None
     backbone: str | None = None
     backbone_revision: str | None = None
     backbone_fingerprint: str | None = None
-    feature_layer: Literal["final"] = "final"
-    feature_norm: Literal["post"] = "post"
+    feature_layers: list[int | float | str] | None = None
+    feature_norms: list[float] | None = None
+    temporal: Temporal = "none"
+    temporal_decay: float | None = None
     feature_dtype: str | None = None
     chat_template: str | None = None
     threshold: float | None = None
@@ -71,6 +82,9 @@ class ValueHeadConfig(VersionedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         refuse_unknown(set(kwargs) - INHERITED_KEYS, (field.name for field in fields(self)), type(self).__name__)
         self.library_version = self.library_version or version("hf-value-steer")
+        self.feature_layers = ["final"] if self.feature_layers is None else list(self.feature_layers)
+        if self.temporal == "ema" and self.temporal_decay is None:
+            self.temporal_decay = 0.9
         if self.attributes is not None:
             check_attributes(self.attributes)
             self.attributes = [{"weight": 1.0, **attribute} for attribute in self.attributes]
@@ -83,11 +97,25 @@ class ValueHeadConfig(VersionedConfig):
         """Whether training prompts were put into a chat template, as far as that is recorded."""
         return self.chat_template not in (None, "none")
 
+    @property
+    def reads_final_alone(self) -> bool:
+        """Whether it reads nothing but the final state of the token itself."""
+        return self.feature_layers == ["final"] and self.temporal == "none"
+
+    @classmethod
+    def renewed(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """As for every config; `feature_layer` and `feature_norm` had one value each, and are gone."""
+        gone = {"feature_layer": "final", "feature_norm": "post"}
+        return {key: value for key, value in super().renewed(record).items() if gone.get(key) != value}
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; heads of one attribute do not mention several."""
+        """The JSON form; it does not mention what older versions did not know, where the head does without it."""
         record: dict[str, Any] = super().to_dict()
-        several = ("attributes", "combine") if self.attributes is None else ()
-        return {key: value for key, value in record.items() if key not in several}
+        unsaid = ["attributes", "combine"] if self.attributes is None else []
+        unsaid += ["feature_layers"] if self.feature_layers == ["final"] else []
+        unsaid += ["temporal"] if self.temporal == "none" else []
+        unsaid += [name for name in ("feature_norms", "projection_size", "temporal_decay") if record[name] is None]
+        return {key: value for key, value in record.items() if key not in unsaid}
 
     def validate_value_head(self) -> None:
         """Part of `@strict` validation."""
@@ -95,6 +123,20 @@ class ValueHeadConfig(VersionedConfig):
         if self.hidden_size < 1:
             raise ValueError(f"`hidden_size` has to be a positive integer, got {self.hidden_size}.")
         check_threshold(self.threshold)
+        check_layers(self.feature_layers)
+        if self.feature_norms is not None and len(self.feature_norms) != len(self.feature_layers or ()):
+            raise ValueError(
+                f"`feature_norms` has to hold one number for each of {self.feature_layers}, got {self.feature_norms}."
+            )
+        if self.projection_size is not None and (self.architecture != "mlp" or self.projection_size < 1):
+            raise ValueError(
+                '`projection_size` is a positive integer, the width inside an "mlp"; got '
+                f"{self.projection_size} for {self.architecture!r}."
+            )
+        if self.temporal_decay is not None:
+            if self.temporal != "ema":
+                raise ValueError(f'`temporal_decay` is for `temporal`="ema", this head has {self.temporal!r}.')
+            check_probability(self.temporal_decay, "temporal_decay")
         if self.attributes is not None:
             check_attributes(self.attributes)
             if self.polarity != "undesirable":

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from hf_value_steer.backbone.features import FINAL
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.prepared import PreparedModel
@@ -32,7 +33,8 @@ def held_and_fresh(cache: Cache) -> Callable[..., tuple[Tensor, Tensor]]:
         if held.live.length not in (0, length):  # 0: recurrent states do not count
             raise RuntimeError(f"the cache of {length} tokens holds {held.live.length}: rollback fails")
         empty = Engine(prepared, model_kwargs, kernel)
-        return held.read(input_ids).feature[:, -1], empty.prefill(input_ids, generation_config).feature
+        prefilled = empty.prefill(input_ids, generation_config).features
+        return held.read(input_ids).features[FINAL][:, -1], prefilled[FINAL]
 
     return measure
 
@@ -51,7 +53,7 @@ def alone_and_among(count: int) -> Callable[..., tuple[Tensor, Tensor]]:
         for _ in range(generation_config.max_new_tokens):
             candidates = state.logits.topk(count).indices
             alone.append(torch.cat([_one_row(prepared, engine, input_ids, token) for token in candidates[0]]))
-            among.append(engine.look_ahead(input_ids, candidates).features)
+            among.append(engine.look_ahead(input_ids, candidates).features[FINAL])
             input_ids = torch.cat([input_ids, candidates[:, :1]], dim=1)
             state = engine.compute_state(engine.read(input_ids), input_ids.device)
             engine.commit()
@@ -65,7 +67,7 @@ def _one_row(prepared: PreparedModel, engine: Engine, input_ids: Tensor, token: 
     name = cache_name(engine.model_kwargs)
     model_kwargs = {**engine.model_kwargs, name: copy.deepcopy(engine.model_kwargs[name])}
     branch = Engine(prepared, model_kwargs, engine.kernel)
-    return branch.read(torch.cat([input_ids, token.view(1, 1)], dim=1)).feature[:, -1]
+    return branch.read(torch.cat([input_ids, token.view(1, 1)], dim=1)).features[FINAL][:, -1]
 
 
 def _forward_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
 from hf_value_steer.evaluation.trace import Colours, Pieces, TokenTrace
 from hf_value_steer.generate import generate
 from hf_value_steer.generation.method import Call, Method, Moment
-from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.generation.scorer import Scorer
 
 
 @dataclass
@@ -57,15 +57,18 @@ class Watch(Method):
 
     def bind(self, call: Call) -> Sequence[Method]:
         if self.config is not None:
-            self.scorer = bind(self.config, load_head(self.config, call.model), call.rows, call.device)
+            self.scorer = call.bind(self.config)
+            self.reads = self.scorer.reads
         return [self]
 
-    def values(self, features: torch.Tensor) -> torch.Tensor:
+    def values(self, features: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         assert self.scorer is not None  # or nobody asks
-        return self.scorer.values(features)
+        return self.scorer.values(features, rows)
 
     def observe(self, moment: Moment) -> None:
         value = math.nan if self.scorer is None else float(moment.values_of(self))
+        if self.scorer is not None:
+            self.scorer.remember(moment.features.of(self.reads))
         if moment.draw is None or moment.outcome is None:
             if self.scorer is not None:
                 self.scorer.start(moment.values_of(self))

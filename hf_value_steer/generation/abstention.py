@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.generation.method import Call, Method, Moment, ScoredMethod
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.validation import ending_tokens, eos_token
 from hf_value_steer.policy import acts, advance_patience, next_of_ending
@@ -34,7 +34,7 @@ class Abstention(ScoredMethod):
         due (`torch.BoolTensor`): rows that are to end.
     """
 
-    rowwise: ClassVar[tuple[str, ...]] = ("streak", "written", "due")
+    rowwise: ClassVar[tuple[str, ...]] = ("memory", "streak", "written", "due")
 
     def __init__(self, config: AbstentionConfig, scorer: Scorer, stops: Stops, ending: Sequence[int]):
         super().__init__(scorer)
@@ -48,7 +48,7 @@ class Abstention(ScoredMethod):
     @classmethod
     def bind(cls, config: AbstentionConfig, call: Call) -> list[Method]:
         """The abstention that `config` asks for."""
-        scorer = bind(config, load_head(config, call.model), call.rows, call.device)
+        scorer = call.bind(config)
         ending = ending_tokens(config, eos_token(call.config, "Abstention"), call.model)
         return [cls(config, scorer, call.stops, ending)]
 
@@ -88,3 +88,4 @@ class Abstention(ScoredMethod):
         """Row `i` continues what was row `parents[i]`, as after a step of beam search."""
         # `due` is made anew before it is read again.
         self.streak, self.written = self.streak[parents], self.written[parents]
+        self.memory = self.memory[parents.to(self.memory.device)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from hf_value_steer.backbone.features import FINAL, Features
 from hf_value_steer.generation.forwards import Reached
 from hf_value_steer.generation.kernels import Kernel
 from hf_value_steer.generation.lookahead import LookaheadCache, pick
@@ -35,11 +36,11 @@ class Alternatives(Branch):
     the live cache does not hold a token for this position yet, else with [`replace`].
 
     Args:
-        features (`torch.FloatTensor` of shape `(rows, K, width)`): of the candidates.
+        features ([`Features`]): of the candidates, `(rows, K, width)` by layer.
         kernel: how they were forwarded.
     """
 
-    def __init__(self, reached: Reached, cache: LookaheadCache, features: Tensor, kernel: Kernel):
+    def __init__(self, reached: Reached, cache: LookaheadCache, features: Features, kernel: Kernel):
         super().__init__(reached, cache)
         self.features, self.kernel = features, kernel
 
@@ -47,10 +48,11 @@ class Alternatives(Branch):
         """Feature, logits and states of candidate `columns[row]` of every row, at one position."""
         reached, logits = self.reached, self.reached.logits
         if logits is not None:
-            logits = pick(logits.reshape(*self.features.shape[:2], -1), columns)
+            shape = self.features[FINAL].shape[:2]
+            logits = pick(logits.reshape(*shape, -1), columns)
         return replace(
             reached,
-            feature=pick(self.features, columns),
+            features=self.features.each(lambda states: pick(states, columns)),
             hidden_states=_each(reached.hidden_states, lambda states: self.kernel.pick_hidden(states, columns)),
             attentions=_each(reached.attentions, lambda weights: self.kernel.pick_attention(weights, columns)),
             logits=logits,
@@ -92,7 +94,8 @@ class Chain(Branch):
     def put_last(self, state: State) -> None:
         """Write what the last token has left into `state`, from which the row goes on."""
         last = len(self.logits) - 1
-        pairs = [(state.logits, self.logits[last]), (state.feature, self.reached.feature[0, last])]
+        pairs = [(state.logits, self.logits[last])]
+        pairs += [(mine, self.reached.features[layer][0, last]) for layer, mine in state.features.items()]
         pairs += zip(state.hidden_states or (), self.hidden_states(last), strict=True)
         for mine, own in pairs:
             mine[self.row] = own.to(mine)

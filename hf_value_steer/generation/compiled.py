@@ -6,7 +6,8 @@ and the look-ahead are two functions because two shapes of one function would ma
 graphs cannot capture.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,9 @@ from torch import Tensor
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_value_steer.backbone.points import Point
+from hf_value_steer.backbone.features import Features
 from hf_value_steer.errors import ScoringError
-from hf_value_steer.generation.forwards import Forwards, Reached, Undivided
+from hf_value_steer.generation.forwards import Forwards, Points, Reached, Undivided
 from hf_value_steer.hosts.transformers import compile_config
 
 
@@ -30,17 +31,18 @@ class _Kept:
         self.state = state
 
 
-_Function = Callable[[PreTrainedModel, _Kept, dict[str, Any]], tuple[ModelOutput, Tensor | None]]
+_States = tuple[Tensor | None, ...]
+_Function = Callable[[PreTrainedModel, Sequence[_Kept], dict[str, Any]], tuple[ModelOutput, _States]]
 
 
-def _step(model: PreTrainedModel, kept: _Kept, inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor | None]:
+def _step(model: PreTrainedModel, kept: Sequence[_Kept], inputs: dict[str, Any]) -> tuple[ModelOutput, _States]:
     outputs = model(**{**inputs, "return_dict": True})
-    return outputs, kept.state
+    return outputs, tuple(each.state for each in kept)
 
 
-def _look_ahead(model: PreTrainedModel, kept: _Kept, inputs: dict[str, Any]) -> tuple[ModelOutput, Tensor | None]:
+def _look_ahead(model: PreTrainedModel, kept: Sequence[_Kept], inputs: dict[str, Any]) -> tuple[ModelOutput, _States]:
     outputs = model(**{**inputs, "return_dict": True})
-    return outputs, kept.state
+    return outputs, tuple(each.state for each in kept)
 
 
 class Compiled(Undivided):
@@ -57,15 +59,18 @@ class Compiled(Undivided):
         super().__init__(model)
         self.function = function
 
-    def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
-        kept = _Kept()
-        with point.shown_to(kept):
-            outputs, feature = self.function(self.model, kept, inputs)
-        if feature is None:
-            raise ScoringError("The output embedding was called where it cannot be watched, in a compiled step.")
+    def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
+        kept = [_Kept() for _ in points]
+        with ExitStack() as stack:
+            for point, watcher in zip(points.values(), kept, strict=True):
+                stack.enter_context(point.shown_to(watcher))
+            outputs, states = self.function(self.model, kept, inputs)
         # A CUDA graph writes its next result, that of a look-ahead say, into the same memory.
-        feature, logits = feature.clone(), outputs.logits.clone()
-        return Reached(feature, outputs.get("hidden_states"), outputs.get("attentions"), self, logits)
+        read = {layer: state.clone() for layer, state in zip(points, states, strict=True) if state is not None}
+        if len(read) < len(points):
+            raise ScoringError("A state passed where it cannot be watched, in a compiled step.")
+        logits = outputs.logits.clone()
+        return Reached(Features(read), outputs.get("hidden_states"), outputs.get("attentions"), self, logits)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 
 import threading
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from hf_value_steer.backbone.points import Watcher, feature_point, on_call
+from hf_value_steer.backbone.features import FINAL, Features, Layer, points_of, require_residual
+from hf_value_steer.backbone.points import feature_point, on_call
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.attention import padding_of, tidied
 from hf_value_steer.generation.kernels import BY_TOKEN
@@ -22,14 +25,14 @@ class Decoded:
     """The forward whose scores are being processed; a logits processor gets it from [`DecodeTap.read`].
 
     Args:
-        feature (`torch.FloatTensor` of shape `(rows, width)`): of the last token.
+        features ([`Features`]): of the last token, `(rows, width)` by layer.
         cache: the cache after the forward.
         cache_argument (`str`): under which name the forward took it.
         arguments (`dict`): of the forward, by name.
         prefill (`bool`): whether the forward read a prompt, or the last part of one.
     """
 
-    feature: Tensor
+    features: Features
     cache: Cache
     cache_argument: str
     arguments: dict[str, Any]
@@ -46,7 +49,7 @@ class Decoded:
         kept = {key: value for key, value in self.arguments.items() if not isinstance(value, torch.Tensor | Cache)}
         types = {name: self.arguments[name][:, -1:] for name in BY_TOKEN if self.arguments.get(name) is not None}
         inputs = {**kept, **types, "attention_mask": mask, "position_ids": positions, self.cache_argument: self.cache}
-        return tidied(inputs, len(self.feature))
+        return tidied(inputs, len(self.features[FINAL]))
 
 
 class _Seen(threading.local):
@@ -56,21 +59,28 @@ class _Seen(threading.local):
     cache: weakref.ref[Cache] | None = None
     cache_argument = CACHE
     arguments: dict[str, Any] | None = None
-    feature: Tensor | None = None
+    features: Features | None = None
     prefill = False
     unnamed = 0  # tokens that are in the cache and not part of `input_ids`: of `inputs_embeds`, or of an earlier text
 
 
 class _Followed:
-    """A watcher on the feature of a model, whose output embedding may be replaced at any time.
+    """Watchers on the feature of a model, whose output embedding may be replaced at any time.
 
     [`DecodeTap`] makes one, and calls [`follow`] before every forward.
     """
 
-    def __init__(self, model: PreTrainedModel, watcher: Watcher):
-        self.model, self.watcher = weakref.ref(model), watcher
+    def __init__(self, model: PreTrainedModel, layers: Iterable[Layer], watch: Callable[[Layer, Tensor], None]):
+        self.model, self.watcher = weakref.ref(model), partial(watch, FINAL)
         self.point = feature_point(model)
-        self.leave = self.point.attach(watcher)
+        self.leave = self.point.attach(self.watcher)
+        points = points_of(model, [layer for layer in layers if layer != FINAL])
+        self.leave_layers = [point.attach(partial(watch, layer)) for layer, point in points.items()]
+
+    def end(self) -> None:
+        """Watch no more."""
+        for leave in (self.leave, *self.leave_layers):
+            leave()
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether this is the model or a shadow of it, which has its weights, and no copy."""
@@ -91,15 +101,20 @@ class DecodeTap:
     A logits processor makes one for its model, and calls [`read`] each time it is called. The hooks on the model hold
     no reference to the tap, and are taken off when it is gone, so that an inline `logits_processor=[...]` leaves
     nothing behind.
+
+    Args:
+        model: that will generate.
+        layers: whose states are kept, beside what the output embedding consumes.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, layers: Iterable[Layer] = ()):
         seen = self._seen = _Seen()
 
         def on_forward(running: nn.Module, arguments: dict[str, Any]) -> None:
             followed.follow()
             cache = cache_of(arguments)
             seen.watching = followed.is_of(running) and not isinstance(cache, LookaheadCache)
+            seen.features = Features() if seen.watching else seen.features
             if seen.watching:
                 stage = stage_of_generate()
                 seen.prefill = cache is not None and (stage in ("prompt", "chunk") if stage else not holds_text(cache))
@@ -108,13 +123,13 @@ class DecodeTap:
                 seen.cache = None if cache is None else weakref.ref(cache)
                 seen.cache_argument = next((name for name, value in arguments.items() if value is cache), CACHE)
 
-        def on_feature(feature: Tensor) -> None:
-            if seen.watching:
-                seen.feature = feature
+        def on_state(layer: Layer, state: Tensor) -> None:
+            if seen.watching and seen.features is not None:
+                seen.features[layer] = state if layer == FINAL else require_residual(state)
 
-        followed = _Followed(model, on_feature)
+        followed = _Followed(model, layers, on_state)
         weakref.finalize(self, on_call(model, on_forward))
-        weakref.finalize(self, lambda: followed.leave())  # looked up then: `follow` puts another one there
+        weakref.finalize(self, followed.end)
 
     def read(self, input_ids: Tensor) -> Decoded:
         """The forward that made the scores of `input_ids` `(rows, length)`; it is forgotten here.
@@ -123,15 +138,15 @@ class DecodeTap:
             ScoringError: if the last forward of this thread is not that one (speculative decoding, classifier-free
                 guidance), or had no cache.
         """
-        feature, arguments, prefill = self._seen.feature, self._seen.arguments, self._seen.prefill
-        self._seen.feature = self._seen.arguments = None
+        features, arguments, prefill = self._seen.features, self._seen.arguments, self._seen.prefill
+        self._seen.features = self._seen.arguments = None
         cache = None if self._seen.cache is None else self._seen.cache()
-        if feature is None or arguments is None or cache is None:
+        if not features or FINAL not in features or arguments is None or cache is None:
             raise ScoringError(
                 "No forward pass with a cache was seen before this logits processor was called: generate with the "
                 "model that the processor was made for, and with `use_cache=True`."
             )
-        held = length_of(cache)
+        held, feature = length_of(cache), features[FINAL]
         if prefill:
             self._seen.unnamed = max((held or 0) - input_ids.shape[1], 0)
         cached = input_ids.shape[1] if held is None else held - self._seen.unnamed
@@ -140,4 +155,5 @@ class DecodeTap:
                 f"The last forward pass left a cache of {cached} tokens for {len(feature)} rows, but the scores "
                 f"are for {tuple(input_ids.shape)} tokens: value steering cannot follow this decoding method."
             )
-        return Decoded(feature[:, -1], cache, self._seen.cache_argument, arguments, prefill)
+        last = features.each(lambda state: state[:, -1])
+        return Decoded(last, cache, self._seen.cache_argument, arguments, prefill)

@@ -4,7 +4,7 @@ A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the en
 `look_ahead`), the step judges what they have left, and the engine computes logits of what is kept (`state`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from transformers import Cache, GenerationConfig
 from transformers.utils import ModelOutput
 
+from hf_value_steer.backbone.features import Layer
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.branches import Alternatives, Chain
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import compiled_forwards
-from hf_value_steer.generation.forwards import Reached, passed
+from hf_value_steer.generation.forwards import Reached, reading, require_all
 from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, LookAhead, Whole, compilable_kernel, rows_of
 from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, select_rows
 from hf_value_steer.generation.prepared import PreparedModel
@@ -43,6 +44,7 @@ class Engine:
         around (*optional*): what the methods of the call do around each forward.
         compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
         back (`int`): how many tokens a [`chain`] may take the place of.
+        reads: the layers whose states are wanted, beside what the output embedding consumes.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class Engine:
         around: Around | None = None,
         compilable: bool = True,
         back: int = 0,
+        reads: Iterable[Layer] = (),
     ):
         self.model, self.model_kwargs, self.kernel, self.compilable = prepared.model, model_kwargs, kernel, compilable
         self.around: Around = around or (lambda _: nullcontext())
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], self.model.config, back)
-        self.point, self.longest_row, self.adapters = prepared.point, prepared.longest_row, prepared.adapters
+        self.longest_row, self.adapters = prepared.longest_row, prepared.adapters
+        self.points = prepared.points(reads)
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
         self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
 
@@ -71,9 +75,8 @@ class Engine:
         """
         mask = self.model_kwargs.get("attention_mask")
         kept, given = (input_ids[:, :-1], self._without_last()) if apart else (input_ids, {})
-        features: list[Tensor] = []
-        reading = Reading(self.live.cache, prompt=kept.shape[1], mask=mask)
-        with self.around(reading), self.point.shown_to(features.append):
+        prompt = Reading(self.live.cache, prompt=kept.shape[1], mask=mask)
+        with self.around(prompt), reading(self.points) as features:
             outputs = prefill(self.model, kept, config, self.model_kwargs | given)
         if apart:
             self.model_kwargs[cache_name(self.model_kwargs)] = cache_of(outputs)
@@ -86,7 +89,8 @@ class Engine:
             return state
         self._compile(config)
         logits = outputs.logits[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=input_ids.device)
-        return State(logits, passed(features)[:, -1], outputs.get("hidden_states"), outputs.get("attentions"))
+        last = require_all(features).each(_last)
+        return State(logits, last, outputs.get("hidden_states"), outputs.get("attentions"))
 
     def _without_last(self) -> dict[str, Tensor]:
         """Mask and positions of the prompt without its last token."""
@@ -124,14 +128,14 @@ class Engine:
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         self._require_cache(inputs, self.live.cache)
         with self.around(Reading(self.live.cache, begins=True)):
-            reached = self.step_forwards.run_to(self.point, inputs)
+            reached = self.step_forwards.run_to(self.points, inputs)
         self.live.advance()
         return reached
 
     def compute_state(self, reached: Reached, device: torch.device) -> State:
         """What a step leaves behind, once it is decided what is kept: logits are computed here, and go to `device`."""
         logits = reached.compute_logits()[:, -1:].flatten(1).to(copy=True, dtype=torch.float32, device=device)
-        return State(logits, reached.feature[:, -1], reached.hidden_states, reached.attentions)
+        return State(logits, reached.features.each(_last), reached.hidden_states, reached.attentions)
 
     def commit(self) -> None:
         """The token that was forwarded last stays: move mask, positions and windows on by one."""
@@ -167,7 +171,7 @@ class Engine:
         everybody = None if rows is None else self.model_kwargs.get("position_ids")
         with self.adapters.reading(rows, copies), self.longest_row.reaching(everybody):
             reached = self._forward(look, Reading(look.cache, rows, copies, begins=rows is None))
-        features = reached.feature.reshape(*candidates.shape, -1)
+        features = reached.features.each(lambda states: states.reshape(*candidates.shape, -1))
         return Alternatives(reached, look.cache, features, self.kernel)
 
     def _look_at_all(
@@ -181,12 +185,13 @@ class Engine:
         look = self._new_look_ahead(input_ids, padded, rows)
         reached = self._forward(look, Reading(look.cache, begins=rows is None))
         look.cache.keep_rows(looked_at)
-        for name in ("feature", "logits"):
-            setattr(reached, name, getattr(reached, name)[looked_at, :count])
+        assert reached.logits is not None  # a compiled forward is undivided
+        reached.logits = reached.logits[looked_at, :count]
+        reached.features = reached.features.each(lambda states: states[looked_at, :count])
         for name in ("hidden_states", "attentions"):
             if (states := getattr(reached, name)) is not None:
                 setattr(reached, name, tuple(select_rows(each, rows) for each in states))
-        return Alternatives(reached, look.cache, reached.feature, self.kernel)
+        return Alternatives(reached, look.cache, reached.features, self.kernel)
 
     def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
@@ -196,7 +201,7 @@ class Engine:
         inputs = self.kernel.inputs(look)
         self._require_cache(inputs, look.cache)
         with self.around(reading), self.kernel.attention(look):
-            return self.look_forwards.run_to(self.point, inputs)
+            return self.look_forwards.run_to(self.points, inputs)
 
     def chain(self, input_ids: Tensor, row: int, count: int) -> Chain:
         """Forward the last `count` tokens of one row after what stands before them, between two steps.
@@ -219,7 +224,7 @@ class Engine:
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
         with self.adapters.reading(rows, 1), self.around(Reading(cache, rows)):
-            reached = self.chain_forwards.run_to(self.point, inputs)
+            reached = self.chain_forwards.run_to(self.points, inputs)
             reached.logits = reached.compute_logits()
         return Chain(reached, cache, row)
 
@@ -232,7 +237,7 @@ class Engine:
             keep (`torch.BoolTensor` of shape `(n,)`): which of them go on with the other.
             other: of these n rows, at one position.
         """
-        pairs = [(reached.feature, other.feature)]
+        pairs = [(mine, other.features[layer]) for layer, mine in reached.features.items()]
         if reached.logits is not None:
             with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
                 pairs.append((reached.logits, other.compute_logits()))
@@ -251,3 +256,8 @@ class Engine:
                 "its position embedding: a text cannot be steered across this length. Keep it shorter, or begin with "
                 "a longer prompt."
             )
+
+
+def _last(states: Tensor) -> Tensor:
+    """The states of the last token of each row."""
+    return states[:, -1]

@@ -9,7 +9,7 @@ from torch import Tensor
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.generation.candidates import likely_alternatives, random_key, sampled_alternatives, uniforms
 from hf_value_steer.generation.method import Call, Method, Moment, ScoredMethod
-from hf_value_steer.generation.scorer import Scorer, bind, load_head
+from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.validation import eos_token
 from hf_value_steer.policy import Candidates, Decision, acts, decide, may_insert
@@ -29,7 +29,7 @@ class ValueFilter(ScoredMethod):
     """
 
     judges = True
-    rowwise: ClassVar[tuple[str, ...]] = ("interventions",)
+    rowwise: ClassVar[tuple[str, ...]] = ("memory", "interventions")
 
     def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
         super().__init__(scorer)
@@ -43,7 +43,7 @@ class ValueFilter(ScoredMethod):
     @classmethod
     def bind(cls, config: ValueFilterConfig, call: Call) -> list[Method]:
         """The filter that `config` asks for."""
-        scorer = bind(config, load_head(config, call.model), call.rows, call.device)
+        scorer = call.bind(config)
         eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
         return [cls(config, scorer, call.config.do_sample and config.proposal == "sample", eos)]
 

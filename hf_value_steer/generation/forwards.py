@@ -4,19 +4,23 @@ Between the two parts nothing runs. There tokens are judged and replaced, in cod
 the output embedding is computed once, for what was kept.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_value_steer.backbone.features import FINAL, Features, Layer, require_residual
 from hf_value_steer.backbone.parts import layer_stack
 from hf_value_steer.backbone.points import Point, feature_point
 from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
+
+
+Points: TypeAlias = Mapping[Layer, Point]
 
 
 @dataclass
@@ -24,7 +28,8 @@ class Reached:
     """What a forward has left at the feature.
 
     Args:
-        feature (`torch.FloatTensor` of shape `(rows, positions, width)`): what the output embedding consumes.
+        features ([`Features`]): the states of all tokens at the layers that are read, `(rows, positions, width)` each;
+            `"final"` is among them, what the output embedding consumes.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
         forwards: by what it was reached, and is gone on from.
         logits (`torch.FloatTensor` of shape `(rows, positions, vocab)`, *optional*): where the
@@ -32,7 +37,7 @@ class Reached:
         rest (*optional*): what [`Forwards.resume_from`] goes on from.
     """
 
-    feature: Tensor
+    features: Features
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
     forwards: "Forwards"
@@ -47,8 +52,8 @@ class Reached:
 class Forwards(Protocol):
     """How the engine runs the backbone: [`run_to`] takes arguments of a forward, [`resume_from`] gives logits."""
 
-    def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
-        """Run the forward with these arguments as far as `point`, which today is the feature."""
+    def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
+        """Run the forward with these arguments as far as the output embedding, and read what passes `points`."""
 
     def resume_from(self, reached: Reached) -> Tensor:
         """Logits `(rows, positions, vocab)` of what `reached` holds now: others may have been put into some rows."""
@@ -94,21 +99,15 @@ class Split:
         self.model, self.point, self.stack = model, feature_point(model), layer_stack(model)
         self.point.open()
 
-    def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
-        features: list[Tensor] = []
+    def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
         stand_in = _StandIn(self.stack.forward)
-
-        def leave(feature: Tensor) -> Tensor:
-            features.append(feature)
-            return feature[:, :0]
-
-        with point.shown_to(leave), stand_in.on(self.stack):
+        with reading(points) as features, self.point.shown_to(_leave), stand_in.on(self.stack):
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(self, features, outputs, rest=(inputs, stand_in))
 
     def resume_from(self, reached: Reached) -> Tensor:
         inputs, stand_in = reached.rest
-        with self.point.shown_to(lambda _: reached.feature), stand_in.on(self.stack):
+        with self.point.shown_to(lambda _: reached.features[FINAL]), stand_in.on(self.stack):
             logits: Tensor = self.model(**{**inputs, "return_dict": True}).logits
         return logits
 
@@ -120,9 +119,8 @@ class Undivided:
         self.model = model
         feature_point(model).open()
 
-    def run_to(self, point: Point, inputs: dict[str, Any]) -> Reached:
-        features: list[Tensor] = []
-        with point.shown_to(features.append):
+    def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
+        with reading(points) as features:
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(self, features, outputs, outputs.logits)
 
@@ -131,21 +129,47 @@ class Undivided:
         return reached.logits
 
 
+def _leave(feature: Tensor) -> Tensor:
+    """No position goes on to the output embedding."""
+    return feature[:, :0]
+
+
 def _reached(
-    forwards: Forwards, features: list[Tensor], outputs: ModelOutput, logits: Tensor | None = None, rest: Any = None
+    forwards: Forwards, features: Features, outputs: ModelOutput, logits: Tensor | None = None, rest: Any = None
 ) -> Reached:
     states = (outputs.get("hidden_states"), outputs.get("attentions"))
-    return Reached(passed(features), *states, forwards, logits, rest)
+    return Reached(require_all(features), *states, forwards, logits, rest)
 
 
-def passed(features: list[Tensor]) -> Tensor:
-    """The last of the features that passed in a forward, or with chunks of a prompt in several."""
-    if not features:
+@contextmanager
+def reading(points: Points) -> Iterator[Features]:
+    """Keep what passes `points` in the forward inside the `with` block; of several forwards, of the last one."""
+    features = Features()
+    with ExitStack() as stack:
+        for layer, point in points.items():
+            stack.enter_context(point.shown_to(_Reader(features, layer)))
+        yield features
+
+
+class _Reader:
+    """A watcher that keeps the last state that passed."""
+
+    def __init__(self, features: Features, layer: Layer):
+        self.features, self.layer = features, layer
+
+    def __call__(self, state: Tensor) -> None:
+        self.features[self.layer] = state if self.layer == FINAL else require_residual(state)
+
+
+def require_all(features: Features) -> Features:
+    """The features of a forward, without positions that are no tokens: bridges stand in front of one."""
+    if FINAL not in features:
         raise ScoringError(
             "The output embedding was called where it cannot be watched: if `model.forward` was compiled, compile "
             "it anew, and steer with it before anything else runs."
         )
-    return features[-1]
+    tokens = features[FINAL].shape[1]
+    return features.each(lambda state: state[:, -tokens:])
 
 
 class _StandIn:

@@ -23,7 +23,7 @@ class Gate(ScoredMethod):
     """
 
     follows = False  # a chain of tokens is read in one forward, which has one gate a row
-    rowwise: ClassVar[tuple[str, ...]] = ("open",)
+    rowwise: ClassVar[tuple[str, ...]] = ("memory", "open")
 
     def __init__(self, scorer: Scorer, injection: Injection, min_new_tokens: int):
         super().__init__(scorer)

@@ -120,7 +120,7 @@ class Guidance(Method):
             return self._branching(reading.cache)
         return self._guiding(reading.cache)
 
-    def values(self, features: Tensor) -> Tensor:
+    def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The values that the module has given the last token that it has read."""
         assert self.state is not None  # the prompt's last token was a step
         return self.state.values.to(features.device)

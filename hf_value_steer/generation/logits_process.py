@@ -19,7 +19,15 @@ from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.scorer import Scorer, bind, load_head, refuse_broken, require_finite, require_fit
+from hf_value_steer.generation.scorer import (
+    Scorer,
+    bind,
+    layers_read,
+    load_head,
+    refuse_broken,
+    require_finite,
+    require_fit,
+)
 from hf_value_steer.generation.validation import (
     ending_tokens,
     eos_token,
@@ -60,7 +68,8 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self.model, self.config = model, config
         self.head = load_head(config, model)
         self._ending()
-        self.tap = DecodeTap(model)
+        self.reads = layers_read(self.head, model)
+        self.tap = DecodeTap(model, self.reads)
         # By cache: nobody tells a processor when a generation ends, and there may be several at once.
         self.texts = WeakKeyDictionary[Cache, _AbstainingText]()
 
@@ -74,7 +83,7 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
             require_fit(self.head, self.model, self.config.allow_backbone_mismatch)
-            scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
+            scorer = bind(self.config, self.head, len(input_ids), input_ids.device, self.reads)
             stops = Stops.none(len(input_ids), input_ids.device)
             abstention = Abstention(self.config, scorer, stops, self._ending())
             self.texts[decoded.cache] = _AbstainingText(abstention, input_ids.shape[1], input_ids)
@@ -83,8 +92,10 @@ class AbstentionLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             text.go_on(input_ids)
         abstention = text.abstention
         step, everyone = input_ids.shape[1] - text.prompt_length, torch.ones_like(input_ids[:, 0], dtype=torch.bool)
-        values = abstention.scorer.values(decoded.feature)
+        features = decoded.features.of(self.reads)
+        values = abstention.scorer.values(features)
         require_finite(values, everyone, step)
+        abstention.scorer.remember(features)
         abstention.observe_values(values, step, everyone)
         tokens, forced = abstention.next_tokens(input_ids[:, -1], scores)
         prescribed = torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
@@ -119,12 +130,19 @@ class _AbstainingText:
 
     def go_on(self, input_ids: Tensor) -> None:
         """Take in the text of the next call, whose rows may be others: beam search reorders them."""
-        if self.input_ids.shape[1] != input_ids.shape[1] - 1:
-            raise ScoringError("Abstention has to see every step of a generation; this decoding method skipped one.")
-        same = (self.input_ids[None] == input_ids[:, None, :-1]).all(dim=-1)
-        stays = torch.arange(len(same), device=same.device)  # equal texts: each row keeps its own count
-        self.abstention.reorder(torch.where(same.diagonal(), stays, same.int().argmax(dim=-1)))
+        self.abstention.reorder(_parents(self.input_ids, input_ids))
         self.input_ids = input_ids
+
+
+def _parents(before: Tensor, now: Tensor) -> Tensor:
+    """Which row `(rows,)` of the text `(rows, length - 1)` of the last call each row of `(rows, length)` goes on."""
+    if before.shape[1] != now.shape[1] - 1:
+        raise ScoringError(
+            "Abstention and heads over time have to see every step of a generation; this decoding method skipped one."
+        )
+    same = (before[None] == now[:, None, :-1]).all(dim=-1)
+    stays = torch.arange(len(same), device=same.device)  # equal texts: each row keeps its own
+    return torch.where(same.diagonal(), stays, same.int().argmax(dim=-1))
 
 
 class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -157,7 +175,8 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         self.model, self.config = model, config
         self.head = load_head(config, model)
         self._eos()
-        self.tap = DecodeTap(model)
+        self.reads = layers_read(self.head, model)
+        self.tap = DecodeTap(model, self.reads)
         self.texts = WeakKeyDictionary[Cache, _FilteredText]()  # as above
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -165,11 +184,12 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
             require_fit(self.head, self.model, self.config.allow_backbone_mismatch)
-            scorer = bind(self.config, self.head, len(input_ids), input_ids.device)
-            scorer.start(scorer.values(decoded.feature))
-            prepared = PreparedModel(self.model)
-            self.texts[decoded.cache] = _FilteredText(prepared, scorer, input_ids.shape[1], self._eos())
+            scorer = bind(self.config, self.head, len(input_ids), input_ids.device, self.reads)
+            scorer.start(scorer.values(decoded.features.of(self.reads)))
+            prepared, eos = PreparedModel(self.model), self._eos()
+            self.texts[decoded.cache] = _FilteredText(prepared, scorer, input_ids.shape[1], eos, input_ids)
         text = _text_of(decoded.cache, self.texts)
+        text.remember(decoded.features.of(self.reads), input_ids)
         step = input_ids.shape[1] - text.prompt_length
         if not has_begun(step, self.config.min_new_tokens):
             return scores
@@ -193,9 +213,10 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         candidates = Candidates(self._candidates(scores, step), nowhere)
         width, inputs = max(int(candidates.needed.sum(dim=-1).max()), 1), decoded.continuation_inputs()
         kernel = choose_kernel(self.config.lookahead, text.prepared.model, inputs["attention_mask"])
-        ahead = Engine(text.prepared, inputs, kernel).look_ahead(input_ids, candidates.to_forward(width))
+        engine = Engine(text.prepared, inputs, kernel, reads=self.reads)
+        ahead = engine.look_ahead(input_ids, candidates.to_forward(width))
         unknown = torch.full(nowhere.shape, torch.nan, device=nowhere.device)
-        values = candidates.spread(text.scorer.values(ahead.features), unknown)
+        values = candidates.spread(text.scorer.values(ahead.features.of(self.reads)), unknown)
         may_end = nowhere if text.eos is None else may_insert(scores[:, text.eos, None])
         rule = (text.scorer.threshold, text.scorer.polarity, self.config.fallback, may_end)
         decision = decide(candidates, values, *rule, scores.softmax(dim=-1), self.config.prob_weight)
@@ -232,9 +253,20 @@ class _FilteredText:
         scorer: head and thresholds.
         prompt_length (`int`): tokens of the prompt.
         eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
+        input_ids (`torch.LongTensor` of shape `(rows, length)`): the text at the last call.
     """
 
     prepared: PreparedModel
     scorer: Scorer
     prompt_length: int
     eos: int | None
+    input_ids: Tensor
+
+    def remember(self, features: Tensor, input_ids: Tensor) -> None:
+        """Let a head over time take in the last token of each row, whose features these are, `(rows, width)`."""
+        scorer = self.scorer
+        if scorer.head.remembers:
+            if input_ids.shape[1] > self.prompt_length:
+                scorer.memory = scorer.memory[_parents(self.input_ids, input_ids).to(scorer.memory.device)]
+            scorer.remember(features)
+            self.input_ids = input_ids

@@ -102,7 +102,9 @@ class Loop:
         mask = model_kwargs.get("attention_mask")
         kernel = choose_kernel(lookahead, model, mask, bool(self.config.output_attentions))
         compilable = lookahead in ("auto", "masked")
-        return Engine(self.call.prepared, model_kwargs, kernel, partial(around, self.methods), compilable, self.back)
+        reads = [layer for method in self.methods if method.values_texts for layer in method.reads]
+        how = (partial(around, self.methods), compilable, self.back)
+        return Engine(self.call.prepared, model_kwargs, kernel, *how, reads)
 
     def run(self) -> Tensor | ValueSteerDecoderOnlyOutput:
         """Generate."""
@@ -110,7 +112,7 @@ class Loop:
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         apart = any(method.last_token_apart for method in self.methods)
         state = self.engine.prefill(input_ids, self.config, apart)
-        moment = Moment(0, state.feature, self.unfinished, self.unfinished)
+        moment = Moment(0, state.features, self.unfinished, self.unfinished)
         prompt_values = None if self.reporter is None else moment.values_of(self.reporter)
         self._tell(moment)
         for step in itertools.count():
@@ -151,7 +153,7 @@ class Loop:
         if outcome.ended is not None:
             self.call.stops.mark(outcome.ended, draw.step, outcome.natural)
         self.unfinished = self.unfinished & ~self.criteria(input_ids, self.record.scores)
-        moment = Moment(draw.step + 1, state.feature, draw.live, self.unfinished, draw, outcome)
+        moment = Moment(draw.step + 1, state.features, draw.live, self.unfinished, draw, outcome)
         if self.reporter is not None:
             moment.know(self.reporter, outcome.values)
         self._tell(moment)

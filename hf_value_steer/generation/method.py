@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from hf_value_steer.backbone.features import ONLY_FINAL, Features, Layer
+from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.scorer import Scorer, require_finite
+from hf_value_steer.generation.scorer import Scorer, bind, layers_read, load_head, require_finite
 from hf_value_steer.generation.state import Draw, Outcome, Reading
 from hf_value_steer.policy import Candidates, Decision
 
@@ -53,6 +55,11 @@ class Call:
         """Where tokens are."""
         return self.input_ids.device
 
+    def bind(self, config: SteeringConfig) -> Scorer:
+        """The head that a config names, loaded and bound to this call."""
+        head = load_head(config, self.model)
+        return bind(config, head, self.rows, self.device, layers_read(head, self.model))
+
 
 class Bindable(Protocol):
     """What `value_steer` takes beside configs: a method of the user's own. [`bind`] is called once in each call."""
@@ -71,6 +78,8 @@ class Method:
             do: if that is so of all methods, the loop of plain `generate` runs, and no hook is called.
         values_texts (`bool`): whether [`values`] answers. The values of the judge are reported, else those of the
             first method that answers.
+        reads (`tuple`): the layers whose states [`values`] is given: numbers of decoder layers, from 0, or `"final"`,
+            what the output embedding consumes.
         judges (`bool`): whether it decides which tokens are kept, by [`acting`], [`accepts`], [`propose`] and
             [`decide`]. One method may.
         eager (`bool`): of a judge: `True` to see all candidates of every token, `False` to see them only where the
@@ -85,6 +94,7 @@ class Method:
 
     needs_loop: bool = True
     values_texts: bool = False
+    reads: tuple[Layer, ...] = ONLY_FINAL
     judges: bool = False
     eager: bool = False
     most: int = 1
@@ -98,10 +108,14 @@ class Method:
         """A context for one forward, which reads what `reading` says. The engine enters it."""
         return nullcontext()
 
-    def values(self, features: Tensor) -> Tensor:
-        """Values `(...)` in [0, 1] of texts whose last token has the features `(..., width)`.
+    def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Values `(n, ...)` in [0, 1] of texts whose last token has the features `(n, ..., width)`.
 
         NaN says that there is none: the call then ends with an error. Steps and moments ask.
+
+        Args:
+            features (`torch.FloatTensor`): at the layers that the method `reads`, side by side.
+            rows (`torch.LongTensor` of shape `(n,)`, *optional*): of the batch, all if left out.
         """
         raise NotImplementedError
 
@@ -176,18 +190,29 @@ class ScoredMethod(Method):
     """
 
     values_texts = True
+    rowwise: ClassVar[tuple[str, ...]] = ("memory",)
 
     def __init__(self, scorer: Scorer):
-        self.scorer = scorer
+        self.scorer, self.reads = scorer, scorer.reads
 
-    def values(self, features: Tensor) -> Tensor:
-        return self.scorer.values(features)
+    @property
+    def memory(self) -> Tensor:
+        """What the head remembers of each row."""
+        return self.scorer.memory
+
+    @memory.setter
+    def memory(self, rows: Tensor) -> None:
+        self.scorer.memory = rows
+
+    def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.scorer.values(features, rows)
 
     def values_at(self, moment: "Moment") -> Tensor:
-        """Values `(batch,)` of the texts. Those of the prompts set the thresholds that follow them."""
+        """Values `(batch,)` of the texts, which the head takes in. Those of prompts set the thresholds after them."""
         values = moment.values_of(self)
         if moment.step == 0:
             self.scorer.start(values)
+        self.scorer.remember(moment.features.of(self.reads))
         return values
 
 
@@ -200,14 +225,14 @@ class Moment:
 
     Args:
         step (`int`): number of new tokens; 0 is the prompt.
-        feature (`torch.FloatTensor` of shape `(batch, width)`): of the last token of each row.
+        features ([`Features`]): of the last token of each row, `(batch, width)` by layer.
         live (`torch.BoolTensor` of shape `(batch,)`): rows whose token counts.
         unfinished (`torch.BoolTensor` of shape `(batch,)`): rows that go on.
         draw, outcome (*optional*): what the token was drawn from, and what came of it.
     """
 
     step: int
-    feature: Tensor
+    features: Features
     live: Tensor
     unfinished: Tensor
     draw: Draw | None = None
@@ -227,7 +252,7 @@ class Moment:
             ScoringError: if there is none for a row whose token counts.
         """
         if id(method) not in self.known:
-            values = method.values(self.feature).masked_fill(~self.live, torch.nan)
+            values = method.values(self.features.of(method.reads)).masked_fill(~self.live, torch.nan)
             require_finite(values, self.live, max(self.step - 1, 0))
             self.known[id(method)] = values
         return self.known[id(method)]

@@ -1,11 +1,13 @@
 """A shadow of the backbone, and what forwards have to know of its modules."""
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.backbone.features import FINAL, Layer, points_of
 from hf_value_steer.backbone.shadow import shadow
 from hf_value_steer.generation.adapters import AdaptersOfRows
-from hf_value_steer.generation.forwards import choose_forwards
+from hf_value_steer.generation.forwards import Points, choose_forwards
 from hf_value_steer.generation.rope import LongestRow
 
 
@@ -21,13 +23,18 @@ class PreparedModel:
     Attributes:
         model: a shadow of it, in evaluation mode: under dropout a token and its alternatives would be read by
             different models. Hooks, attention, classes and modes that are set on it are seen by no other call.
-        point: where its feature passes.
         forwards: how it is run where nothing is compiled.
         longest_row, adapters: what depends on which rows a forward reads.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model: PreTrainedModel = shadow(model).eval()
-        self.point = feature_point(self.model)
         self.forwards = choose_forwards(self.model)
         self.longest_row, self.adapters = LongestRow(self.model), AdaptersOfRows(self.model)
+
+    def points(self, layers: Iterable[Layer] = ()) -> Points:
+        """Where the states of these layers pass, and what the output embedding consumes; open to be watched."""
+        points = points_of(self.model, dict.fromkeys([*layers, FINAL]))
+        for point in points.values():
+            point.open()
+        return points

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from hf_value_steer.backbone.features import Features
 from hf_value_steer.generation.branches import Chain
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.history import History
@@ -84,7 +85,12 @@ class Rewriting:
             draw.tokens = _with(draw.tokens, row, text[row, -1])
         if place > 0:
             self._score(draw, chain, place)
-        feature = _with(was.feature, row, chain.reached.feature[0, place])
+        features = Features(
+            {
+                layer: _with(state, row, chain.reached.features[layer][0, place])
+                for layer, state in was.features.items()
+            }
+        )
         live = _with(was.live, row, unfinished_before) if self.pads else was.live
         if not bool(live[row]):
             raise ValueError(
@@ -92,7 +98,7 @@ class Rewriting:
             )
         ended = self.criteria(text, self.record.scores)[row]
         unfinished = _with(was.unfinished, row, unfinished_before & ~ended)
-        moment = Moment(was.step, feature, live, unfinished, draw, outcome)
+        moment = Moment(was.step, features, live, unfinished, draw, outcome)
         if self.reporter is not None:
             outcome.values = _with(outcome.values, row, moment.values_of(self.reporter)[row])
         return moment

@@ -2,13 +2,15 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone.parts import feature_width, refuse_other_backbone
+from hf_value_steer.backbone.features import ONLY_FINAL, Layer, features_width, points_of, resolve_layers
+from hf_value_steer.backbone.parts import refuse_other_backbone
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.calibration.filtering import row_thresholds
 from hf_value_steer.choices import Polarity
@@ -22,20 +24,29 @@ from hf_value_steer.policy import acceptable, answered
 
 @dataclass
 class Scorer:
-    """A head with one threshold a row.
+    """A head with one threshold, and one memory, a row.
 
-    Methods and the vLLM adapter make one with [`bind`]. Features go into [`values`], and values into [`accepts`].
+    Methods and the vLLM adapter make one with [`bind`]. Features go into [`values`], and values into [`accepts`]. The
+    features of tokens that are kept go into [`remember`].
 
     Args:
         head: the head.
         threshold (`torch.FloatTensor` of shape `(batch,)`): NaN, which accepts nothing, until [`start`] sets it.
         least_growth (`float`, *optional*): from a calibration of mode `"martingale"`: growth of the log odds since the
             prompt that is not acceptable any more.
+        reads (`tuple`): the layers of the feature.
+
+    Attributes:
+        memory (`torch.FloatTensor` of shape `(batch, 1 + remembers)`): see [`ValueHead.memory`].
     """
 
     head: ValueHead
     threshold: Tensor
     least_growth: float | None = None
+    reads: tuple[Layer, ...] = ONLY_FINAL
+
+    def __post_init__(self) -> None:
+        self.memory = self.head.memory(len(self.threshold))
 
     @property
     def polarity(self) -> Polarity:
@@ -48,23 +59,66 @@ class Scorer:
             rows = row_thresholds(self.least_growth, prompt_values.numpy(force=True), self.polarity)
             self.threshold = torch.from_numpy(rows).to(self.threshold.device)
 
-    def values(self, features: Tensor) -> Tensor:
-        """Values in (0, 1), or NaN, of features `(..., width)`, on the device of the thresholds.
+    def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Values in (0, 1), or NaN, of the tokens that may come next, on the device of the thresholds.
 
         If the head is on another device than the features, a copy of it is moved there. With `device_map` or
         offloading, that device is not known before the first forward; and the head itself may be in use by others.
+
+        Args:
+            features (`torch.FloatTensor` of shape `(n, ..., width)`): of these tokens.
+            rows (`torch.LongTensor` of shape `(n,)`, *optional*): the rows of the batch that they may go on with, all
+                if left out.
         """
-        if self.head.device != features.device:
-            self.head = copy.deepcopy(self.head).to(features.device)
-        return answered(self.head(features).value).to(self.threshold.device)
+        self._go_to(features.device)
+        if not self.head.remembers:
+            return answered(self.head(features).value).to(self.threshold.device)
+        memory = self.memory if rows is None else self.memory[rows.to(features.device)]
+        memory = memory.view(len(features), *[1] * (features.dim() - 2), -1).expand(*features.shape[:-1], -1)
+        return answered(self.head(features[..., None, :], memory=memory).value[..., 0]).to(self.threshold.device)
+
+    def values_of_tokens(self, features: Tensor, begins: Sequence[int]) -> Tensor:
+        """Values `(batch, tokens)` of tokens that follow one another, which are remembered.
+
+        Args:
+            features (`torch.FloatTensor` of shape `(batch, tokens, width)`): of these tokens.
+            begins (sequence of `int`): the first token of each row that is remembered. A head over time has no value,
+                which is NaN, for those before it.
+        """
+        if not self.head.remembers:
+            return self.values(features)
+        self._go_to(features.device)
+        values = features.new_full(features.shape[:2], torch.nan, dtype=torch.float32)
+        for row, begin in enumerate(begins):
+            if begin < features.shape[1]:
+                output = self.head(features[row, begin:], memory=self.memory[row])
+                values[row, begin:], self.memory[row] = output.value, output.memory
+        return answered(values).to(self.threshold.device)
+
+    def remember(self, features: Tensor) -> None:
+        """Take in the token that each row goes on with, by its features `(batch, width)`."""
+        if self.head.remembers:
+            self._go_to(features.device)
+            self.memory = self.head(features[:, None], memory=self.memory).memory
+
+    def _go_to(self, device: torch.device) -> None:
+        if self.head.device != device:
+            self.head = copy.deepcopy(self.head).to(device)
+            self.memory = self.memory.to(device)
 
     def accepts(self, values: Tensor) -> Tensor:
         """Which rows' values `(batch,)` pass their threshold."""
         return acceptable(values, self.threshold, self.polarity)
 
 
-def bind(config: SteeringConfig, head: ValueHead, batch_size: int, device: torch.device) -> Scorer:
-    """A scorer for `batch_size` rows, thresholds on `device`.
+def bind(
+    config: SteeringConfig,
+    head: ValueHead,
+    batch_size: int,
+    device: torch.device,
+    reads: tuple[Layer, ...] = ONLY_FINAL,
+) -> Scorer:
+    """A scorer for `batch_size` rows, thresholds on `device`, of a head that reads the layers `reads`.
 
     Raises:
         ValueError: if there is no threshold, not one a row, or none that keeps the promise that `alpha` asks for.
@@ -81,7 +135,7 @@ def bind(config: SteeringConfig, head: ValueHead, batch_size: int, device: torch
     if isinstance(threshold, tuple) and len(threshold) != batch_size:
         raise ValueError(f"`threshold` holds {len(threshold)} numbers, but the batch has {batch_size} rows.")
     rows = torch.tensor(threshold, dtype=torch.float32, device=device).expand(batch_size)
-    return Scorer(head, rows, least_growth)
+    return Scorer(head, rows, least_growth, reads)
 
 
 def _fitting_calibration(config: SteeringConfig, head: ValueHead) -> Calibration:
@@ -125,9 +179,16 @@ def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
     return head
 
 
+def layers_read(head: ValueHead, model: PreTrainedModel) -> tuple[Layer, ...]:
+    """The layers of `model` that the head reads."""
+    return resolve_layers(head.config.feature_layers, model)
+
+
 def require_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch: bool = False) -> None:
-    """Refuse a head of another width, with weights that are not finite, or trained on another backbone."""
-    width = feature_width(model)
+    """Refuse a head of other layers or another width, with weights that are not finite, or of another backbone."""
+    layers = layers_read(head, model)
+    points_of(model, layers)
+    width = features_width(model, layers)
     if head.config.hidden_size != width:
         raise MismatchError(
             f"`value_head` was trained on hidden_size={head.config.hidden_size} (backbone {head.config.backbone!r}), "

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from hf_value_steer.backbone.features import Features
+
 
 @dataclass
 class State:
@@ -13,12 +15,12 @@ class State:
 
     Args:
         logits (`torch.FloatTensor` of shape `(rows, vocab)`): float32, raw.
-        feature (`torch.FloatTensor` of shape `(rows, width)`): what the output embedding consumed.
+        features ([`Features`]): what was read of it, `(rows, width)` by layer.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
     """
 
     logits: Tensor
-    feature: Tensor
+    features: Features
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 

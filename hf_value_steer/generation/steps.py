@@ -48,7 +48,7 @@ class Plain:
         state = self.engine.compute_state(self.engine.read(draw.text()), draw.tokens.device)
         values = torch.full(draw.live.shape, torch.nan, device=draw.live.device)
         if self.reporter is not None:
-            values = Moment(draw.step + 1, state.feature, draw.live, draw.live).values_of(self.reporter)
+            values = Moment(draw.step + 1, state.features, draw.live, draw.live).values_of(self.reporter)
         return state, _natural(draw, values)
 
 
@@ -60,7 +60,7 @@ class Lazy:
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
         reached = self.engine.read(draw.text())
-        values = self.judge.values(reached.feature[:, -1])
+        values = self.judge.values(reached.features.of(self.judge.reads)[:, -1])
         outcome = _natural(draw, values)
         rejected = _acting(self.judge, draw) & ~self.judge.accepts(values)
         # Here the host waits for the device. All that is rare is behind this test.
@@ -136,7 +136,8 @@ def _decide(
         ahead (*optional*): the forwarded candidates, if there are any.
         natural (`torch.FloatTensor` of shape `(n,)`): values of natural samples that were not forwarded.
     """
-    forwarded = natural.new_empty(len(rows), 0) if ahead is None else judge.values(ahead.features)
+    nothing = natural.new_empty(len(rows), 0)
+    forwarded = nothing if ahead is None else judge.values(ahead.features.of(judge.reads), rows)
     decision = judge.decide(draw, rows, candidates, candidates.spread(forwarded, natural), acting)
     refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
     return decision

@@ -8,7 +8,6 @@ from hf_value_steer.activation.steering_vectors import vectors_of
 from hf_value_steer.configuration.activate import ActivationConfig
 from hf_value_steer.generation.gate import Gate
 from hf_value_steer.generation.method import Call, Method
-from hf_value_steer.generation.scorer import bind, load_head
 from hf_value_steer.generation.state import Reading
 
 
@@ -41,8 +40,7 @@ class Vectors(Method):
             raise ValueError('A prompt in chunks (`prefill_chunk_size`) is not steered with mode="last_token".')
         if config.value_head is None:
             return [cls(injection)]
-        scorer = bind(config, load_head(config, call.model), call.rows, call.device)
-        return [cls(injection), Gate(scorer, injection, config.min_new_tokens)]
+        return [cls(injection), Gate(call.bind(config), injection, config.min_new_tokens)]
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:
         """Tell the injection what is read, which it need not find out from the arguments of the forward then."""

@@ -26,6 +26,7 @@ from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import LOCATION, find, read_object, reading
 from hf_value_steer.files.schema import register
 from hf_value_steer.heads.artefact import Artefact
+from hf_value_steer.heads.over_time import empty_memory, over_time
 from hf_value_steer.policy import acceptable
 
 
@@ -44,11 +45,13 @@ class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
         loss (`torch.FloatTensor` of shape `()`, *optional*): binary cross-entropy, when `labels` were given.
         logits (`torch.FloatTensor` of shape `(...)`): one logit for each feature.
         value (`torch.FloatTensor` of shape `(...)`): `sigmoid(logits)` in (0, 1), NaN where a logit is not finite.
+        memory (`torch.FloatTensor`, *optional*): of a head over time, after the last token, see [`ValueHead.memory`].
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     value: Tensor | None = None
+    memory: Tensor | None = None
 
 
 class ValueHead(Artefact):
@@ -62,6 +65,9 @@ class ValueHead(Artefact):
     A head of several attributes (`attributes` in its config) answers with one value for all of them, so whatever takes
     a head takes it, too; [`attribute_values`] tells them apart.
 
+    A head over time (`temporal` in its config) takes the tokens of a text in their order,
+    `(..., tokens, hidden_size)`, and values each with those before it. What it has seen of a text goes on in `memory`.
+
     Attributes:
         calibration ([`~hf_value_steer.calibration.Calibration`], *optional*): what its thresholds promise; saved as
             `calibration.json` and loaded with the head. `alpha` in a runtime configuration needs it.
@@ -74,11 +80,11 @@ class ValueHead(Artefact):
 
     def __init__(self, config: ValueHeadConfig):
         super().__init__(config)
-        width = config.hidden_size
+        width, inner = config.hidden_size, config.projection_size or config.hidden_size
         outputs = 1 if config.attributes is None else len(config.attributes)
-        layers: list[nn.Module] = [nn.Linear(width, outputs)]
+        layers: list[nn.Module] = [nn.Linear(inner, outputs)]
         if config.architecture == "mlp":
-            layers = [nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), *layers]
+            layers = [nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, inner), nn.ReLU(), *layers]
         self.net = nn.Sequential(*layers).to(torch.float32)
         self.calibration: Calibration | None = None
         self.post_init()
@@ -87,34 +93,61 @@ class ValueHead(Artefact):
         if isinstance(module, nn.Linear):
             module.reset_parameters()
 
-    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
+    def forward(
+        self, hidden_states: Tensor, labels: Tensor | None = None, memory: Tensor | None = None
+    ) -> ValueHeadOutput:
         """Value each feature.
 
         Args:
-            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype. For a
+                head over time of shape `(..., tokens, hidden_size)`.
             labels (`torch.FloatTensor` of shape `(...)`, *optional*): targets in [0, 1]. For a head of A attributes of
                 shape `(..., A)`: whether each is there, whatever its polarity. The loss is the mean over them.
+            memory (`torch.FloatTensor`, *optional*): of a head over time, what it has seen before these tokens, see
+                [`ValueHead.memory`]; nothing by default.
         """
-        logits = self.attribute_logits(hidden_states)
+        logits, memory = self._attribute_logits(hidden_states, memory)
         loss = None
         if labels is not None:
             loss = nn.functional.binary_cross_entropy_with_logits(logits.squeeze(-1), labels.float())
         logits = logits.squeeze(-1) if self.config.attributes is None else self._combined(logits)
-        return ValueHeadOutput(loss=loss, logits=logits, value=_values(logits))
+        return ValueHeadOutput(loss=loss, logits=logits, value=_values(logits), memory=memory)
+
+    @property
+    def remembers(self) -> int:
+        """How many numbers it remembers of a text, beside the number of its tokens; 0 if it is no head over time."""
+        return 0 if self.config.temporal == "none" else int(self.net[0].out_features)  # type: ignore[arg-type]
+
+    def memory(self, rows: int) -> Tensor:
+        """What it remembers of `rows` texts of which it has seen no token, `(rows, 1 + remembers)`."""
+        return empty_memory(rows, self.remembers, self.device)
 
     def attribute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits of each attribute, `(..., A)`; A is 1 where the config names no `attributes`.
 
         Args:
-            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype.
+            hidden_states (`torch.FloatTensor` of shape `(..., hidden_size)`): features, of any floating dtype; for a
+                head over time those of whole texts, `(..., tokens, hidden_size)`.
         """
+        return self._attribute_logits(hidden_states, None)[0]
+
+    def _attribute_logits(self, hidden_states: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits `(..., A)`, and the memory after the last token of a head over time."""
         if hidden_states.shape[-1] != self.config.hidden_size:
             raise ValueError(
                 f"`hidden_states` has width {hidden_states.shape[-1]}, but this value head has hidden_size="
                 f"{self.config.hidden_size} (backbone {self.config.backbone!r}); load the head of your backbone."
             )
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self.net(hidden_states.float())  # type: ignore[no-any-return]
+            if not self.remembers:
+                return self.net(hidden_states.float()), None
+            projected = self.net[0](hidden_states.float())
+            if memory is None:
+                memory = self.memory(1)[0].expand(*projected.shape[:-2], -1)
+            states, memory = over_time(projected, memory, self.config.temporal, self.config.temporal_decay)
+            for layer in list(self.net)[1:]:
+                states = layer(states)
+            return states, memory
 
     def attribute_values(self, hidden_states: Tensor) -> Tensor:
         """How much each attribute is there, `(..., A)` in (0, 1), NaN where a logit is not finite.
@@ -171,11 +204,15 @@ class ValueHead(Artefact):
             self.calibration.save(save_directory)
 
     def fingerprint(self) -> str:
-        """Identity of what the head answers: of its weights and, if there are several, of its attributes."""
-        weights = fingerprint(self)
-        if self.config.attributes is None:
+        """Identity of what the head answers: of its weights and, where they are not the default, of what it reads."""
+        weights, config = fingerprint(self), self.config
+        parts = [weights]
+        if config.attributes is not None:
+            parts += [config.combine, config.attributes]
+        if not config.reads_final_alone:
+            parts += [config.feature_layers, config.temporal, config.temporal_decay]
+        if len(parts) == 1:
             return weights
-        parts = [weights, self.config.combine, self.config.attributes]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
@@ -218,8 +255,10 @@ class ValueHead(Artefact):
         """Write the files that value-steer's `save_probe_checkpoint` writes; returns their paths."""
         if self.config.attributes is not None:
             raise ValueError("value-steer knows only heads of one attribute, this one has several.")
-        if self.config.architecture != "mlp":
-            raise ValueError(f"value-steer knows only mlp heads, this one is {self.config.architecture!r}.")
+        if self.config.architecture != "mlp" or self.config.projection_size is not None:
+            raise ValueError("value-steer knows only mlp heads of the feature's width, this one is of another form.")
+        if not self.config.reads_final_alone:
+            raise ValueError("value-steer knows only heads on the final state, this one reads others, or remembers.")
         weights, sidecar = str(path), f"{path}.meta.json"
         Path(weights).parent.mkdir(parents=True, exist_ok=True)
         torch.save(self.net.state_dict(), weights)

@@ -50,8 +50,8 @@ def test_the_config_file_holds_nothing_else(folder):
     keys = set(json.loads((folder / "config.json").read_text()))
     assert keys == {
         "architecture", "architectures", "attribute", "backbone", "backbone_fingerprint", "backbone_revision",
-        "chat_template", "dtype", "feature_dtype", "feature_layer", "feature_norm", "hidden_size", "library_version",
-        "model_type", "polarity", "schema_version", "threshold", "training", "transformers_version",
+        "chat_template", "dtype", "feature_dtype", "hidden_size", "library_version", "model_type", "polarity",
+        "schema_version", "threshold", "training", "transformers_version",
     }  # fmt: skip
 
 

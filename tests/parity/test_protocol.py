@@ -212,7 +212,7 @@ class Sixth(Rewriter):
         self.called["prompt" if reading.prompt else "forward"] += 1
         yield
 
-    def values(self, features):
+    def values(self, features, rows=None):
         return self.head(features).value
 
     def prescribe(self, draw):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from hf_value_steer.backbone.features import FINAL
 from hf_value_steer.backbone.parts import decoder_layers
 from hf_value_steer.backbone.shadow import shadow
 from hf_value_steer.generation.forwards import Split, Undivided, choose_forwards
@@ -25,8 +26,8 @@ def forwards(model):
 
 @torch.no_grad()
 def test_both_ways_give_the_same(model):
-    split, whole = (each.run_to(Split(model).point, {"input_ids": IDS}) for each in forwards(model))
-    assert torch.equal(split.feature, whole.feature)
+    split, whole = (each.run_to({FINAL: Split(model).point}, {"input_ids": IDS}) for each in forwards(model))
+    assert torch.equal(split.features[FINAL], whole.features[FINAL])
     assert split.logits is None
     torch.testing.assert_close(Split(model).resume_from(split), whole.logits)
 
@@ -34,16 +35,16 @@ def test_both_ways_give_the_same(model):
 @torch.no_grad()
 def test_it_goes_on_from_another_feature(model):
     forward = Split(model)
-    reached = forward.run_to(forward.point, {"input_ids": IDS})
+    reached = forward.run_to({FINAL: forward.point}, {"input_ids": IDS})
     expected = forward.resume_from(reached)[1:, 2:3]
-    reached.feature = reached.feature[1:, 2:3]
+    reached.features = reached.features.each(lambda state: state[1:, 2:3])
     torch.testing.assert_close(forward.resume_from(reached), expected)
 
 
 @torch.no_grad()
 def test_hidden_states_and_attentions_are_there(model):
     forward, asked = Split(model), {"output_hidden_states": True}
-    reached = forward.run_to(forward.point, {"input_ids": IDS, **asked})
+    reached = forward.run_to({FINAL: forward.point}, {"input_ids": IDS, **asked})
     expected = model(input_ids=IDS, **asked).hidden_states
     assert len(reached.hidden_states) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(reached.hidden_states, expected, strict=True))
@@ -62,7 +63,7 @@ def test_the_layers_run_once_and_the_output_embedding_once(model):
     vars(forward.stack)["forward"] = counted
     head = forward.point.module
     head.register_forward_pre_hook(lambda _, args: calls.update(embedded=calls["embedded"] + args[0].shape[1]))
-    reached = forward.run_to(forward.point, {"input_ids": IDS[:, :1], CACHE: cache})
+    reached = forward.run_to({FINAL: forward.point}, {"input_ids": IDS[:, :1], CACHE: cache})
     forward.resume_from(reached)
     assert calls == {"layers": 1, "embedded": 2}  # it is shown a position when it is left, and when it goes on
     assert cache.get_seq_length() == 7
@@ -77,7 +78,7 @@ def test_an_error_in_the_middle_leaves_nothing_behind(model):
 
     handle = decoder_layers(model)[0].register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="in the middle"):
-        forward.run_to(forward.point, {"input_ids": IDS})
+        forward.run_to({FINAL: forward.point}, {"input_ids": IDS})
     handle.remove()
     assert "forward" not in vars(forward.stack) and not forward.point.watchers
 

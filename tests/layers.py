@@ -1,0 +1,166 @@
+"""Heads on any layers, and over time, against the cache-free oracle.
+
+    python -m tests.layers            # the whole grid
+    python -m tests.layers llama      # of some families
+
+Every committed token and every value of twelve families, with all caches, lazy and eager, alone and in a padded batch;
+then the cache that is left, and the text that goes on from it, are those of a fresh prefill.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+import warnings
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from transformers import set_seed
+
+from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer.hosts.transformers import CACHE
+from tests.families import layered_head, prompts
+from tests.oracle import Oracle
+from tests.tiny_models import build_tiny
+
+
+FAMILIES = (
+    *(
+        "llama",
+        "mistral",
+        "qwen3",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "opt",
+        "bloom",
+        "mixtral",
+        "phi3",
+        "lfm2",
+        "jamba",
+    ),
+)
+DEPTH = 4
+LAYERS = ((0,), (1,), (2,), ("final",), (0, 2))
+TEMPORAL = ("none", "mean", "ema")
+CACHES = ("dynamic", "block", "static")
+NEW_TOKENS, CANDIDATES = 12, 4
+SAMPLING = {"do_sample": True, "top_p": 0.95, "max_new_tokens": NEW_TOKENS}
+GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
+
+
+class Case(NamedTuple):
+    """One steered call."""
+
+    family: str
+    layers: tuple[Any, ...]
+    temporal: str
+    cache: str
+    evaluation: str
+    rows: int
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+
+GRID = [Case(*case) for case in itertools.product(FAMILIES, LAYERS, TEMPORAL, CACHES, ("lazy", "eager"), (1, 5))]
+
+
+def sampled(grid, share=10):
+    """A fixed part of a grid, in which every entry of every axis occurs."""
+    step = share + 1 if share % 2 == 0 else share  # no divisor of an axis
+    return grid[::step]
+
+
+@cache
+def model_of(family):
+    return build_tiny(family, DEPTH)
+
+
+@cache
+def head_of(family, layers, temporal):
+    return layered_head(model_of(family), list(layers), temporal)
+
+
+@cache
+def expected(family, layers, temporal, rows):
+    """What the oracle writes: sequences, values, interventions."""
+    config = _config(Case(family, layers, temporal, "", "lazy", rows))
+    oracle = Oracle(config)
+    set_seed(5)
+    with torch.no_grad():
+        sequences = model_of(family).generate(**_inputs(rows), **_options(rows), custom_generate=oracle)
+    return sequences, oracle.values, oracle.interventions
+
+
+def _inputs(rows):
+    return prompts(rows)
+
+
+def _options(rows):
+    return SAMPLING if rows > 1 else GREEDY
+
+
+def _config(case):
+    head = head_of(case.family, case.layers, case.temporal)
+    return ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=CANDIDATES, evaluation=case.evaluation)
+
+
+def _cache(case):
+    if case.cache == "block":
+        return {CACHE: BlockCache(model_of(case.family).config)}
+    return {"cache_implementation": case.cache}
+
+
+def examine(case) -> int:
+    """Check one call; returns the number of interventions of the oracle."""
+    sequences, values, interventions = expected(case.family, case.layers, case.temporal, case.rows)
+    model, inputs = model_of(case.family), _inputs(case.rows)
+    set_seed(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = model.generate(
+            **inputs, **_options(case.rows), **_cache(case), custom_generate=value_steer_generate,
+            value_steer=_config(case), return_dict_in_generate=True,
+        )  # fmt: skip
+    assert torch.equal(out.sequences, sequences), "other tokens"
+    for row, wanted in enumerate(values):
+        torch.testing.assert_close(out.token_values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4)
+    goes_on(model, inputs, out)
+    return sum(map(sum, interventions))
+
+
+@torch.no_grad()
+def goes_on(model, inputs, out):
+    """The cache that is left gives the logits that a fresh prefill gives."""
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.sequences[:, inputs["input_ids"].shape[1] :])], 1)
+    options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options |= {"eos_token_id": None, "attention_mask": mask}
+    fresh = model.generate(out.sequences, **options)
+    going = model.generate(out.sequences, **options, **{CACHE: out[CACHE]})
+    torch.testing.assert_close(going.logits[0], fresh.logits[0], rtol=1e-3, atol=1e-3)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    _start, done, failed, seen = time.monotonic(), 0, 0, {}
+    for case in GRID:
+        if arguments.families and case.family not in arguments.families:
+            continue
+        try:
+            count = examine(case)
+            seen[case.family, case.layers, case.temporal, case.rows] = count
+        except Exception:
+            failed += 1
+        done += 1
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
