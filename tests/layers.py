@@ -149,16 +149,17 @@ def main():
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    _start, done, failed, seen = time.monotonic(), 0, 0, {}
+    start, done, failed, seen = time.monotonic(), 0, 0, {}
     for case in GRID:
         if arguments.families and case.family not in arguments.families:
             continue
         try:
-            count = examine(case)
-            seen[case.family, case.layers, case.temporal, case.rows] = count
-        except Exception:
+            seen[case.family, case.layers, case.temporal, case.rows] = examine(case)
+        except Exception as error:
             failed += 1
+            print(case, type(error).__name__, " ".join(str(error).split())[:200], flush=True)
         done += 1
+    print(f"{done} calls, {failed} failed, {sum(seen.values())} interventions, {time.monotonic() - start:.0f} s")
     sys.exit(bool(failed))
 
 

@@ -32,8 +32,8 @@ class Branch:
 class Alternatives(Branch):
     """K candidates of each row, all at the position after its text.
 
-    Made by [`Engine.look_ahead`]. A step reads the features, and commits one candidate of each row: with [`append`] if
-    the live cache does not hold a token for this position yet, else with [`replace`].
+    Made by [`Engine.look_ahead`]. A step reads the features, and commits one candidate of each row: with
+    [`Engine.append`] if the live cache does not hold a token for this position yet, else with [`replace`].
 
     Args:
         features ([`Features`]): of the candidates, `(rows, K, width)` by layer.
@@ -56,11 +56,8 @@ class Alternatives(Branch):
             hidden_states=_each(reached.hidden_states, lambda states: self.kernel.pick_hidden(states, columns)),
             attentions=_each(reached.attentions, lambda weights: self.kernel.pick_attention(weights, columns)),
             logits=logits,
+            handed_on=None if reached.handed_on is None else pick(reached.handed_on, columns),
         )
-
-    def append(self, columns: Tensor) -> None:
-        """Add candidate `columns[row]` of every row at the end of the live cache."""
-        self.cache.append(columns)
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:
         """Put candidate `columns[row]` in the place of the live cache's last token, in rows where `keep` is true."""

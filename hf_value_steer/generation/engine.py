@@ -6,6 +6,7 @@ A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the en
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.branches import Alternatives, Chain
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import compiled_forwards
+from hf_value_steer.generation.depth import AtDepth
 from hf_value_steer.generation.forwards import Reached, reading, require_all
 from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, LookAhead, Whole, compilable_kernel, rows_of
 from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, select_rows
@@ -45,6 +47,7 @@ class Engine:
         compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
         back (`int`): how many tokens a [`chain`] may take the place of.
         reads: the layers whose states are wanted, beside what the output embedding consumes.
+        depth (`int`, *optional*): the layer at which tokens are judged; by default behind the last one.
     """
 
     def __init__(
@@ -56,12 +59,14 @@ class Engine:
         compilable: bool = True,
         back: int = 0,
         reads: Iterable[Layer] = (),
+        depth: int | None = None,
     ):
         self.model, self.model_kwargs, self.kernel, self.compilable = prepared.model, model_kwargs, kernel, compilable
         self.around: Around = around or (lambda _: nullcontext())
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], self.model.config, back)
         self.longest_row, self.adapters = prepared.longest_row, prepared.adapters
-        self.points = prepared.points(reads)
+        self.points = prepared.points(reads if depth is None else [*reads, depth])
+        self.at_depth = None if depth is None else AtDepth(self.model, self.points, depth)
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
         self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
 
@@ -110,7 +115,7 @@ class Engine:
         compiled = None if config.output_attentions else compiled_forwards(self.model, config, self.model_kwargs)
         if compiled is None:
             return
-        self.step_forwards = compiled[0]
+        self.step_forwards, self.at_depth = compiled[0], None
         if self.compilable:
             self.kernel = compilable_kernel(self.kernel, self.model, self.live)
         if isinstance(self.kernel, Whole):
@@ -118,18 +123,50 @@ class Engine:
 
     # The next token.
 
-    def read(self, input_ids: Tensor) -> Reached:
+    def read(self, input_ids: Tensor, judge: Callable[[Reached], None] | None = None) -> Reached:
         """Forward the last token of each row, as plain `generate` does; the live cache takes it in.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, the last token included.
+            judge (*optional*): is shown what the tokens have left where they are judged, before anything above runs,
+                and may let some rows go on with other tokens, see [`put`].
         """
         self.live.remember()
+        inputs = self._step_inputs(input_ids)
+        with self.around(Reading(self.live.cache, begins=True)):
+            if self.at_depth is not None and judge is not None:
+                return self.at_depth.run_through(inputs, partial(self._taken_in, judge))
+            reached = self.step_forwards.run_to(self.points, inputs)
+        self._taken_in(judge, reached)
+        return reached
+
+    def _step_inputs(self, input_ids: Tensor) -> dict[str, Any]:
+        """Arguments of the forward of the last token of each row."""
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         self._require_cache(inputs, self.live.cache)
-        with self.around(Reading(self.live.cache, begins=True)):
-            reached = self.step_forwards.run_to(self.points, inputs)
+        return inputs  # type: ignore[no-any-return]
+
+    def _taken_in(self, judge: Callable[[Reached], None] | None, reached: Reached) -> None:
+        """The live cache has the tokens, in the layers below the one at which they are judged."""
         self.live.advance()
+        if judge is not None:
+            judge(reached)
+
+    def append(self, ahead: Alternatives, columns: Tensor, input_ids: Tensor) -> Reached:
+        """Let every row go on with candidate `columns[row]` of a look-ahead in all rows; the live cache takes it in.
+
+        Args:
+            ahead: instead of [`read`].
+            columns (`torch.LongTensor` of shape `(batch,)`): the candidate of each row.
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, these candidates included.
+        """
+        reached = ahead.chosen(columns)
+        ahead.cache.append_states(columns)
+        if self.at_depth is not None:
+            inputs = self._step_inputs(input_ids)
+            with self.around(Reading(self.live.cache)):
+                reached = self.at_depth.run_above(inputs, reached)
+        ahead.cache.append_slots(columns)  # now: masks follow the lower layers, which hold the text before this token
         return reached
 
     def compute_state(self, reached: Reached, device: torch.device) -> State:
@@ -172,6 +209,8 @@ class Engine:
         with self.adapters.reading(rows, copies), self.longest_row.reaching(everybody):
             reached = self._forward(look, Reading(look.cache, rows, copies, begins=rows is None))
         features = reached.features.each(lambda states: states.reshape(*candidates.shape, -1))
+        if reached.handed_on is not None:
+            reached.handed_on = reached.handed_on.reshape(*candidates.shape, -1)
         return Alternatives(reached, look.cache, features, self.kernel)
 
     def _look_at_all(
@@ -195,12 +234,15 @@ class Engine:
 
     def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
+        cache.partial = self.at_depth is not None
         return LookAhead(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
 
     def _forward(self, look: LookAhead, reading: Reading) -> Reached:
         inputs = self.kernel.inputs(look)
         self._require_cache(inputs, look.cache)
         with self.around(reading), self.kernel.attention(look):
+            if self.at_depth is not None:
+                return self.at_depth.run_below(inputs)
             return self.look_forwards.run_to(self.points, inputs)
 
     def chain(self, input_ids: Tensor, row: int, count: int) -> Chain:
@@ -238,6 +280,8 @@ class Engine:
             other: of these n rows, at one position.
         """
         pairs = [(mine, other.features[layer]) for layer, mine in reached.features.items()]
+        if reached.handed_on is not None and other.handed_on is not None:
+            pairs.append((reached.handed_on, other.handed_on))
         if reached.logits is not None:
             with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
                 pairs.append((reached.logits, other.compute_logits()))

@@ -43,5 +43,8 @@ SHARED_PREFIX = WITH_IMAGES.union(_EVERY_KERNEL, _SHARED_PREFIX, _SINCE)
 MASKED = WITH_IMAGES.union(_EVERY_KERNEL, _MASKED)
 VERIFIED = WITH_IMAGES.union(_EVERY_KERNEL, _SHARED_PREFIX, _MASKED, _EXPANDED)
 
+# Whose tokens can be judged at any layer; those of others are judged behind the last one.
+AT_DEPTH = VERIFIED
+
 # The oldest transformers whose cached decoding of these types is what their full forward computes.
 NEEDS = dict.fromkeys(("big_bird", "git", "megatron-bert", "rembert", "roformer"), "5.18")

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.features import FINAL, Features, Layer, require_residual
 from hf_value_steer.backbone.parts import layer_stack
-from hf_value_steer.backbone.points import Point, feature_point
+from hf_value_steer.backbone.points import Point, Watcher, feature_point
 from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
 
@@ -31,21 +31,27 @@ class Reached:
         features ([`Features`]): the states of all tokens at the layers that are read, `(rows, positions, width)` each;
             `"final"` is among them, what the output embedding consumes.
         hidden_states, attentions (`tuple` of `torch.FloatTensor`, *optional*): as in the model's output.
-        forwards: by what it was reached, and is gone on from.
-        logits (`torch.FloatTensor` of shape `(rows, positions, vocab)`, *optional*): where the
-            forward was not left there.
-        rest (*optional*): what [`Forwards.resume_from`] goes on from.
+        forwards (*optional*): by what it was reached, and is gone on from.
+        logits (`torch.FloatTensor` of shape `(rows, positions, vocab)`, *optional*): where the forward
+            was not left there.
+        handed_on (`torch.FloatTensor` of shape `(rows, positions, width)`, *optional*): where the forward was stopped
+            at a layer, the state with which the layers above go on.
+        rest (*optional*): what else is gone on from.
     """
 
     features: Features
-    hidden_states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
-    forwards: "Forwards"
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    forwards: "Forwards | None" = None
     logits: Tensor | None = None
+    handed_on: Tensor | None = None
     rest: Any = None
 
     def compute_logits(self) -> Tensor:
         """Logits `(rows, positions, vocab)` of the feature, or those that are there already."""
+        if self.logits is not None:
+            return self.logits
+        assert self.forwards is not None  # or the logits are there
         return self.forwards.resume_from(self)
 
 
@@ -101,7 +107,7 @@ class Split:
 
     def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
         stand_in = _StandIn(self.stack.forward)
-        with reading(points) as features, self.point.shown_to(_leave), stand_in.on(self.stack):
+        with reading(points) as features, self.point.shown_to(leave), stand_in.on(self.stack):
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(self, features, outputs, rest=(inputs, stand_in))
 
@@ -129,7 +135,7 @@ class Undivided:
         return reached.logits
 
 
-def _leave(feature: Tensor) -> Tensor:
+def leave(feature: Tensor) -> Tensor:
     """No position goes on to the output embedding."""
     return feature[:, :0]
 
@@ -138,16 +144,40 @@ def _reached(
     forwards: Forwards, features: Features, outputs: ModelOutput, logits: Tensor | None = None, rest: Any = None
 ) -> Reached:
     states = (outputs.get("hidden_states"), outputs.get("attentions"))
-    return Reached(require_all(features), *states, forwards, logits, rest)
+    return Reached(require_all(features), *states, forwards, logits, rest=rest)
+
+
+class Outer:
+    """A forward inside which others run: its watchers let their states pass."""
+
+    resting = False
+
+    def unless_paused(self, watcher: Watcher) -> Watcher:
+        """`watcher`, which is not shown what passes in the others."""
+        return lambda state: None if self.resting else watcher(state)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Others run inside the `with` block."""
+        self.resting = True
+        try:
+            yield
+        finally:
+            self.resting = False
 
 
 @contextmanager
-def reading(points: Points) -> Iterator[Features]:
-    """Keep what passes `points` in the forward inside the `with` block; of several forwards, of the last one."""
+def reading(points: Points, outer: Outer | None = None) -> Iterator[Features]:
+    """Keep what passes `points` in the forward inside the `with` block; of several forwards, of the last one.
+
+    Args:
+        outer (*optional*): knows when other forwards run inside this one, which are not read.
+    """
     features = Features()
     with ExitStack() as stack:
         for layer, point in points.items():
-            stack.enter_context(point.shown_to(_Reader(features, layer)))
+            reader = _Reader(features, layer)
+            stack.enter_context(point.shown_to(reader if outer is None else outer.unless_paused(reader)))
         yield features
 
 

@@ -164,6 +164,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
             candidates, `(n,)`.
         attention (`list` of [`LookaheadLayer`]): the layers, or parts of them, that hold keys and values.
         length (`int`): tokens of the text before the candidates.
+        partial (`bool`): whether the forward ends at some layer: there is nothing to commit above it.
         row_numbers, padding (`list` of `int`): each looked-at row, and the number of padded positions to the left of
             its text, for kernels that need them.
     """
@@ -180,6 +181,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self.hidden = int(rows is not None) if hidden is None else hidden
         self.length = live.length - self.hidden
         self.on_commit: Callable[[Tensor, Tensor], None] | None = None
+        self.partial = False
         self.row_numbers: list[int] = []
         self.padding: list[int] = []
         super().__init__(layers=[self._borrow(index) for index in range(len(live.cache.layers))])
@@ -211,15 +213,22 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         for layer in self.attention:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
-    def append(self, columns: Tensor) -> None:
-        """Add candidate `columns[row]` of every row to the live cache, as an ordinary step would have."""
+    def append_states(self, columns: Tensor) -> None:
+        """Add candidate `columns[row]` of every row to the recurrent states of the live cache.
+
+        Where the forward has ended at a layer, the states above it are what they were.
+        """
         everything = torch.ones_like(columns, dtype=torch.bool)
+        for index, layer in enumerate(self.layers):
+            self._replace_states(index, layer, everything, columns)
+
+    def append_slots(self, columns: Tensor) -> None:
+        """Add its keys and values, in the layers that the forward has reached; it is part of the text from now on."""
         for index, layer in enumerate(self.layers):
             attention = attention_of(layer)
             if attention is not None and attention.ran:
                 self.live.cache.update(*attention.own(columns), index)
-            self._replace_states(index, layer, everything, columns)
-        self._tell(everything, columns)
+        self._tell(torch.ones_like(columns, dtype=torch.bool), columns)
         self.live.advance()
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from hf_value_steer.backbone.features import FINAL, deepest
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
+from hf_value_steer.generation.depth import can_judge_at_depth
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.history import History
 from hf_value_steer.generation.kernels import choose_kernel
@@ -71,7 +73,7 @@ class Loop:
         self.call, self.config, self.methods = call, call.config, methods
         self.scores = Scores(processors)
         self.criteria, self.pads = criteria, rows_can_end(criteria)
-        judge = next((method for method in methods if method.judges), None)
+        self.judge = judge = next((method for method in methods if method.judges), None)
         self.reporter = judge or next((method for method in methods if method.values_texts), None)
         self.back = max(method.back for method in methods)
         self._refuse_going_back()
@@ -103,8 +105,18 @@ class Loop:
         kernel = choose_kernel(lookahead, model, mask, bool(self.config.output_attentions))
         compilable = lookahead in ("auto", "masked")
         reads = [layer for method in self.methods if method.values_texts for layer in method.reads]
-        how = (partial(around, self.methods), compilable, self.back)
-        return Engine(self.call.prepared, model_kwargs, kernel, *how, reads)
+        how = (partial(around, self.methods), compilable, self.back, reads, self._depth())
+        return Engine(self.call.prepared, model_kwargs, kernel, *how)
+
+    def _depth(self) -> int | None:
+        """The layer at which tokens are judged; `None` if it is behind the last one."""
+        if self.judge is None or not can_judge_at_depth(self.call.prepared):
+            return None
+        if self.config.output_hidden_states or self.config.output_attentions:  # of a forward that is in one piece
+            return None
+        inside = [method for method in self.methods if type(method).around_forward is not Method.around_forward]
+        layer = deepest(self.judge.reads)
+        return layer if layer != FINAL and all(method.nests for method in inside) else None
 
     def run(self) -> Tensor | ValueSteerDecoderOnlyOutput:
         """Generate."""

@@ -89,6 +89,8 @@ class Method:
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
         back (`int`): how many tokens it may take back by [`rewrite`].
         follows (`bool`): whether [`undo`] brings its state back to that of an earlier token.
+        nests (`bool`): whether [`around_forward`] may be entered in the middle of another forward, and twice for one
+            in two parts. Else tokens are judged behind the last layer, whatever layers the judge reads.
         rowwise (`tuple` of `str`): its attributes that have one entry a row: its state, which can be taken back.
     """
 
@@ -102,6 +104,7 @@ class Method:
     last_token_apart: bool = False
     back: int = 0
     follows: bool = True
+    nests: bool = False
     rowwise: ClassVar[tuple[str, ...]] = ()
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:  # noqa: ARG002

@@ -55,7 +55,8 @@ def shared_prefix(model: PreTrainedModel, lookahead: LookaheadCache) -> Iterator
     finally:
         set_attention(config, implementation)
         _active.reset(token)
-    if not all(layer.attended for layer in lookahead.attention if isinstance(layer, SharedPrefixLayer)):
+    layers = [layer for layer in lookahead.attention if isinstance(layer, SharedPrefixLayer)]
+    if not all(layer.attended or (lookahead.partial and not layer.ran) for layer in layers):
         raise ScoringError(f'{type(model).__name__} has an attention of its own; pass lookahead="expanded".')
 
 

@@ -59,7 +59,12 @@ class Lazy:
         self.engine, self.judge = engine, judge
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
-        reached = self.engine.read(draw.text())
+        outcomes: list[Outcome] = []
+        reached = self.engine.read(draw.text(), lambda reached: outcomes.append(self._judge(draw, reached)))
+        return self.engine.compute_state(reached, draw.tokens.device), outcomes[-1]
+
+    def _judge(self, draw: Draw, reached: Reached) -> Outcome:
+        """Keep the natural samples, or let rows go on with others."""
         values = self.judge.values(reached.features.of(self.judge.reads)[:, -1])
         outcome = _natural(draw, values)
         rejected = _acting(self.judge, draw) & ~self.judge.accepts(values)
@@ -68,7 +73,7 @@ class Lazy:
             draw.refuse_impossible()
             require_finite(values, draw.live, draw.step)
             self._replace(draw, reached, outcome, rejected.nonzero().squeeze(1))
-        return self.engine.compute_state(reached, draw.tokens.device), outcome
+        return outcome
 
     def _replace(self, draw: Draw, reached: Reached, outcome: Outcome, rows: Tensor) -> None:
         """Look ahead in rows `(n,)`, and let them go on with the candidates that are chosen."""
@@ -100,10 +105,10 @@ class Eager:
         unknown = torch.full(rows.shape, torch.nan, device=rows.device)
         decision = _decide(self.judge, draw, rows, candidates, ahead, unknown, acting)
         slot = candidates.slot(_committed_columns(candidates, decision))
-        ahead.append(slot)
         outcome = _natural(draw, decision.values[:, 0])
         _write(outcome, draw, rows, candidates, decision, self.judge.most)
-        return self.engine.compute_state(ahead.chosen(slot), draw.tokens.device), outcome
+        text = torch.cat([draw.input_ids, outcome.tokens[:, None]], dim=-1)
+        return self.engine.compute_state(self.engine.append(ahead, slot, text), draw.tokens.device), outcome
 
 
 def _acting(judge: Method, draw: Draw) -> Tensor:

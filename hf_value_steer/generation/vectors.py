@@ -1,7 +1,7 @@
 """Steering vectors as a method: it tells the injections what each forward reads."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hf_value_steer.activation.apply import Injection, injected
 from hf_value_steer.activation.steering_vectors import vectors_of
@@ -22,6 +22,7 @@ class Vectors(Method):
     """
 
     needs_loop = False
+    nests = True
 
     def __init__(self, injection: Injection):
         self.injection = injection
@@ -42,11 +43,16 @@ class Vectors(Method):
             return [cls(injection)]
         return [cls(injection), Gate(call.bind(config), injection, config.min_new_tokens)]
 
-    def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:
+    @contextmanager
+    def around_forward(self, reading: Reading) -> Iterator[None]:
         """Tell the injection what is read, which it need not find out from the arguments of the forward then."""
+        before = self.injection.weight, self.injection.copies
         self.injection.told = True
         if reading.prompt is not None:
             self.injection.read_prompt(reading.mask, reading.prompt)
         else:
             self.injection.read_generated(reading.rows, reading.copies)
-        return nullcontext()
+        try:
+            yield
+        finally:  # the forward around this one goes on
+            self.injection.weight, self.injection.copies = before
