@@ -25,8 +25,8 @@ from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import LOCATION, find, read_object, reading
 from hf_value_steer.files.schema import register
-from hf_value_steer.heads.artefact import Artefact
 from hf_value_steer.heads.over_time import empty_memory, over_time
+from hf_value_steer.heads.probes import FromProbes
 from hf_value_steer.policy import acceptable
 
 
@@ -54,7 +54,7 @@ class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
     memory: Tensor | None = None
 
 
-class ValueHead(Artefact):
+class ValueHead(FromProbes):
     """The learned value of a hidden state (arXiv 2605.14746, 2604.18419). Always float32, whatever is asked for.
 
     ```python
