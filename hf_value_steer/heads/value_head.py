@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +18,15 @@ from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration.artefact import FILE_NAME, Calibration
 from hf_value_steer.cards.head import write_card
 from hf_value_steer.cards.parts import Facts
-from hf_value_steer.checks import check_threshold
 from hf_value_steer.choices import Polarity
 from hf_value_steer.configuration.value_head import ValueHeadConfig
-from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import LOCATION, find, read_object, reading
 from hf_value_steer.files.schema import register
-from hf_value_steer.heads.artefact import Artefact
 from hf_value_steer.heads.over_time import empty_memory, over_time
+from hf_value_steer.heads.peer import FEATURE, fields_of, state_in, width_of
+from hf_value_steer.heads.probes import FromProbes
 from hf_value_steer.policy import acceptable
 
-
-# The feature contract of value-steer 0.2.0, as its sidecar spells it.
-_PEER_FEATURE = {"layer": "final", "norm": "post", "pooling": "none", "dtype": "fp32"}
 
 # How far beyond a threshold, in log odds, an attribute is at least: enough for a float32 sigmoid to tell the side.
 _LEAST_MARGIN = 1e-6
@@ -54,7 +49,7 @@ class ValueHeadOutput(ModelOutput):  # type: ignore[misc]
     memory: Tensor | None = None
 
 
-class ValueHead(Artefact):
+class ValueHead(FromProbes):
     """The learned value of a hidden state (arXiv 2605.14746, 2604.18419). Always float32, whatever is asked for.
 
     ```python
@@ -236,14 +231,14 @@ class ValueHead(Artefact):
             ArtefactError: if it holds something else, or is damaged.
         """
         with reading(path, "value-steer head"):
-            state = _peer_state(path)
-            width = _peer_width(state, Path(path).stat().st_size)
+            state = state_in(path)
+            width = width_of(state, Path(path).stat().st_size)
         if hidden_size not in (None, width):
             raise ValueError(f"`hidden_size` is {hidden_size}, but the weights in {path} have width {width}.")
         sidecar = Path(f"{path}.meta.json")
         if sidecar.exists():
             with reading(sidecar, "sidecar of a value-steer head"):
-                config = {**_peer_fields(read_object(sidecar)), **config}
+                config = {**fields_of(read_object(sidecar)), **config}
         head = cls(ValueHeadConfig(hidden_size=width, polarity=polarity, **config))
         head.net.load_state_dict(state)
         with reading(path, "value-steer head"):
@@ -262,58 +257,9 @@ class ValueHead(Artefact):
         weights, sidecar = str(path), f"{path}.meta.json"
         Path(weights).parent.mkdir(parents=True, exist_ok=True)
         torch.save(self.net.state_dict(), weights)
-        meta = {"feature_spec": _PEER_FEATURE, "threshold": self.config.threshold, "meta": self.config.training or {}}
+        meta = {"feature_spec": FEATURE, "threshold": self.config.threshold, "meta": self.config.training or {}}
         Path(sidecar).write_text(json.dumps(meta, indent=2), encoding="utf-8")
         return weights, sidecar
-
-
-def _peer_state(path: str | os.PathLike[str]) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # whose text advises to execute it
-        raise ArtefactError(
-            "this pickle is damaged, or asks for more than tensors, and is not executed: pass the file that "
-            "value-steer wrote."
-        ) from error
-
-
-def _peer_width(state: Any, size: int) -> int:
-    """Width of the head whose state dict this is, as it was read from a file of `size` bytes.
-
-    Raises:
-        ArtefactError: if it is none of value-steer's.
-    """
-    expected = {f"{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
-    if not isinstance(state, Mapping) or set(state) != expected:
-        found = sorted(map(str, state))[:6] if isinstance(state, Mapping) else f"a {type(state).__name__}"
-        raise ArtefactError(f"this is no value-steer head: expected keys {sorted(expected)}, got {found}.")
-    if wrong := [name for name, entry in state.items() if not _is_plain(entry)]:
-        raise ArtefactError(f"{', '.join(wrong)} should be dense tensors of floating-point numbers: save it again.")
-    width = state["4.weight"].shape[-1] if state["4.weight"].dim() else 0
-    shapes = {"0": (width, width), "2": (width, width), "4": (1, width)}
-    for name, entry in state.items():
-        shape = shapes[name[0]] if name.endswith("weight") else shapes[name[0]][:1]
-        if entry.shape != shape:
-            raise ArtefactError(f"{name} has shape {tuple(entry.shape)} in a head of width {width}, expected {shape}.")
-    if size < sum(entry.numel() * entry.element_size() for entry in state.values()):
-        raise ArtefactError(f"a head of width {width} does not fit into a file of {size} bytes: save it again.")
-    return int(width)
-
-
-def _is_plain(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.is_floating_point() and entry.layout is torch.strided
-
-
-def _peer_fields(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a [`ValueHeadConfig`] that value-steer's sidecar holds."""
-    if missing := {"feature_spec", "threshold", "meta"} - meta.keys():
-        raise ArtefactError(f"{', '.join(sorted(missing))} is missing: delete this file to read the weights alone.")
-    if meta["feature_spec"] != _PEER_FEATURE:
-        raise ArtefactError(f"feature_spec {meta['feature_spec']} is not {_PEER_FEATURE}: no head here reads that.")
-    if not isinstance(meta["meta"], dict | None):
-        raise ArtefactError(f"meta should be a JSON object, got {meta['meta']!r}.")
-    check_threshold(meta["threshold"])
-    return {"threshold": meta["threshold"], "training": meta["meta"]}
 
 
 def _values(logits: Tensor) -> Tensor:
