@@ -4,13 +4,15 @@
 
 For every type: *identity* (a head that accepts everything changes no token of plain `generate`) and *oracle* (every
 committed token is the one that the cache-free oracle picks, values to 1e-4), lazy and eager, in float32, on texts
-three times as long as the sliding windows, with left padding.
+three times as long as the sliding windows, with left padding. And for heads on a layer (the first, the middle and the
+last one of at least four): whether tokens can be judged there, or behind the last layer alone.
 """
 
 import argparse
+import itertools
 import json
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -19,15 +21,18 @@ import transformers
 from transformers import set_seed
 
 from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer.backbone.parts import decoder_layers
+from hf_value_steer.generation.families import VERIFIED
 from hf_value_steer.generation.kernels import KERNELS
 from hf_value_steer.hosts.transformers import CACHE
-from tests.families import accepting_head, prompts, random_head
+from tests.families import accepting_head, layered_head, prompts, random_head
 from tests.oracle import Oracle
 from tests.tiny_models import CACHE_DISAGREES, MODEL_TYPES, UNBUILDABLE, build_tiny
 
 
 CACHES = ("dynamic", "block", "static")
 NEW_TOKENS = 14
+DEPTH = 4  # layers, at least, where heads on layers are verified
 SAMPLING = {"do_sample": True, "top_p": 0.95, "repetition_penalty": 1.2, "max_new_tokens": NEW_TOKENS}
 
 
@@ -173,6 +178,67 @@ REASONS = {
 }
 
 
+def depth_oracle(model, inputs, layer):
+    """What the oracle commits by a head on one layer."""
+    head = layered_head(model, [layer])
+    oracle = Oracle(ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=4))
+    set_seed(5)
+    sequences = model.generate(**inputs, **SAMPLING, custom_generate=oracle)
+    return head, sequences, oracle
+
+
+def check_depth(model, inputs, cache, kernel, evaluation, head, sequences, oracle):
+    """`None`, or what is wrong with a head on a layer in one line."""
+    out = steered(model, inputs, cache, head, 0.5, lookahead=kernel, evaluation=evaluation)
+    if not torch.equal(out.sequences, sequences):
+        return "oracle: other tokens"
+    for row, wanted in enumerate(oracle.values):
+        if not torch.allclose(out.token_values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
+            return "oracle: other values"
+    return None
+
+
+def judged(model, inputs, cases, at_depth):
+    """The first thing that is wrong if tokens are judged at the layer, or behind the last one; else `"ok"`."""
+    types = Everything() if at_depth else frozenset()
+    with mock.patch("hf_value_steer.generation.depth.AT_DEPTH", types):
+        for cache, kernel, evaluation, expected in cases:
+            wrong = attempt(check_depth, model, inputs, cache, kernel, evaluation, *expected)
+            if wrong != "ok":
+                return f"{cache} {kernel} {evaluation} layer {expected[0].config.feature_layers}: {wrong}"
+    return "ok"
+
+
+def examine_depth(model_type):
+    """How heads on layers can be used with one type: `{"depth": "ok" or a reason, "end": the same}`."""
+    try:
+        model = build_tiny(model_type, DEPTH)
+        inputs, _ = usable_prompts(model)
+        base = plain(model, inputs).sequences
+        last = len(decoder_layers(model)) - 1
+        oracles = [depth_oracle(model, inputs, layer) for layer in sorted({0, last // 2, last})]
+        if not any(map(any, (row for _, _, oracle in oracles for row in oracle.interventions))):
+            return {"reason": "the oracle never intervened"}
+    except Exception as error:
+        return {"reason": one_line(error)}
+    caches = [cache for cache in ("dynamic", "static") if writes(model, inputs, cache, base)]
+    cases = list(itertools.product(caches, ("auto", "expanded"), ("lazy", "eager"), oracles))
+    interventions = sum(map(sum, (row for _, _, oracle in oracles for row in oracle.interventions)))
+    return {
+        "interventions": interventions,
+        "depth": judged(model, inputs, cases, True),
+        "end": judged(model, inputs, cases, False),
+    }
+
+
+def writes(model, inputs, cache, base):
+    """Whether plain `generate` writes the same text with this cache."""
+    try:
+        return torch.equal(plain(model, inputs, cache).sequences, base)
+    except Exception:
+        return False
+
+
 def usable(result, kernel):
     """Whether a kernel works with every cache that the family itself works with."""
     caches = [result.get(cache) for cache in CACHES]
@@ -207,15 +273,16 @@ def page(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types, all by default")
+    parser.add_argument("--depth", action="store_true", help="heads on layers alone; prints results, writes no page")
     parser.add_argument("--output", type=Path, help="where to write the page")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     results = {}
-    with let_everything_in():
-        for model_type in arguments.types or MODEL_TYPES:
-            results[model_type] = examine(model_type)
+    with nullcontext() if arguments.depth else let_everything_in():
+        for model_type in arguments.types or (sorted(VERIFIED) if arguments.depth else MODEL_TYPES):
+            results[model_type] = (examine_depth if arguments.depth else examine)(model_type)
             print(model_type, json.dumps(results[model_type]), flush=True)
     if arguments.output:
         arguments.output.write_text(page(results))
