@@ -6,7 +6,7 @@ A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the en
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -232,10 +232,18 @@ class Engine:
                 setattr(reached, name, tuple(select_rows(each, rows) for each in states))
         return Alternatives(reached, look.cache, reached.features, self.kernel)
 
+    @cached_property
+    def _padding(self) -> list[int] | None:
+        """Number of padded positions to the left of each text; asked for once, since the host waits for it."""
+        mask = self.model_kwargs.get("attention_mask")
+        return None if mask is None else (mask == 0).sum(dim=-1).tolist()
+
     def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
         cache.partial = self.at_depth is not None
-        return LookAhead(self.model, self.model_kwargs, cache, input_ids, candidates, rows)
+        return LookAhead(
+            self.model, self.model_kwargs, cache, input_ids, candidates, rows, self._padding or [0] * len(input_ids)
+        )
 
     def _forward(self, look: LookAhead, reading: Reading) -> Reached:
         inputs = self.kernel.inputs(look)

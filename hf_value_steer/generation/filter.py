@@ -57,7 +57,9 @@ class ValueFilter(ScoredMethod):
     def propose(self, draw: Draw, rows: Tensor, known: Tensor, acting: Tensor) -> Candidates:
         natural, count, scores = draw.tokens[rows], self.config.num_candidates - 1, draw.scores[rows]
         if self.sampled:
-            others = sampled_alternatives(scores, uniforms(self.key, rows.tolist(), draw.step, count))
+            whole = len(rows) == len(draw.tokens)  # rows are in order; else the host waits for their numbers
+            numbers = range(len(rows)) if whole else rows.tolist()
+            others = sampled_alternatives(scores, uniforms(self.key, numbers, draw.step, count))
         else:
             others = likely_alternatives(scores, natural, count)
         others = others.masked_fill(~acting[:, None], -1)

@@ -71,13 +71,17 @@ def choose_forwards(model: PreTrainedModel) -> Forwards:
     stack, head = split.stack, split.point.module
     ours = all(type(each).__module__.startswith("transformers.") for each in (model, stack))
     compiled = any(map(_compiled, (model, stack)))
-    # Sharded and quantised ones may want a position.
-    plain = all(type(each) is nn.Parameter and type(each.data) is Tensor for each in head.parameters())
+    plain = all(map(is_plain, head.parameters()))
     # The output embedding is called in both parts, once without a position: its hooks run as they are.
     inside = {*stack.modules(), *head.modules()} - {stack}
     outside = (each for each in model.modules() if each not in inside)
     hooked = any(isinstance(hook, UserHook) for each in outside for hook in _hooks(each))
     return split if ours and plain and not compiled and not hooked else Undivided(model)
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether it is an ordinary tensor: a product with one that is sharded or quantised may want a position."""
+    return type(parameter) is nn.Parameter and type(parameter.data) is Tensor
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -90,6 +90,7 @@ class LookAhead:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
         candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
         rows (`torch.LongTensor`, *optional*): which rows of the batch these are, all if `None`.
+        padding (`list` of `int`): number of padded positions to the left of each text of the batch.
     """
 
     model: PreTrainedModel
@@ -98,6 +99,7 @@ class LookAhead:
     input_ids: Tensor
     candidates: Tensor
     rows: Tensor | None
+    padding: list[int]
 
     def step(self, text: Tensor, model_kwargs: dict[str, Any], tokens: Tensor | None = None) -> dict[str, Any]:
         """Arguments of an ordinary step with our cache after `text` `(batch, length)`, as the model prepares them.
@@ -219,10 +221,9 @@ class SharedPrefix(Expanded):
     layer = SharedPrefixLayer
 
     def inputs(self, look: LookAhead) -> dict[str, Any]:
-        mask = look.model_kwargs.get("attention_mask")
-        padding = look.candidates.new_zeros(len(look.input_ids)) if mask is None else (mask == 0).sum(dim=-1)
-        look.cache.row_numbers = list(range(len(padding))) if look.rows is None else look.rows.tolist()
-        look.cache.padding = select_rows(padding, look.rows).tolist()
+        everyone = range(len(look.padding))
+        numbers = look.cache.row_numbers = list(everyone if look.rows is None else look.rows.tolist())
+        look.cache.padding = [look.padding[row] for row in numbers]
         return super().inputs(look)
 
     def attention(self, look: LookAhead) -> AbstractContextManager[None]:

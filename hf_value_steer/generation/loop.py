@@ -132,12 +132,14 @@ class Loop:
             state, outcome = self.step(draw)
             input_ids = torch.cat([input_ids, outcome.tokens[:, None]], dim=-1)
             moment = self._commit(draw, outcome, state, input_ids)
+            going = self._goes_on(outcome)
             self.stream.put(outcome.tokens)
             for method in self.methods:
                 for row, tokens in method.rewrite(moment).items():
                     input_ids, moment = self.rewriting(row, tokens, input_ids, state)
                     self.unfinished = moment.unfinished
-            if not bool(self.unfinished.any()):
+                    going = bool(self.unfinished.any())
+            if not going:
                 break
             self.engine.commit()
         self.engine.finish()
@@ -177,6 +179,18 @@ class Loop:
             for method in self.methods:
                 self.record.add(**method.record(moment))
         return moment
+
+    def _goes_on(self, outcome: Outcome) -> bool:
+        """Whether a row goes on; raises the error if a token of this step could not be checked.
+
+        Here the host waits for the device, once in each step.
+        """
+        flags = [self.unfinished.any(), *(flag.to(self.unfinished.device) for flag, _ in outcome.refusals)]
+        going, *refused = torch.stack(flags).tolist()
+        for wrong, (_, refuse) in zip(refused, outcome.refusals, strict=True):
+            if wrong:
+                refuse()
+        return bool(going)
 
     def _tell(self, moment: Moment) -> None:
         for method in self.methods:

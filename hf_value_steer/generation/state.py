@@ -1,6 +1,7 @@
 """What passes between the loop, the engine and the methods in one step."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -94,6 +95,8 @@ class Outcome:
         natural (`torch.FloatTensor` of shape `(batch,)`): values of the natural samples.
         candidates, candidate_values (*optional*): see [`make_room`].
         ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): rows that the judge has ended.
+        refusals (`list`): what nobody has waited for yet, a boolean `()` on the device each, and what raises the error
+            if it is true. The loop asks before a token is shown.
     """
 
     tokens: Tensor
@@ -103,6 +106,7 @@ class Outcome:
     candidates: Tensor | None = None
     candidate_values: Tensor | None = None
     ended: Tensor | None = None
+    refusals: list[tuple[Tensor, Callable[[], None]]] = field(default_factory=list)
 
     def make_room(self, draw: Draw, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Candidates and their values, `(batch, most)`, and ended rows, as if all natural samples were kept.

@@ -4,6 +4,7 @@ Lazy and eager steps keep the same tokens. The live cache holds tokens that are 
 natural samples; those that are not kept are overwritten.
 """
 
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -81,6 +82,7 @@ class Lazy:
         candidates = self.judge.propose(draw, rows, known=everywhere, acting=everywhere)
         ahead = _forward(self.engine, draw, candidates, rows, self.judge.most)
         decision = _decide(self.judge, draw, rows, candidates, ahead, outcome.values[rows], everywhere)
+        refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
         column = _committed_columns(candidates, decision)
         if ahead is not None:
             changed, slot = candidates.first.gather(1, column[:, None]).squeeze(1) > 0, candidates.slot(column)
@@ -90,13 +92,15 @@ class Lazy:
 
 
 class Eager:
-    """Forwards all candidates of every row in one pass, and adds the chosen ones to the live cache."""
+    """Forwards all candidates of every row in one pass, and adds the chosen ones to the live cache.
+
+    Nothing depends on what the host would have to wait for.
+    """
 
     def __init__(self, engine: Engine, judge: Method):
         self.engine, self.judge = engine, judge
 
     def __call__(self, draw: Draw) -> tuple[State, Outcome]:
-        draw.refuse_impossible()
         acting = _acting(self.judge, draw)
         rows = torch.arange(len(acting), device=acting.device)
         candidates = self.judge.propose(draw, rows, known=torch.zeros_like(acting), acting=acting)
@@ -105,7 +109,11 @@ class Eager:
         unknown = torch.full(rows.shape, torch.nan, device=rows.device)
         decision = _decide(self.judge, draw, rows, candidates, ahead, unknown, acting)
         slot = candidates.slot(_committed_columns(candidates, decision))
-        outcome = _natural(draw, decision.values[:, 0])
+        outcome, broken = _natural(draw, decision.values[:, 0]), decision.broken & draw.live
+        outcome.refusals = [
+            (draw.impossible.any(), draw.refuse_impossible),
+            (broken.any(), partial(refuse_broken, broken, rows, draw.step)),
+        ]
         _write(outcome, draw, rows, candidates, decision, self.judge.most)
         text = torch.cat([draw.input_ids, outcome.tokens[:, None]], dim=-1)
         return self.engine.compute_state(self.engine.append(ahead, slot, text), draw.tokens.device), outcome
@@ -120,7 +128,9 @@ def _forward(
     engine: Engine, draw: Draw, candidates: Candidates, rows: Tensor | None, most: int
 ) -> Alternatives | None:
     """Forward the candidates that have no value yet; `None` if there are none."""
-    width = int(candidates.needed.sum(dim=-1).max())
+    width = candidates.tokens.shape[1]
+    if rows is not None or candidates.tokens.device.type == "cpu":  # else the host would wait, for next to nothing
+        width = int(candidates.needed.sum(dim=-1).max())
     if width == 0:
         return None
     return engine.look_ahead(draw.input_ids, candidates.to_forward(width), rows, most)
@@ -135,7 +145,7 @@ def _decide(
     natural: Tensor,
     acting: Tensor,
 ) -> Decision:
-    """The judge's decision in rows `(n,)`; raises a `ScoringError` if a candidate has no value.
+    """The judge's decision in rows `(n,)`.
 
     Args:
         ahead (*optional*): the forwarded candidates, if there are any.
@@ -143,9 +153,7 @@ def _decide(
     """
     nothing = natural.new_empty(len(rows), 0)
     forwarded = nothing if ahead is None else judge.values(ahead.features.of(judge.reads), rows)
-    decision = judge.decide(draw, rows, candidates, candidates.spread(forwarded, natural), acting)
-    refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
-    return decision
+    return judge.decide(draw, rows, candidates, candidates.spread(forwarded, natural), acting)
 
 
 def _committed_columns(candidates: Candidates, decision: Decision) -> Tensor:

@@ -41,17 +41,19 @@ here was measured on a GPU.
 
 def rows() -> Iterator[tuple[str, Counter[tuple[str, str]]]]:
     model = build("llama")
-    accepting, rejecting = accepting_head(model), accepting_head(model)
+    accepting, rejecting, lower, lower_rejecting = (accepting_head(model) for _ in range(4))
+    lower.config.feature_layers = lower_rejecting.config.feature_layers = [0]
     with torch.no_grad():
         rejecting.net[0].bias.fill_(20.0)
+        lower_rejecting.net[0].bias.fill_(20.0)
     vectors, module = random_vectors(model).scale(model, SEQUENCES), make_module(model)
-    with on_cuda(model, accepting, rejecting, module) as move:
+    with on_cuda(model, accepting, rejecting, lower, lower_rejecting, module) as move:
 
         def count(**arguments: Any) -> Counter[tuple[str, str]]:
             return waits(model, move(prompts(2)), **arguments)
 
-        def steer(config: Any) -> Counter[tuple[str, str]]:
-            return count(custom_generate=value_steer_generate, value_steer=config)
+        def steer(config: Any, **options: Any) -> Counter[tuple[str, str]]:
+            return count(custom_generate=value_steer_generate, value_steer=config, **options)
 
         def filtering(head: ValueHead, **options: Any) -> ValueFilterConfig:
             return ValueFilterConfig(value_head=head, threshold=0.9, num_candidates=4, seed=1, **options)
@@ -65,6 +67,14 @@ def rows() -> Iterator[tuple[str, Counter[tuple[str, str]]]]:
             yield f"filter, lazy, all rejected, {kernel}", steer(filtering(rejecting, lookahead=kernel))
         for kernel in KERNELS:
             yield f"filter, eager, {kernel}", steer(filtering(accepting, evaluation="eager", lookahead=kernel))
+        static = {"cache_implementation": "static", "disable_compile": True}
+        yield "plain `generate`, static cache", count(**static)
+        for name, head in (("nothing", lower), ("all", lower_rejecting)):
+            config = filtering(head)
+            yield f"filter at a layer, lazy, {name} rejected", steer(config)
+        for kernel in KERNELS:
+            config = filtering(lower, evaluation="eager", lookahead=kernel)
+            yield f"filter at a layer, eager, {kernel}, static cache", steer(config, **static)
 
 
 def table() -> str:

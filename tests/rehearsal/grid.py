@@ -21,7 +21,7 @@ from hf_value_steer import (
     value_steer_generate,
 )
 from hf_value_steer.generation.families import MASKED, SHARED_PREFIX
-from tests.families import FAMILIES, build, prompts, random_head
+from tests.families import FAMILIES, build, layered_head, prompts, random_head
 from tests.parity.test_guidance import make_module
 from tests.rehearsal.fake_cuda import SYNCS, FakeCuda, OnCuda, to_cuda
 from tests.tiny_models import build_tiny
@@ -45,10 +45,11 @@ class Case:
     method: str
     kernel: str = "auto"
     evaluation: str = "lazy"
+    layers: tuple[Any, ...] = ("final",)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return "-".join((self.family, dtype, self.method, self.kernel, self.evaluation))
+        return "-".join((self.family, dtype, self.method, self.kernel, self.evaluation, *map(str, self.layers)))
 
 
 def cases() -> list[Case]:
@@ -60,7 +61,12 @@ def cases() -> list[Case]:
         )
         if _has(family, kernel)
     ]
-    return steered + [Case(family, dtype, "guide") for family in FAMILIES for dtype in DTYPES]
+    at_a_layer = [
+        Case(case.family, case.dtype, case.method, case.kernel, case.evaluation, (0,))
+        for case in steered
+        if case.family in ("llama", "gemma3", "lfm2") and case.dtype == torch.float32
+    ]
+    return steered + at_a_layer + [Case(family, dtype, "guide") for family in FAMILIES for dtype in DTYPES]
 
 
 def _has(family: str, kernel: str) -> bool:
@@ -103,7 +109,8 @@ def on_cuda(*parts: Any) -> Iterator[Callable[[Mapping[str, Tensor]], dict[str, 
     """Models that are moved; yields what moves the inputs of a call."""
     for part in parts:
         to_cuda(part)
-    with OnCuda(), mock.patch("torch.cuda._lazy_init"):
+    plain = mock.patch("hf_value_steer.generation.forwards.is_plain", return_value=True)  # as it is on a GPU
+    with OnCuda(), mock.patch("torch.cuda._lazy_init"), plain:
         yield lambda inputs: {name: FakeCuda(tensor) for name, tensor in inputs.items()}
 
 
@@ -115,7 +122,7 @@ def rehearse(case: Case) -> None:
         RuntimeError: if devices are mixed.
     """
     model = make(case.family, torch.float32)
-    head = random_head(model)
+    head = random_head(model) if case.layers == ("final",) else layered_head(model, list(case.layers), "mean")
     steer = configs(case, model, head)
     model.to(case.dtype)
     arguments = {"custom_generate": value_steer_generate, "value_steer": steer}

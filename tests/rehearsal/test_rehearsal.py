@@ -16,8 +16,11 @@ BUDGET = {
     "vectors": 2,
     "guidance": 7,
     "filter, lazy, nothing rejected": 3,
-    "filter, lazy, all rejected": 27,
-    "filter, eager": 12,
+    "filter, lazy, all rejected": 17,
+    "filter, eager": 2,
+    "filter at a layer, lazy, nothing rejected": 3,
+    "filter at a layer, lazy, all rejected": 17,
+    "filter at a layer, eager": 2,
 }
 
 
@@ -32,6 +35,8 @@ def test_waits_stay_within_their_budget():
         budget = next(most for start, most in BUDGET.items() if name.startswith(start))
         assert waits <= budget, f"{name}: {waits} waits in a step"
     assert found["plain `generate`"] > 0
+    without_cost = "filter at a layer, eager, masked, static cache"
+    assert found[without_cost] <= found["plain `generate`, static cache"]
 
 
 def test_the_disguise_finds_what_a_gpu_would():
