@@ -1,8 +1,9 @@
 """Values of texts that are there already: for audits, for filtering data, for moderation."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_value_steer.backbone.features import FINAL, deepest
 from hf_value_steer.backbone.parts import underlying
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.errors import ScoringError, UnsupportedError
+from hf_value_steer.generation.depth import AtDepth, can_judge_at_depth
+from hf_value_steer.generation.forwards import Reached
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.scorer import Scorer, bind, layers_read, load_head
 from hf_value_steer.heads.value_head import ValueHead
@@ -157,19 +161,26 @@ class _Reader:
         if not length:
             return torch.zeros(len(rows), 0)
         cache = None if length <= self.chunk else self._cache(length)
-        found, points = [], self.prepared.points(scorer.reads)
+        found, run = [], self._forward(scorer)
         for first in range(0, length, self.chunk):
             last = first + self.chunk
             inputs: dict[str, Any] = {"input_ids": ids[:, first:last], "attention_mask": mask[:, :last]}
             inputs = {name: each.to(model.device) for name, each in inputs.items()}
             inputs |= {"use_cache": cache is not None, **({CACHE: cache} if cache is not None else {})}
-            features = self.prepared.forwards.run_to(points, inputs).features.of(scorer.reads)
+            features = run(inputs).features.of(scorer.reads)
             found.append(scorer.values_of_tokens(features, [max(begin - first, 0) for begin in begins]))
         values = torch.cat(found, dim=1)
         counted = mask.bool() & (torch.arange(length) >= torch.tensor(begins)[:, None])
         if bool((values.isnan() & counted).any()):
             raise ScoringError("A value is no number in [0, 1]: the head or the model gave NaN or an infinity.")
         return values.masked_fill(~counted, 0.0)
+
+    def _forward(self, scorer: Scorer) -> Callable[[dict[str, Any]], Reached]:
+        """A forward that ends at the deepest layer that the head reads, where it may end there."""
+        points, layer = self.prepared.points(scorer.reads), deepest(scorer.reads)
+        if layer != FINAL and can_judge_at_depth(self.prepared):
+            return AtDepth(self.prepared.model, points, layer).run_below
+        return partial(self.prepared.forwards.run_to, points)
 
     def _cache(self, length: int) -> DynamicCache:
         model = self.prepared.model
