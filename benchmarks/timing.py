@@ -33,8 +33,10 @@ class RejectingHead(ValueHead):
     rate: float = 0.0
     step: int = -1  # the first value is that of the prompt
 
-    def forward(self, hidden_states: Tensor, labels: Tensor | None = None) -> ValueHeadOutput:
-        output = super().forward(hidden_states, labels)
+    def forward(
+        self, hidden_states: Tensor, labels: Tensor | None = None, memory: Tensor | None = None
+    ) -> ValueHeadOutput:
+        output = super().forward(hidden_states, labels, memory)
         rejected = self._rejected(output.value) if hidden_states.dim() == 2 else torch.zeros_like(output.value)
         output.value = torch.where(rejected > 0, 0.9, 0.1)
         return output
@@ -49,8 +51,9 @@ class RejectingHead(ValueHead):
         return (self.places == step % span).to(values.dtype)
 
 
-def make_head(model: PreTrainedModel, rate: float) -> RejectingHead:
-    head = RejectingHead(ValueHeadConfig(hidden_size=feature_width(model), threshold=0.5)).to(model.device)
+def make_head(model: PreTrainedModel, rate: float, layer: int | str = "final") -> RejectingHead:
+    config = ValueHeadConfig(hidden_size=feature_width(model), feature_layers=[layer], threshold=0.5)
+    head = RejectingHead(config).to(model.device)
     head.rate, head.generator = rate, torch.Generator(model.device).manual_seed(0)
     return head
 

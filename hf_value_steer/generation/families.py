@@ -43,8 +43,11 @@ SHARED_PREFIX = WITH_IMAGES.union(_EVERY_KERNEL, _SHARED_PREFIX, _SINCE)
 MASKED = WITH_IMAGES.union(_EVERY_KERNEL, _MASKED)
 VERIFIED = WITH_IMAGES.union(_EVERY_KERNEL, _SHARED_PREFIX, _MASKED, _EXPANDED)
 
-# Whose tokens can be judged at any layer; those of others are judged behind the last one.
-AT_DEPTH = VERIFIED
+# Heads on layers. In some types the layers above read the token again, or hand on more than a state: their tokens are
+# judged behind the last layer. `python -m tests.matrix --depth` tells.
+_READ_AGAIN = {"gemma4_text", "zamba", "zamba2", "zaya"}
+_OTHER_LAYERS = {"emu3_text_model", "gemma3n_text", "hrm_text", "longcat_flash"}  # heads on layers are refused
+AT_DEPTH = VERIFIED.difference(_READ_AGAIN, _OTHER_LAYERS, WITH_IMAGES)
 
 # The oldest transformers whose cached decoding of these types is what their full forward computes.
 NEEDS = dict.fromkeys(("big_bird", "git", "megatron-bert", "rembert", "roformer"), "5.18")

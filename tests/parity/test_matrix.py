@@ -8,7 +8,15 @@ from packaging.version import Version
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_value_steer.generation.families import MASKED, NEEDS, SHARED_PREFIX, SHARED_PREFIX_SINCE, VERIFIED, WITH_IMAGES
+from hf_value_steer.generation.families import (
+    AT_DEPTH,
+    MASKED,
+    NEEDS,
+    SHARED_PREFIX,
+    SHARED_PREFIX_SINCE,
+    VERIFIED,
+    WITH_IMAGES,
+)
 from hf_value_steer.generation.kernels import KERNELS
 from hf_value_steer.hosts.transformers import VERSION
 from tests.matrix import check, expectation, usable_prompts
@@ -45,6 +53,12 @@ def test_the_page_and_the_list_agree():
         expected[0] &= VERSION >= Version(SHARED_PREFIX_SINCE.get(name, "0"))
         assert [name in family for family in families] == expected, name
     assert len(KERNELS) == len(families) and len(rows) >= 45
+
+
+def test_the_page_of_layers_and_the_list_agree():
+    page = Path("docs/depth.md").read_text()
+    judged = re.search(r"^\*\*Judged at the head's layer, \d+ types\*\*: (.*)\.$", page, re.M).group(1)
+    assert set(re.findall(r"`([^`]+)`", judged)) == AT_DEPTH and len(AT_DEPTH) >= 125
 
 
 def test_refused_types_have_a_reason():

@@ -1,0 +1,183 @@
+"""Cost of heads on a layer against its depth, as ratios inside one run.
+
+    python -m benchmarks.depth --output benchmarks/results/depth.json
+    python -m benchmarks.depth --picture docs/depth.png benchmarks/results/depth.json
+
+SmolLM2-135M, 30 layers. Plain `generate` and all steered runs of a batch size are under way at once and take turns, a
+token each. The heads' values are prescribed: 5 % of the natural samples are rejected in lazy runs. Beside each cost
+stands a bound that counts what cannot be saved: in a lazy step the weights up to the layer are read once more whenever
+a row is looked at, in an eager step nothing is read twice; and K tokens instead of one are multiplied up to the layer.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.environment import command, describe, save
+from benchmarks.timing import WARM_UP, Prompt, Turns, in_turns, make_head, summary
+from examples.smollm2 import load_backbone
+from hf_value_steer import ValueFilterConfig, value_steer_generate
+
+
+CANDIDATES, RATE = 8, 0.05
+LAYERS: tuple[int | str, ...] = (3, 11, 19, 29, "final")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One steered run: its head's layer, how it steps, and the share of natural samples that is rejected."""
+
+    layer: int | str
+    evaluation: str
+    rate: float
+
+    @property
+    def name(self) -> str:
+        where = "final state" if self.layer == "final" else f"layer {self.layer}"
+        return f"{self.evaluation}, {where}" + (f", {100 * self.rate:g} % rejected" if self.rate else "")
+
+
+RUNS = [
+    *(Run(layer, "lazy", rate) for layer in LAYERS for rate in (0.0, RATE)),
+    *(Run(layer, "eager", 0.0) for layer in LAYERS),
+]
+
+
+def share(layer: int | str, layers: int) -> float:
+    """What part of the layers has run when the head can be asked."""
+    return 1.0 if layer == "final" else (int(layer) + 1) / layers
+
+
+def bounds(run: Run, batch: int, layers: int) -> dict[str, float]:
+    """Cost relative to plain `generate` if nothing but reading weights, or nothing but products, took time."""
+    part = share(run.layer, layers)
+    if run.evaluation == "eager":
+        return {"weights": 1.0, "products": 1 + part * (CANDIDATES - 1)}
+    looks = 1 - (1 - run.rate) ** batch
+    return {"weights": 1 + looks * part, "products": 1 + run.rate * part * (CANDIDATES - 1)}
+
+
+def measure(model: PreTrainedModel, batch: int, new_tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Ratios to plain `generate` of all runs of a batch size."""
+    prompt = Prompt(model, batch, 64)
+    arguments = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "eos_token_id": None}
+    heads = [make_head(model, run.rate, run.layer) for run in RUNS]
+    rates: list[list[float]] = [[] for _ in RUNS]
+
+    def plain(length: int, turns: Turns) -> None:
+        model.generate(**prompt.inputs("dynamic"), **arguments, max_new_tokens=length, stopping_criteria=[turns])
+
+    def steered(index: int, length: int, turns: Turns) -> None:
+        heads[index].step = -1
+        config = ValueFilterConfig(
+            value_head=heads[index], num_candidates=CANDIDATES, evaluation=RUNS[index].evaluation
+        )
+        steer = {"custom_generate": value_steer_generate, "value_steer": config}
+        options = {"max_new_tokens": length, "stopping_criteria": [turns]}
+        output = model.generate(**prompt.inputs("dynamic"), **arguments, **steer, **options)
+        rates[index].append(output.interventions.float().mean().item())
+
+    def turn(length: int) -> list[float]:
+        players: list[Callable[[Turns], None]] = [partial(plain, length)]
+        players += [partial(steered, index, length) for index in range(len(RUNS))]
+        return in_turns(*players)
+
+    torch.manual_seed(0)
+    turn(WARM_UP)
+    times = [turn(new_tokens) for _ in range(rounds)]
+    layers = model.config.num_hidden_layers
+    return [
+        {
+            "name": run.name,
+            **vars(run),
+            "batch": batch,
+            "depth": round(share(run.layer, layers), 3),
+            **summary([each[1 + index] / each[0] for each in times]),
+            "intervention_rate": round(statistics.mean(rates[index][1:]), 4),
+            "bounds": {name: round(bound, 3) for name, bound in bounds(run, batch, layers).items()},
+        }
+        for index, run in enumerate(RUNS)
+    ]
+
+
+def interventions_cost(cases: list[dict[str, Any]], layer: int) -> float:
+    """What interventions of a head at `layer` cost, as a share of what those of one on the final state cost."""
+
+    def extra(layer: int | str) -> float:
+        with_, without = (
+            next(
+                case["ratio_median"]
+                for case in cases
+                if (case["layer"], case["evaluation"], case["rate"]) == (layer, "lazy", rate)
+            )
+            for rate in (RATE, 0.0)
+        )
+        return float(with_ - without)
+
+    return round(extra(layer) / extra("final"), 3)
+
+
+def draw(document: dict[str, Any], path: Path) -> None:
+    """Cost against depth, a panel for each batch size and dtype."""
+    from matplotlib.figure import Figure
+
+    panels = document["panels"]
+    figure = Figure((4 * len(panels), 3.4), dpi=150, layout="constrained")
+    for index, panel in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), index + 1, xlabel="depth of the head", title=panel["title"])
+        if index == 0:
+            axes.set_ylabel("time, plain generate = 1")
+        for evaluation, rate, colour in (
+            ("lazy", 0.0, "#b4bac5"),
+            ("lazy", RATE, "#1d5fd0"),
+            ("eager", 0.0, "#c2571a"),
+        ):
+            found = [case for case in panel["cases"] if (case["evaluation"], case["rate"]) == (evaluation, rate)]
+            label = f"{evaluation}, K={CANDIDATES}" if evaluation == "eager" else f"lazy, {100 * rate:g} % rejected"
+            places = [case["depth"] for case in found]
+            axes.plot(places, [case["ratio_median"] for case in found], "o-", color=colour, label=label, ms=4)
+            if rate or evaluation == "eager":
+                bound = "products" if panel["batch"] > 1 else "weights"
+                axes.plot(places, [case["bounds"][bound] for case in found], ":", color=colour, lw=1)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylim(0.95, min(axes.get_ylim()[1], 3.0))
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("document", type=Path, nargs="?", help="draw this, and measure nothing")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=60)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.document:
+        draw(json.loads(arguments.document.read_text("utf-8")), arguments.picture)
+        return
+    panels = []
+    for dtype in ("float32", "bfloat16"):
+        model, _ = load_backbone(getattr(torch, dtype))
+        for batch in (1, 16):
+            cases = measure(model, batch, arguments.new_tokens, arguments.rounds)
+            panels.append({"title": f"{dtype}, batch {batch}", "dtype": dtype, "batch": batch, "cases": cases})
+            panels[-1]["interventions_at_layer_11"] = interventions_cost(cases, 11)
+            for case in cases:
+                print(f"{panels[-1]['title']:20s} {case['name']:40s} {case['ratio_median']:.3f}  {case['bounds']}")
+            print(f"interventions at layer 11 cost {panels[-1]['interventions_at_layer_11']} of the final state's")
+    report = {"command": command(), **describe(), "candidates": CANDIDATES, "panels": panels}
+    if arguments.output:
+        save(report, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
