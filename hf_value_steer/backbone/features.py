@@ -105,7 +105,7 @@ def collected(model: PreTrainedModel, layers: Sequence[Layer]) -> Iterator[list[
     def keep(layer: Layer, state: Tensor) -> None:
         if layer == first:
             found.append(Features())
-        found[-1][layer] = require_residual(state)
+        found[-1][layer] = state if layer == FINAL else require_residual(state)
 
     with ExitStack() as stack:
         for layer, point in points_of(model, layers).items():
