@@ -98,7 +98,7 @@ def _head_name(config: SteeringConfig) -> str:
 
 def _servable_head(name: str) -> ValueHead:
     """The head of this name; raises an `UnsupportedError` if it reads what vLLM does not show."""
-    head = ValueHead.from_pretrained(name).eval()
+    head: ValueHead = ValueHead.from_pretrained(name).eval()
     if not head.config.reads_final_alone:
         raise UnsupportedError(
             f"`value_head` {name!r} has `feature_layers`={head.config.feature_layers} and `temporal`="
