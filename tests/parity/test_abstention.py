@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_value_steer import (
     AbstentionConfig,
@@ -12,6 +13,8 @@ from hf_value_steer import (
     ValueFilterLogitsProcessor,
     score_text,
 )
+from hf_value_steer.errors import ScoringError
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import FAMILIES, build, layered_head, prompts, random_head
 from tests.oracle import states
 from tests.steer import steer
@@ -222,6 +225,22 @@ def test_beam_search_emits_what_a_head_on_a_layer_accepts(llama, temporal):
     threshold = max(values()) - 1e-3
     config = ValueFilterConfig(value_head=head, threshold=threshold, proposal="topk", num_candidates=16)
     assert max(values(ValueFilterLogitsProcessor(llama, config))) < threshold
+
+
+@pytest.mark.parametrize("method", ["filter", "abstain"])
+@torch.no_grad()
+def test_a_text_that_was_changed_between_two_steps_is_an_error(llama, method):
+    head = layered_head(llama, [0], "mean")
+    if method == "filter":
+        processor = ValueFilterLogitsProcessor(llama, ValueFilterConfig(value_head=head, threshold=0.5))
+    else:
+        processor = AbstentionLogitsProcessor(llama, AbstentionConfig(value_head=head, threshold=0.5))
+    ids, cache = prompts(1)["input_ids"], DynamicCache(config=llama.config)
+    processor(ids, llama(ids, **{CACHE: cache}).logits[:, -1])
+    scores = llama(torch.tensor([[5]]), **{CACHE: cache}).logits[:, -1]
+    other = torch.cat([ids.flip(-1), torch.tensor([[5]])], dim=1)
+    with pytest.raises(ScoringError, match="goes on with no text of the step before"):
+        processor(other, scores)
 
 
 def test_processors_refuse_what_they_cannot_follow(llama):

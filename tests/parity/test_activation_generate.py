@@ -19,6 +19,7 @@ from hf_value_steer import (
 from hf_value_steer.activation.apply import is_steered
 from hf_value_steer.backbone.features import collected
 from hf_value_steer.configuration.parse import parse_value_steer
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.scorer import layers_read
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import build, layered_head, random_head
@@ -143,6 +144,20 @@ def test_a_processor_reads_a_layer_after_its_vectors(model, vectors, made, metho
     with vectors.apply(model, 2.0):
         found = model.generate(IDS, logits_processor=[processor or make()], **GREEDY)
     assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_a_processor_beside_vectors_of_the_call(model, vectors):
+    """Abstention reads what the call's forwards have left; the filter would look ahead without the vectors."""
+    head, activate = layered_head(model, [0]), ActivationConfig(vectors=vectors, multiplier=2.0)
+    abstain = AbstentionConfig(value_head=head, threshold=0.5, patience=3)
+    expected = model.generate(IDS, value_steer=[activate, abstain], **GREEDY)
+    processor = AbstentionLogitsProcessor(model, abstain)
+    found = model.generate(IDS, value_steer=activate, logits_processor=[processor], **GREEDY)
+    assert expected.abstained.any() and torch.equal(found.sequences, expected.sequences)
+    processor = ValueFilterLogitsProcessor(model, ValueFilterConfig(value_head=random_head(model), threshold=0.5))
+    with pytest.raises(UnsupportedError, match="do not reach the look-ahead of a ValueFilterLogitsProcessor"):
+        model.generate(IDS, value_steer=activate, logits_processor=[processor], **GREEDY)
+    model.generate(IDS, value_steer=abstain, logits_processor=[processor], **GREEDY)
 
 
 def test_abstention_over_vectors_is_abstention_over_the_baked_model(model, vectors, baked):
