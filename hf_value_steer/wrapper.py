@@ -12,15 +12,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.backbone.features import FINAL, Features, collected
+from hf_value_steer.backbone.points import named_arguments
 from hf_value_steer.configuration.methods import MethodConfig
 from hf_value_steer.configuration.parse import ValueSteer, parse_configs, parse_value_steer
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.files.reading import ACCESS, LOCATION, find, read_object, reading, refuse_misspelt
 from hf_value_steer.files.schema import SCHEMA, VersionedConfig, check_schema, register
 from hf_value_steer.files.upload import push
 from hf_value_steer.generate import generate
 from hf_value_steer.generation.decoding import configured
-from hf_value_steer.generation.scorer import require_fit
+from hf_value_steer.generation.scorer import layers_read, require_fit
 from hf_value_steer.heads.value_head import ValueHead
 
 
@@ -154,15 +156,24 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
         return self.backbone.get_input_embeddings()
 
     def forward(self, *args: Any, **kwargs: Any) -> ValueSteerCausalLMOutput:
-        """The backbone's forward, and the values of the positions that it computed logits for."""
-        values: list[Tensor] = []
+        """The backbone's forward, and the values of the positions that it computed logits for.
 
-        def read(feature: Tensor) -> None:
-            values.append(self.value_head.to(feature.device)(feature).value)
-
-        with feature_point(self.backbone).watched(read):
+        Raises:
+            UnsupportedError: with a head over time.
+        """
+        head = self.value_head
+        if head.remembers:
+            raise UnsupportedError(
+                f"This head remembers (`temporal`={head.config.temporal!r}) from the prompt's last token on, and a "
+                "forward is not told which that is: get values from `score_text` or `generate`, logits from "
+                "`model.backbone`."
+            )
+        layers = layers_read(head, self.backbone)
+        with collected(self.backbone, layers) as seen:
             outputs = self.backbone(*args, **{**kwargs, "return_dict": True})
-        return ValueSteerCausalLMOutput(**outputs, token_values=values[-1])
+        asked = named_arguments(self.backbone, args, kwargs).get("logits_to_keep")
+        feature = _with_logits(seen[-1], asked, outputs.logits.shape[1]).of(layers)
+        return ValueSteerCausalLMOutput(**outputs, token_values=head.to(feature.device)(feature).value)
 
     def generate(self, *args: Any, value_steer: ValueSteer | None = None, **kwargs: Any) -> Any:
         """The backbone's `generate`, steered; configs without a head use this model's.
@@ -275,6 +286,12 @@ class ValueSteerForCausalLM(PreTrainedModel):  # type: ignore[misc]
             The URL of the commit.
         """
         return push(lambda folder: self.save_pretrained(folder, save_backbone=save_backbone), repo_id, **kwargs)
+
+
+def _with_logits(features: Features, asked: Any, count: int) -> Features:
+    """Those of the `count` positions that have logits: the last ones, or the positions that were `asked` for."""
+    kept = asked if isinstance(asked, Tensor) else slice(-count, None)
+    return Features({layer: state if layer == FINAL else state[:, kept] for layer, state in features.items()})
 
 
 def _own_config(source: str, config: PreTrainedConfig | None, location: Mapping[str, Any]) -> ValueSteerConfig | None:

@@ -20,15 +20,19 @@ def guided_logits(
     momentum: float,
     neutral: bool,
     read: int | None = None,
+    states: dict[int, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, list[bool]]:
     """Logits of what comes after each of `tokens[prompt - 1 :]`, and whether a bridge was shown to it.
 
-    `read` tokens are what the module takes for the prompt, if not all before those that are guided.
+    `read` tokens are what the module takes for the prompt, if not all before those that are guided. Into `states` go
+    those of the tokens, by layer, `(length, width)` each.
     """
     count, length, above = module.config.num_bridges, len(tokens), module.config.layer + 1
+    states = {} if states is None else states
     hidden, layers = embed(model, tokens)
     for index in range(above):
         hidden = call(model, layers, index, hidden, torch.arange(length), text_mask(model, index, length))
+        states[index] = hidden[0]
     bridges, makers, shown, held = all_bridges(module, hidden, prompt, interval, momentum, neutral, read or prompt)
     hidden = torch.cat([hidden, *bridges], dim=1)
     positions = torch.tensor([*range(length), *(maker for maker in makers for _ in range(count))])
@@ -43,6 +47,7 @@ def guided_logits(
                 if held[token] == number and shown[number]:
                     mask[token, own] = True
         hidden = call(model, layers, index, hidden, positions, mask)
+        states[index] = hidden[0, :length]
     return unembed(model, hidden[0, prompt - 1 : length]), [shown[held[token]] for token in range(prompt - 1, length)]
 
 

@@ -245,7 +245,7 @@ def injected(
     injection, points = Injection(multiplier, mode, tokens, model.device, here), layer_points(model)
     with ExitStack() as undo:
         for layer, vector in zip(vectors.layers, vectors.strengths[:, None] * vectors.directions, strict=True):
-            undo.callback(points[layer].attach(_LayerInjection(injection, vector)))
+            undo.callback(points[layer].attach(_LayerInjection(injection, vector), first=True))
         if injection.positional:
             undo.callback(on_call(model, _reader(injection, model)))
         yield injection

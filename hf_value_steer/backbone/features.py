@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.backbone.parts import feature_width, num_layers
 from hf_value_steer.backbone.points import Point, feature_point, layer_points
-from hf_value_steer.errors import MismatchError, UnsupportedError
+from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 
 
 FINAL: Literal["final"] = "final"
@@ -24,7 +24,16 @@ class Features(dict[Layer, Tensor]):
     """The states at several layers, `(..., width)` each, by layer."""
 
     def of(self, layers: Sequence[Layer]) -> Tensor:
-        """Those at `layers` side by side, `(..., sum of widths)`, on the device of the last of them."""
+        """Those at `layers` side by side, `(..., sum of widths)`, on the device of the last of them.
+
+        Raises:
+            ScoringError: if the forward has not shown one of them.
+        """
+        if unseen := [layer for layer in layers if layer not in self]:
+            raise ScoringError(
+                f"The forward did not call the layers {unseen} that a head reads, or not where they can be watched: "
+                "if layers were replaced or compiled since, begin anew."
+            )
         if len(layers) == 1:
             return self[layers[0]]
         device = self[layers[-1]].device
@@ -105,7 +114,7 @@ def collected(model: PreTrainedModel, layers: Sequence[Layer]) -> Iterator[list[
     def keep(layer: Layer, state: Tensor) -> None:
         if layer == first:
             found.append(Features())
-        found[-1][layer] = require_residual(state)
+        found[-1][layer] = state if layer == FINAL else require_residual(state)
 
     with ExitStack() as stack:
         for layer, point in points_of(model, layers).items():

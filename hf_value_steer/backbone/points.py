@@ -89,13 +89,14 @@ class Point:
     module: nn.Module
     side: Literal["input", "output"]
 
-    def attach(self, watcher: Watcher) -> Callable[[], None]:
+    def attach(self, watcher: Watcher, first: bool = False) -> Callable[[], None]:
         """Call `watcher` with every state that passes, in every thread; returns what takes it off again.
 
         States are `(rows, positions, width)`. Several watchers see them in the order in which they came, each what
-        the one before has made of them.
+        the one before has made of them. One that is `first` changes states, and is put in front of those that are
+        there and may read them.
         """
-        _changes.make(partial(self._attach, watcher))
+        _changes.make(partial(self._attach, watcher, first))
         return partial(_changes.make, partial(self._detach, watcher))
 
     @property
@@ -103,10 +104,10 @@ class Point:
         """Those that are attached now."""
         return vars(self.module).get(_TABLE, ())  # type: ignore[no-any-return]
 
-    def _attach(self, watcher: Watcher) -> None:
+    def _attach(self, watcher: Watcher, first: bool) -> None:
         # In this order, and whatever is there: another thread may make a shadow of the module in the middle of it.
         _open(self.module, self.side)
-        vars(self.module)[_TABLE] = (*self.watchers, watcher)
+        vars(self.module)[_TABLE] = (watcher, *self.watchers) if first else (*self.watchers, watcher)
 
     def _detach(self, watcher: Watcher) -> None:
         if watcher not in self.watchers:

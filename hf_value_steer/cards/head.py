@@ -17,6 +17,9 @@ from hf_value_steer.files.writing import write_new
 
 NO_LIMITS = "Its author has added nothing to what follows."
 
+# What a head reads, where its config or its evaluation does not say it.
+_UNSAID = {"feature_layers": ["final"], "temporal": "none"}
+
 _MARKER = re.compile(r"^<!-- /?limits", re.MULTILINE)
 
 
@@ -118,8 +121,8 @@ def written_limits(card: str) -> str | None:
 def check_same_head(config: Mapping[str, Any], evaluation: Mapping[str, Any]) -> None:
     """Raise a `ValueError` unless `evaluation` is an evaluation document of the head with this config."""
     check_evaluation(evaluation)
-    for key in ("attribute", "polarity", "backbone_fingerprint"):
-        mine, evaluated = config[key], evaluation["head"][key]
+    for key in ("attribute", "polarity", "backbone_fingerprint", *_UNSAID):
+        mine, evaluated = (each.get(key, _UNSAID.get(key)) for each in (config, evaluation["head"]))
         if mine != evaluated:
             raise ValueError(
                 f"`evaluation` is of a head with {key} {evaluated!r}, but this head has {mine!r}: evaluate this one."
@@ -174,6 +177,8 @@ def _described(facts: Facts) -> dict[str, Any]:
         "architecture": {"mlp": "three-layer MLP", "linear": "linear map"}[config["architecture"]],
         "parameters": f"{facts.parameters:,}",
         "hidden_size": config["hidden_size"],
+        "feature": _feature(config.get("feature_layers", _UNSAID["feature_layers"])),
+        "memory": _memory(config),
         "polarity": config["polarity"],
         "threshold": f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.",
         "attributes": _attributes_markdown(config) if config.get("attributes") else "",
@@ -181,6 +186,31 @@ def _described(facts: Facts) -> dict[str, Any]:
         "feature_dtype": recorded(config["feature_dtype"]),
         "training": training_markdown(config["training"]),
     }
+
+
+def _feature(layers: Sequence[int | float | str]) -> str:
+    """The places that a head reads, in words."""
+    names = [_place(layer) for layer in layers]
+    return names[0] if len(names) == 1 else f"side by side: {'; '.join(names)}"
+
+
+def _place(layer: int | float | str) -> str:
+    if layer == "final":
+        return "final layer, after the final norm"
+    if isinstance(layer, float):
+        return f"output of the decoder layer at {100 * layer:g} % of the depth"
+    return f"output of decoder layer {layer}, counted from {'0' if int(layer) >= 0 else 'the end'}"
+
+
+def _memory(config: Mapping[str, Any]) -> str:
+    """What it remembers of a text; nothing for most heads."""
+    mean = {
+        "mean": "the mean",
+        "ema": f"an exponential mean (decay {config.get('temporal_decay')})",
+    }.get(config.get("temporal", _UNSAID["temporal"]))
+    if mean is None:
+        return ""
+    return f"It remembers {mean} of what its first layer makes of a text, from the last token of the prompt on.\n"
 
 
 def _attribute_names(config: Mapping[str, Any]) -> list[str]:

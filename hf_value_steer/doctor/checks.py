@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_value_steer.backbone.features import ONLY_FINAL, features_width
 from hf_value_steer.backbone.parts import output_embedding
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
-from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh
+from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh, step_by_step
 from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
 from hf_value_steer.heads.value_head import ValueHead
@@ -25,6 +26,7 @@ from hf_value_steer.policy import acceptable
 Status = Literal["ok", "FAIL", "n.a.", "info"]
 EVALUATIONS: tuple[Literal["lazy", "eager"], ...] = ("lazy", "eager")
 POSITIONS, PAIRS, TIMED_TOKENS = 16, 3, 32
+NORM_FACTOR = 4.0  # random tokens are no training text
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def check_host(_context: Context) -> Check:
 def check_feature(context: Context) -> Check:
     """What the output embedding consumes is `last_hidden_state`, and nothing non-linear follows."""
     input_ids, module = context.prompts(2), output_embedding(context.model)
-    feature = context.features(input_ids)
+    feature = context.features(input_ids, ONLY_FINAL)
     expected = context.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state.float()
     if feature.shape != expected.shape:
         return Check("feature", "FAIL", f"has shape {_shape(feature)}, but last_hidden_state {_shape(expected)}")
@@ -87,9 +89,6 @@ def check_feature(context: Context) -> Check:
         return Check("feature", "FAIL", f"{detail} (relative difference {numbers['difference']:.2g})", numbers)
     if not numbers["nonlinearity"] <= context.tolerance:
         return Check("feature", "FAIL", "the output embedding is not linear: a norm follows the feature?", numbers)
-    if feature.shape[-1] != context.head.config.hidden_size:
-        detail = f"has width {feature.shape[-1]}, but the head {context.head.config.hidden_size}"
-        return Check("feature", "FAIL", detail, numbers)
     return Check("feature", "ok", f"last_hidden_state, after the final norm, width {feature.shape[-1]}", numbers)
 
 
@@ -123,6 +122,30 @@ def check_identity(context: Context) -> Check:
     return Check("identity", "ok", f"{2 * NEW_TOKENS} tokens are those of plain generate", numbers)
 
 
+def check_layers(context: Context) -> Check:
+    """What the head reads in steps of decoding is what a forward without a cache has there, of the recorded size."""
+    layers, recorded = context.layers, context.head.config.feature_norms
+    text, stepped = context.generate(context.prompts(2, seed=1), custom_generate=step_by_step(layers))
+    whole = context.features(text, layers)[:, PROMPT:]
+    widths = [features_width(context.model, [layer]) for layer in layers]
+    pairs = zip(*(torch.split(each, widths, dim=-1) for each in (stepped.float(), whole)), strict=True)
+    numbers: dict[str, float] = {}
+    faults = []
+    for index, (layer, (step, state)) in enumerate(zip(layers, pairs, strict=True)):
+        norm = float(state.norm(dim=-1).mean())
+        difference = float((step - state).norm(dim=-1).max()) / norm
+        numbers |= {f"norm_{layer}": norm, f"difference_{layer}": difference}
+        if not difference <= context.tolerance:
+            faults.append(f"layer {layer} differs by {difference:.2g} of its norm from a forward without a cache")
+        if recorded and not 1 / NORM_FACTOR <= norm / recorded[index] <= NORM_FACTOR:
+            faults.append(f"the norm at layer {layer} is {norm:.3g}, but was {recorded[index]:.3g} in training")
+    if faults:
+        return Check("layers", "FAIL", "; ".join(faults), numbers)
+    worst = max(numbers[f"difference_{layer}"] for layer in layers)
+    where = ", ".join(f"{layer} (norm {numbers[f'norm_{layer}']:.3g})" for layer in layers)
+    return Check("layers", "ok", f"{where}: steps are up to {worst:.2g} of the norm from a forward alone", numbers)
+
+
 def check_cache(context: Context) -> Check:
     """After interventions, the returned cache goes on as a fresh prefill of the committed text does."""
     input_ids = context.prompts(2, seed=1)
@@ -134,7 +157,7 @@ def check_cache(context: Context) -> Check:
         )
         out = context.steer(input_ids, config)
         numbers[f"interventions_{evaluation}"] = int(out.interventions.sum())
-        held = context.generate(out.sequences, 1, custom_generate=held_and_fresh(out[CACHE]))
+        held = context.generate(out.sequences, 1, custom_generate=held_and_fresh(out[CACHE], context.layers))
         numbers[f"difference_{evaluation}"] = _standardized(context, *held)
     interventions = min(numbers[f"interventions_{evaluation}"] for evaluation in EVALUATIONS)
     differences = [numbers[f"difference_{evaluation}"] for evaluation in EVALUATIONS]
@@ -149,9 +172,11 @@ def check_cache(context: Context) -> Check:
 def check_drift(context: Context) -> Check:
     """How far the value of a token forwarded alone is from its value among K candidates."""
     alone, among = context.generate(
-        context.prompts(1, seed=2), POSITIONS, custom_generate=alone_and_among(context.num_candidates)
+        context.prompts(1, seed=2),
+        POSITIONS,
+        custom_generate=alone_and_among(context.num_candidates, context.layers),
     )
-    values = [context.values(features).cpu() for features in (alone, among)]
+    values = [_values_of_candidates(context, features) for features in (alone, among)]
     drift = float((values[0] - values[1]).abs().max())
     threshold = context.head.config.threshold or float(values[0].median())
     verdicts = [acceptable(value, torch.tensor(threshold), context.head.config.polarity) for value in values]
@@ -203,6 +228,7 @@ CHECKS: tuple[Callable[[Context], Check], ...] = (
     check_head,
     check_kernel,
     check_identity,
+    check_layers,
     check_cache,
     check_drift,
     check_padding,
@@ -245,8 +271,18 @@ def _row_difference(together: Any, alone: Any, row: int) -> tuple[float, float]:
 
 def _median_threshold(context: Context, sequences: Tensor) -> float:
     """The median value of the new tokens: about half of them are rejected."""
-    values = context.values(context.features(sequences)[:, PROMPT:])
+    features = context.features(sequences, context.layers)[:, PROMPT - 1 :]
+    values = context.scorer(len(sequences)).values_of_tokens(features, [0] * len(sequences))[:, 1:]
     return min(max(float(values.median()), 1e-6), 1 - 1e-6)
+
+
+def _values_of_candidates(context: Context, features: Tensor) -> Tensor:
+    """Values `(positions, K)` of candidates by their features, where a text goes on with the first of each K."""
+    scorer, values = context.scorer(1), []
+    for candidates in features:
+        values.append(scorer.values(candidates[None]))
+        scorer.remember(candidates[:1])
+    return torch.cat(values)
 
 
 def _relative(left: Tensor, right: Tensor) -> float:

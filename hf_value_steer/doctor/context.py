@@ -1,6 +1,6 @@
 """What the checks of the doctor share: a model, a head or a stand-in for it, and ordinary ways to generate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from hf_value_steer.backbone.features import ONLY_FINAL, Layer, collected
 from hf_value_steer.backbone.parts import feature_width, underlying
-from hf_value_steer.backbone.points import feature_point
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.generation.decoding import value_steer_generate
-from hf_value_steer.generation.scorer import load_head
+from hf_value_steer.generation.scorer import Scorer, bind, layers_read, load_head
 from hf_value_steer.heads.value_head import ValueHead
 
 
@@ -47,9 +47,17 @@ class Context:
             return self._stand_in()
 
     @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those that the head reads."""
+        return layers_read(self.head, self.model)
+
+    @cached_property
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each entry of the feature, both `(width,)`, over random text."""
-        features = self.features(self.prompts(4))[:, 1:].flatten(0, 1)  # the first position is like no other
+        """Mean and standard deviation of each entry of what the head reads, both `(width,)`, over random text."""
+        return self._moments(self.layers)
+
+    def _moments(self, layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
+        features = self.features(self.prompts(4), layers)[:, 1:].flatten(0, 1)  # the first position is like no other
         return features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
 
     def prompts(self, rows: int, seed: int = 0) -> Tensor:
@@ -60,16 +68,15 @@ class Context:
         generator = torch.Generator().manual_seed(seed)
         return ordinary[torch.randint(len(ordinary), (rows, PROMPT), generator=generator)].to(self.model.device)
 
-    def features(self, input_ids: Tensor) -> Tensor:
-        """Features of a text in one forward, float32, `(rows, length, width)`."""
-        seen: list[Tensor] = []
-        with feature_point(self.model).watched(seen.append):
+    def features(self, input_ids: Tensor, layers: Sequence[Layer]) -> Tensor:
+        """States of a text at some layers, side by side, in one forward, float32, `(rows, length, width)`."""
+        with collected(self.model, layers) as seen:
             self.model(input_ids=input_ids, use_cache=False)
-        return seen[-1].float()
+        return seen[-1].of(layers).float()
 
-    def values(self, features: Tensor) -> Tensor:
-        """The head's values of features `(..., width)`."""
-        return self.head.to(features.device)(features).value  # type: ignore[no-any-return]
+    def scorer(self, rows: int) -> Scorer:
+        """The head with an empty memory; its values are on the CPU."""
+        return bind(self.reading(), self.head, rows, torch.device("cpu"), self.layers)
 
     def generate(self, input_ids: Tensor, new_tokens: int = NEW_TOKENS, **arguments: Any) -> Any:
         """Plain greedy `generate` of exactly `new_tokens` tokens, unless `arguments` say otherwise."""
@@ -93,7 +100,7 @@ class Context:
         )
 
     def _stand_in(self) -> ValueHead:
-        mean, deviation = (moment.cpu() for moment in self.moments)
+        mean, deviation = (moment.cpu() for moment in self._moments(ONLY_FINAL))
         direction = torch.randn(len(mean), generator=torch.Generator().manual_seed(0))
         weight = 2.0 * direction / direction.norm() / deviation
         return _linear_head(weight, -weight @ mean)

@@ -166,7 +166,15 @@ class Evaluator:
         return document
 
     def _description(self, head: ValueHead, prompts: int, generations: int) -> dict[str, Any]:
-        fields = ("attribute", "polarity", "threshold", "backbone", "backbone_fingerprint")
+        fields = (
+            "attribute",
+            "polarity",
+            "threshold",
+            "backbone",
+            "backbone_fingerprint",
+            "feature_layers",
+            "temporal",
+        )
         return {
             "head": {name: getattr(head.config, name) for name in fields},
             "sampling": self.arguments.sampling(),

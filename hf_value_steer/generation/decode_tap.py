@@ -30,6 +30,7 @@ class Decoded:
         cache_argument (`str`): under which name the forward took it.
         arguments (`dict`): of the forward, by name.
         prefill (`bool`): whether the forward read a prompt, or the last part of one.
+        model: what ran it: the model that the tap was made for, or a shadow of it.
     """
 
     features: Features
@@ -37,6 +38,7 @@ class Decoded:
     cache_argument: str
     arguments: dict[str, Any]
     prefill: bool
+    model: PreTrainedModel
 
     def continuation_inputs(self) -> dict[str, Any]:
         """Mask and positions of the token that comes next, in the form in which `generate` keeps them."""
@@ -57,6 +59,7 @@ class _Seen(threading.local):
 
     watching = False
     cache: weakref.ref[Cache] | None = None
+    model: weakref.ref[Any] | None = None
     cache_argument = CACHE
     arguments: dict[str, Any] | None = None
     features: Features | None = None
@@ -120,7 +123,7 @@ class DecodeTap:
                 seen.prefill = cache is not None and (stage in ("prompt", "chunk") if stage else not holds_text(cache))
                 # `generate` holds the cache while processors are called. A strong reference would hold it after that.
                 seen.arguments = {name: value for name, value in arguments.items() if value is not cache}
-                seen.cache = None if cache is None else weakref.ref(cache)
+                seen.cache, seen.model = None if cache is None else weakref.ref(cache), weakref.ref(running)
                 seen.cache_argument = next((name for name, value in arguments.items() if value is cache), CACHE)
 
         def on_state(layer: Layer, state: Tensor) -> None:
@@ -141,7 +144,8 @@ class DecodeTap:
         features, arguments, prefill = self._seen.features, self._seen.arguments, self._seen.prefill
         self._seen.features = self._seen.arguments = None
         cache = None if self._seen.cache is None else self._seen.cache()
-        if not features or FINAL not in features or arguments is None or cache is None:
+        model = None if self._seen.model is None else self._seen.model()
+        if not features or FINAL not in features or arguments is None or cache is None or model is None:
             raise ScoringError(
                 "No forward pass with a cache was seen before this logits processor was called: generate with the "
                 "model that the processor was made for, and with `use_cache=True`."
@@ -156,4 +160,4 @@ class DecodeTap:
                 f"are for {tuple(input_ids.shape)} tokens: value steering cannot follow this decoding method."
             )
         last = features.each(lambda state: state[:, -1])
-        return Decoded(last, cache, self._seen.cache_argument, arguments, prefill)
+        return Decoded(last, cache, self._seen.cache_argument, arguments, prefill, model)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessor, PreTrainedModel
 
+from hf_value_steer.activation.apply import is_steered
 from hf_value_steer.backbone.parts import underlying
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
-from hf_value_steer.errors import ScoringError
+from hf_value_steer.errors import ScoringError, UnsupportedError
 from hf_value_steer.generation.abstention import Abstention
 from hf_value_steer.generation.candidates import random_key, sampled_alternatives, uniforms
 from hf_value_steer.generation.decode_tap import Decoded, DecodeTap
@@ -141,6 +142,8 @@ def _parents(before: Tensor, now: Tensor) -> Tensor:
             "Abstention and heads over time have to see every step of a generation; this decoding method skipped one."
         )
     same = (before[None] == now[:, None, :-1]).all(dim=-1)
+    if not bool(same.any(dim=-1).all()):
+        raise ScoringError("A row goes on with no text of the step before: this decoding method cannot be followed.")
     stays = torch.arange(len(same), device=same.device)  # equal texts: each row keeps its own
     return torch.where(same.diagonal(), stays, same.int().argmax(dim=-1))
 
@@ -184,6 +187,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         decoded = self.tap.read(input_ids)
         if decoded.prefill:
             require_fit(self.head, self.model, self.config.allow_backbone_mismatch)
+            self._refuse_vectors_of(decoded.model)
             scorer = bind(self.config, self.head, len(input_ids), input_ids.device, self.reads)
             scorer.start(scorer.values(decoded.features.of(self.reads)))
             prepared, eos = PreparedModel(self.model), self._eos()
@@ -223,6 +227,14 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         refuse_broken(decision.broken, everyone, step)
         return decision, candidates
 
+    def _refuse_vectors_of(self, running: PreTrainedModel) -> None:
+        """Vectors of `value_steer` act in a shadow that belongs to the call, and not where this looks ahead."""
+        if running is not self.model and _has_vectors(running) and not _has_vectors(self.model):
+            raise UnsupportedError(
+                "The vectors that `value_steer` adds do not reach the look-ahead of a ValueFilterLogitsProcessor: "
+                "pass the filter in `value_steer`, too, or put the vectors on by `with vectors.apply(model):`."
+            )
+
     def _eos(self) -> int | None:
         """The token that ends a row: the EOS of the call or, outside one, of the model."""
         if self.config.fallback != "abstain":
@@ -237,6 +249,13 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             return sampled_alternatives(scores, uniform)
         top, tokens = scores.topk(count, dim=-1)
         return tokens.masked_fill(top == -torch.inf, -1)
+
+
+def _has_vectors(model: PreTrainedModel) -> bool:
+    try:
+        return is_steered(model)
+    except ValueError:  # no layers are found, to which vectors could be added
+        return False
 
 
 def _only(column: Tensor, like: Tensor) -> Tensor:

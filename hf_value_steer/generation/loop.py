@@ -104,7 +104,7 @@ class Loop:
         mask = model_kwargs.get("attention_mask")
         kernel = choose_kernel(lookahead, model, mask, bool(self.config.output_attentions))
         compilable = lookahead in ("auto", "masked")
-        reads = [layer for method in self.methods if method.values_texts for layer in method.reads]
+        reads = [layer for method in self.methods for layer in method.reads]
         how = (partial(around, self.methods), compilable, self.back, reads, self._depth())
         return Engine(self.call.prepared, model_kwargs, kernel, *how)
 

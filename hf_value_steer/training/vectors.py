@@ -9,10 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
 from hf_value_steer.activation.steering_vectors import SteeringVectors
+from hf_value_steer.backbone.features import FINAL, Features
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
 from hf_value_steer.checks import check_choice, import_optional
 from hf_value_steer.choices import DirectionMethod, Pooling
-from hf_value_steer.generation.scorer import require_fit
+from hf_value_steer.errors import UnsupportedError
+from hf_value_steer.generation.scorer import layers_read, require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import Formatter, Prompt
@@ -138,17 +140,30 @@ def vectors_from_value_head(
         model: the backbone.
         head: of this backbone; a positive multiplier raises its value, whatever its polarity.
         sequences: token ids of each text.
-        layers, batch_size: as in [`vectors_from_pairs`].
+        layers, batch_size: as in [`vectors_from_pairs`]; none above all that the head reads.
+
+    Raises:
+        UnsupportedError: for a head over time.
+        ValueError: for layers that the head does not depend on.
     """
     model = underlying(model)
     require_fit(head, model)
-    head, layers = head.to(model.device), _layers(model, layers)
+    if head.remembers:
+        raise UnsupportedError(
+            f"A head over time (`temporal`={head.config.temporal!r}) values a token with those before it, and has no "
+            "direction of one token: pass a head without."
+        )
+    layers, reads = _layers(model, layers), layers_read(head, model)
+    below = [layer for layer in reads if layer != FINAL]
+    if FINAL not in reads and layers[-1] > max(below):
+        raise ValueError(f"This head reads nothing above layer {max(below)}, but `layers` are {layers}: name others.")
     totals = {layer: torch.zeros(residual_width(model)) for layer in layers}
     with torch.enable_grad():
-        for residuals, feature, mask in read_residuals(model, sequences, layers, batch_size):
-            logits = head(feature).logits[mask.bool().to(feature.device)].sum()
-            gradients = torch.autograd.grad(logits, list(residuals.values()))
-            for layer, gradient in zip(residuals, gradients, strict=True):
+        for residuals, final, mask in read_residuals(model, sequences, sorted({*layers, *below}), batch_size):
+            feature = Features([*residuals.items(), (FINAL, final)]).of(reads)
+            logits = head.to(feature.device)(feature).logits[mask.bool().to(feature.device)].sum()
+            gradients = torch.autograd.grad(logits, [residuals[layer] for layer in layers])
+            for layer, gradient in zip(layers, gradients, strict=True):
                 totals[layer] += gradient.float().sum(dim=(0, 1)).cpu()
     recorded = {"source": "value head", "head": head.fingerprint(), "texts": len(sequences)}
     return SteeringVectors.from_tensors(totals, **_backbone(model, head.config.attribute, recorded))

@@ -10,6 +10,7 @@ from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
 from hf_value_steer.configuration.parse import ValueSteer, parse_configs
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.scorer import Scorer, bind
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.vllm.overrides import MOST_CANDIDATES, apply_overrides
@@ -36,10 +37,11 @@ class ServedMethods:
 
         Raises:
             ValueError: for a config that vLLM cannot honour, a head that cannot be loaded, or one without a threshold.
+            UnsupportedError: for a head that reads more than the final state of the token itself.
         """
         methods = {name: _servable(config) for name, config in parse_configs(value_steer).items()}
         names = [_head_name(config) for config in methods.values()]
-        loaded = {name: ValueHead.from_pretrained(name).eval() for name in dict.fromkeys(names)}
+        loaded = {name: _servable_head(name) for name in dict.fromkeys(names)}
         served = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))
         served.scorers(served.methods)
         return served
@@ -92,6 +94,18 @@ def _head_name(config: SteeringConfig) -> str:
     if name is None:
         raise ValueError(f'`value_head` is missing from the "{config.method}" config: name a folder or a Hub id.')
     return str(name)
+
+
+def _servable_head(name: str) -> ValueHead:
+    """The head of this name; raises an `UnsupportedError` if it reads what vLLM does not show."""
+    head: ValueHead = ValueHead.from_pretrained(name).eval()
+    if not head.config.reads_final_alone:
+        raise UnsupportedError(
+            f"`value_head` {name!r} has `feature_layers`={head.config.feature_layers} and `temporal`="
+            f"{head.config.temporal!r}, but vLLM shows the final state of each token, and no other: steer with "
+            '`generate`, or serve a head with `feature_layers`=["final"] and `temporal`="none".'
+        )
+    return head
 
 
 def _line(config: SteeringConfig, head: ValueHead) -> str:

@@ -24,8 +24,9 @@ from hf_value_steer import (
 )
 from hf_value_steer.backbone.parts import fingerprint, underlying
 from hf_value_steer.doctor import diagnose
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.training.vectors import vectors_from_value_head
-from tests.families import FAMILIES, build, prompts, random_head
+from tests.families import FAMILIES, build, layered_head, prompts, random_head
 
 
 @pytest.fixture
@@ -82,6 +83,37 @@ def test_forward_returns_values(folders):
     torch.testing.assert_close(out.token_values, model.value_head(hidden).value)
     torch.testing.assert_close(out.logits, model.backbone(**inputs).logits)
     assert model(**inputs, logits_to_keep=1).token_values.shape == (2, 1)
+
+
+@pytest.mark.parametrize("layers", [[0], [-1], [0, "final"]], ids=str)
+def test_forward_returns_values_of_a_head_on_layers(layers):
+    backbone, inputs = build("llama"), prompts(2)
+    model = ValueSteerForCausalLM(backbone, layered_head(backbone, layers))
+    hidden, norm = backbone(**inputs, output_hidden_states=True).hidden_states, backbone.model.norm
+    above = {}
+    backbone.model.layers[-1].register_forward_hook(lambda _module, _args, output: above.update(last=output))
+    out = model(**inputs)
+    places = {0: hidden[1], -1: above["last"], "final": norm(above["last"])}
+    values = model.value_head(torch.cat([places[layer] for layer in layers], dim=-1)).value
+    torch.testing.assert_close(out.token_values, values)
+    for kept in (torch.tensor([1, 4, 7]), 3, 0):
+        part = model(**inputs, logits_to_keep=kept)
+        wanted = values[:, kept] if isinstance(kept, torch.Tensor) else values[:, -kept:]
+        torch.testing.assert_close(part.token_values, wanted)
+        assert part.logits.shape[:2] == wanted.shape
+
+
+@pytest.mark.parametrize("temporal", ["mean", "ema"])
+def test_forward_refuses_a_head_over_time(folders, temporal):
+    backbone = build("llama")
+    model = ValueSteerForCausalLM(backbone, layered_head(backbone, [0], temporal))
+    with pytest.raises(UnsupportedError, match=f"`temporal`='{temporal}'.*`score_text`"):
+        model(**prompts(2))
+    steered = model.generate(**prompts(2), max_new_tokens=6, return_dict_in_generate=True)
+    assert steered.token_values.shape[0] == 2
+    model.save_pretrained(folders / temporal, save_backbone=True)
+    again = ValueSteerForCausalLM.from_pretrained(folders / temporal)
+    assert again.value_head.config.temporal == temporal and torch.equal(text(again), text(model))
 
 
 @pytest.fixture

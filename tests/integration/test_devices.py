@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 from hf_value_steer import ValueFilterConfig
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.generation.kernels import KERNELS
-from tests.families import _DECODER, build, prompts, random_head
+from tests.families import _DECODER, build, layered_head, prompts, random_head
 from tests.oracle import Oracle
 from tests.steer import steer
+from tests.tiny_models import build_tiny
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,23 @@ def test_weights_offloaded_to_disk(tmp_path):
     assert out.interventions.any() and torch.equal(out.sequences, expected.sequences)
     with pytest.raises(ValueError, match="offloaded or sharded, so this backbone cannot be identified"):
         fingerprint(offloaded)
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+@pytest.mark.parametrize("layers", [[0], [1], [2, "final"]], ids=str)
+def test_a_head_on_a_layer_of_a_model_that_is_partly_on_disk(tmp_path, layers, temporal):
+    """Below the offloaded layers, on the first of them, and on the next and the final state."""
+    model = build_tiny("llama", 4)
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.rotary_emb"), "cpu")
+    places |= dict.fromkeys((*(f"model.layers.{layer}" for layer in (1, 2, 3)), "model.norm", "lm_head"), "disk")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
+    )
+    config = ValueFilterConfig(value_head=layered_head(model, layers, temporal), threshold=0.5)
+    out, expected = steer(offloaded, config), steer(model, config)
+    assert out.interventions.any() and torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(out.token_values, expected.token_values, rtol=0, atol=1e-5, equal_nan=True)
 
 
 def saved(folder, seed):

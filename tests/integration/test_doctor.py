@@ -14,10 +14,10 @@ from hf_value_steer.doctor import diagnose
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.kernels import Expanded, choose_kernel
 from hf_value_steer.generation.shared_prefix import SharedPrefixLayer
-from tests.families import FAMILIES, accepting_head, build, random_head
+from tests.families import FAMILIES, accepting_head, build, layered_head, random_head
 
 
-NAMES = ["host", "feature", "head", "kernel", "identity", "cache", "drift", "padding", "speed"]
+NAMES = ["host", "feature", "head", "kernel", "identity", "layers", "cache", "drift", "padding", "speed"]
 
 
 def failed(checks):
@@ -39,6 +39,35 @@ def test_a_healthy_model_passes_every_check(family):
     assert {check.name: check.status for check in checks} == {
         name: "info" if name in ("kernel", "drift", "speed") else "ok" for name in NAMES
     }
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean", "ema"])
+@pytest.mark.parametrize("layers", [[0], [-1, "final"]], ids=str)
+def test_a_head_on_layers_and_over_time_passes_every_check(llama, layers, temporal):
+    head = layered_head(llama, layers, temporal)
+    checks = {check.name: check for check in diagnose(llama, head)}
+    assert list(checks) == NAMES and not failed(checks.values())
+    assert checks["cache"].numbers["interventions_lazy"] > 0 and checks["drift"].numbers["max_abs_dvalue"] < 1e-4
+    names = [layer % 2 if layer != "final" else layer for layer in layers]
+    assert set(checks["layers"].numbers) == {f"{what}_{name}" for what in ("norm", "difference") for name in names}
+
+
+def test_a_layer_that_decodes_otherwise_is_found():
+    model = build("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda _module, _args, output: output * (1.01 if output.shape[1] == 1 else 1.0))
+    checks = {check.name: check for check in diagnose(model, layered_head(model, [0]))}
+    assert checks["layers"].status == "FAIL" and "layer 0 differs by" in checks["layers"].detail
+
+
+def test_a_norm_unlike_that_of_training_is_found(llama):
+    head = layered_head(llama, [0, "final"])
+    norms = {check.name: check for check in diagnose(llama, head)}["layers"].numbers
+    head.config.feature_norms = [norms["norm_0"] / 2, norms["norm_final"] * 2]
+    assert not failed(diagnose(llama, head))
+    head.config.feature_norms = [norms["norm_0"], norms["norm_final"] * 5]
+    checks = {check.name: check for check in diagnose(llama, head)}
+    assert failed(checks.values()) == {"layers"} and "the norm at layer final is" in checks["layers"].detail
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

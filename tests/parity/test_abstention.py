@@ -4,9 +4,19 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from hf_value_steer import AbstentionConfig, AbstentionLogitsProcessor, ValueFilterConfig, ValueFilterLogitsProcessor
-from tests.families import FAMILIES, build, prompts, random_head
+from hf_value_steer import (
+    AbstentionConfig,
+    AbstentionLogitsProcessor,
+    ValueFilterConfig,
+    ValueFilterLogitsProcessor,
+    score_text,
+)
+from hf_value_steer.errors import ScoringError
+from hf_value_steer.hosts.transformers import CACHE
+from tests.families import FAMILIES, build, layered_head, prompts, random_head
+from tests.oracle import states
 from tests.steer import steer
 
 
@@ -103,6 +113,21 @@ def test_the_processors_do_what_the_strategy_does(family):
         assert torch.equal(steered, processed)
 
 
+@pytest.mark.parametrize("temporal", ["none", "mean", "ema"])
+@pytest.mark.parametrize("layers", [[0], [-1], [0, "final"]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_processors_read_layers_and_remember_as_the_strategy_does(family, layers, temporal):
+    model = build(family)
+    head = layered_head(model, layers, temporal)
+    abstain = AbstentionConfig(value_head=head, threshold=0.5, patience=3, min_new_tokens=2, message_ids=[7])
+    filter_ = ValueFilterConfig(value_head=head, threshold=0.4, num_candidates=5, proposal="topk")
+    plain = model.generate(**CALL)
+    for config, cls in ((abstain, AbstentionLogitsProcessor), (filter_, ValueFilterLogitsProcessor)):
+        steered = generate(model, config).sequences
+        assert not torch.equal(steered, plain)
+        assert torch.equal(steered, model.generate(**CALL, logits_processor=[cls(model, config)]))
+
+
 @pytest.mark.parametrize("fallback", ["argmin", "args", "abstain"])
 def test_processor_fallbacks_do_what_the_strategy_does(llama, fallback):
     config = ValueFilterConfig(
@@ -158,6 +183,64 @@ def test_abstention_follows_reordered_beams(llama):
     length = (out == EOS).int().argmax().item() if (out == EOS).any() else len(out)
     pairs = [step for step in range(1, length + 1) if bad[step] and bad[step - 1]]
     assert not [step for step in pairs if step < length]
+
+
+@pytest.mark.parametrize("temporal", ["mean", "ema"])
+@pytest.mark.parametrize("layers", [[0], ["final"], [-1, "final"]], ids=str)
+@pytest.mark.parametrize("method", ["filter", "abstain"])
+def test_reordered_beams_keep_their_own_memory(llama, layers, temporal, method):
+    """At every step that of each beam is that of its text, read from scratch."""
+    head, moved = layered_head(llama, layers, temporal), []
+    if method == "filter":
+        config = ValueFilterConfig(value_head=head, threshold=0.9, proposal="topk", num_candidates=8)
+        processor = ValueFilterLogitsProcessor(llama, config)
+    else:
+        processor = AbstentionLogitsProcessor(llama, AbstentionConfig(value_head=head, threshold=0.9, patience=15))
+
+    def checked(input_ids, scores):
+        if input_ids.shape[1] > PROMPT:
+            (text,) = processor.texts.values()
+            moved.append(not torch.equal(text.input_ids, input_ids[:, :-1]))
+        scores = processor(input_ids, scores)
+        (text,) = processor.texts.values()
+        scorer = text.scorer if method == "filter" else text.abstention.scorer
+        read = [states(llama, row.tolist(), layers)[PROMPT - 1 :] for row in input_ids]
+        torch.testing.assert_close(scorer.memory, torch.stack([head(each).memory for each in read]))
+        return scores
+
+    options = {"max_new_tokens": 12, "num_beams": 4, "min_new_tokens": 12}
+    out = llama.generate(**prompts(1), **options, logits_processor=[checked])
+    assert out.shape[1] == PROMPT + 12 and any(moved)
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean", "ema"])
+def test_beam_search_emits_what_a_head_on_a_layer_accepts(llama, temporal):
+    head = layered_head(llama, [0], temporal)
+
+    def values(*processors):
+        call = {**prompts(1), "max_new_tokens": 10, "num_beams": 3, "eos_token_id": None}
+        text = llama.generate(**call, logits_processor=list(processors))[0].tolist()
+        return next(score_text(llama, head, [text[PROMPT:]], [text[:PROMPT]], threshold=0.5)).values
+
+    threshold = max(values()) - 1e-3
+    config = ValueFilterConfig(value_head=head, threshold=threshold, proposal="topk", num_candidates=16)
+    assert max(values(ValueFilterLogitsProcessor(llama, config))) < threshold
+
+
+@pytest.mark.parametrize("method", ["filter", "abstain"])
+@torch.no_grad()
+def test_a_text_that_was_changed_between_two_steps_is_an_error(llama, method):
+    head = layered_head(llama, [0], "mean")
+    if method == "filter":
+        processor = ValueFilterLogitsProcessor(llama, ValueFilterConfig(value_head=head, threshold=0.5))
+    else:
+        processor = AbstentionLogitsProcessor(llama, AbstentionConfig(value_head=head, threshold=0.5))
+    ids, cache = prompts(1)["input_ids"], DynamicCache(config=llama.config)
+    processor(ids, llama(ids, **{CACHE: cache}).logits[:, -1])
+    scores = llama(torch.tensor([[5]]), **{CACHE: cache}).logits[:, -1]
+    other = torch.cat([ids.flip(-1), torch.tensor([[5]])], dim=1)
+    with pytest.raises(ScoringError, match="goes on with no text of the step before"):
+        processor(other, scores)
 
 
 def test_processors_refuse_what_they_cannot_follow(llama):

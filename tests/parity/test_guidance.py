@@ -17,7 +17,7 @@ from hf_value_steer import (
 )
 from hf_value_steer.backbone.parts import decoder_layers, fingerprint
 from hf_value_steer.hosts.transformers import CACHE
-from tests.families import FAMILIES, build, prompts, random_head
+from tests.families import FAMILIES, build, layered_head, prompts, random_head
 from tests.guidance_oracle import call, embed, guided_logits, text_mask
 from tests.steer import steer
 from tests.tiny_models import build_tiny
@@ -179,6 +179,25 @@ def test_filter_and_guidance_together(family, interval, evaluation):
     out = generate(model, steer, inputs, output_logits=True, eos_token_id=None)
     assert out.interventions.any()
     check_against_oracle(model, out, inputs, module, interval, 0.5, True)
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+@pytest.mark.parametrize("layers", [[0], [1], [2], [1, 3]], ids=str)
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_a_head_on_layers_reads_tokens_and_no_bridges(family, evaluation, layers, temporal):
+    """Below, at and above the layer of the bridges, its values are those of the states in the oracle's forward."""
+    model, inputs = build_tiny(family, 4), prompts(3)
+    module, head = make_module(model, layer=1), layered_head(model, layers, temporal)
+    guide = GuidanceConfig(module=module, refresh_interval=3, momentum=0.5)
+    filtering = ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=4, evaluation=evaluation)
+    out = generate(model, [filtering, guide], inputs, eos_token_id=None)
+    assert out.interventions.any() and out.guided.any()
+    for row, start in enumerate(inputs["attention_mask"].argmax(dim=1).tolist()):
+        states, first = {}, PROMPT - start - 1
+        guided_logits(model, module, out.sequences[row, start:], first + 1, 3, 0.5, True, states=states)
+        feature = torch.cat([states[layer] for layer in layers], dim=-1)[first:]
+        torch.testing.assert_close(out.token_values[row], head(feature).value[1:], rtol=0, atol=1e-4)
 
 
 def test_filter_commits_the_first_acceptable_candidate_under_guidance(llama):

@@ -1,5 +1,7 @@
 """Prompts with images: models of text and images, with every kernel that may be taken for them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
@@ -16,7 +18,8 @@ from transformers import (
 )
 
 from hf_value_steer import AbstentionConfig, AbstentionLogitsProcessor, ValueFilterConfig, ValueFilterLogitsProcessor
-from tests.families import _DECODER, _HYBRID, accepting_head, random_head
+from hf_value_steer.errors import UnsupportedError
+from tests.families import _DECODER, _HYBRID, accepting_head, layered_head, random_head
 from tests.steer import GREEDY, steer
 
 
@@ -60,9 +63,13 @@ CONFIGS = {
 }
 
 
-def build(name):
+def build(name, layers=2):
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(CONFIGS[name]()).eval()
+    config = CONFIGS[name]()
+    config.text_config.num_hidden_layers = layers
+    if kinds := getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = (kinds * layers)[:layers]
+    model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # which some projections begin with
@@ -117,6 +124,27 @@ def test_an_image_changes_what_is_decided(name):
     config = ValueFilterConfig(value_head=random_head(model), threshold=0.45)
     other = {**inputs, "pixel_values": inputs["pixel_values"].flip(0)}
     assert not torch.equal(steer(model, config, **inputs).prompt_values, steer(model, config, **other).prompt_values)
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_head_on_a_layer_reads_the_text_model(name, temporal):
+    """One of as many layers as the image model has cannot be told from it, and is refused by name."""
+    model, inputs = build(name, layers=3), batch(name)
+    head = layered_head(model, [1], temporal)
+    config = ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=4, proposal="topk")
+    steered = steer(model, config, **inputs)
+    eager = steer(model, replace(config, evaluation="eager"), **inputs)
+    processed = model.generate(**inputs, **GREEDY, logits_processor=[ValueFilterLogitsProcessor(model, config)])
+    assert steered.interventions.any()
+    with torch.no_grad():
+        state = model(**batch(name, 1), output_hidden_states=True).hidden_states[2][0, -1:]
+    alone = steer(model, config, **batch(name, 1))
+    torch.testing.assert_close(alone.prompt_values, head(state).value, atol=1e-5, rtol=0)
+    assert torch.equal(steered.sequences, eager.sequences) and torch.equal(steered.sequences, processed)
+    torch.testing.assert_close(steered.token_values, eager.token_values, atol=1e-5, rtol=0, equal_nan=True)
+    with pytest.raises(UnsupportedError, match="A head that reads layers cannot be used here: .* found 2"):
+        steer(build(name), config, **inputs)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

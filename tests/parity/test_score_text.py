@@ -5,19 +5,31 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig, score_text
+from hf_value_steer.backbone.points import layer_point
 from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
-from tests.families import FAMILIES, build, prompts, random_head
+from tests.families import FAMILIES, build, layered_head, prompts, random_head
 from tests.steer import steer
 
 
 NEW = 14
+HEADS = [(layers, temporal) for layers in ([0], ["final"], [0, -1]) for temporal in ("none", "mean", "ema")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def written(request):
     """A model, a head, and what was written by steering: prompts and texts as token ids, and the values of then."""
     model = build(request.param)
-    head = random_head(model)
+    return steered(model, random_head(model))
+
+
+@pytest.fixture(scope="module", params=HEADS, ids=str)
+def written_with_memory(request):
+    """The same of a head on other layers, or over time."""
+    model = build("gemma3")
+    return steered(model, layered_head(model, *request.param))
+
+
+def steered(model, head):
     given = prompts(3)
     config = ValueFilterConfig(value_head=head, threshold=0.4, num_candidates=4)
     output = steer(model, config, **given, max_new_tokens=NEW, do_sample=True)
@@ -39,12 +51,21 @@ def written(request):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_values_are_those_of_decode_time(written, batch_size):
-    model, head, known = written
-    found = list(score_text(model, head, known["texts"], known["prompts"], threshold=0.4, batch_size=batch_size))
+    are_those_of_decode_time(*written, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("how", [{"batch_size": 1}, {"batch_size": 3}, {"chunk": 1}, {"chunk": 4}], ids=str)
+def test_values_of_heads_on_layers_and_over_time_are_those_of_decode_time(written_with_memory, how):
+    are_those_of_decode_time(*written_with_memory, **how)
+
+
+def are_those_of_decode_time(model, head, known, **how):
+    found = list(score_text(model, head, known["texts"], known["prompts"], threshold=0.4, **how))
     assert [each.tokens for each in found] == known["texts"]
     for each, values, prompt_value in zip(found, known["values"], known["prompt_values"], strict=True):
         assert each.values == pytest.approx(values, abs=1e-4)
         assert each.prompt_value == pytest.approx(prompt_value, abs=1e-4)
+        assert len(set(values)) > 1
         bad = [place for place, value in enumerate(each.values) if value >= 0.4]
         assert each.first_unacceptable == (bad[0] if bad else None)
 
@@ -74,6 +95,18 @@ def test_texts_and_token_ids_are_the_same(smollm2, tokenizer):
     assert alone[0].prompt_value is None and len(alone[0].values) == len(
         tokenizer("Last nighta dog barked.")["input_ids"]
     )
+
+
+@pytest.mark.parametrize("temporal", ["mean", "ema"])
+def test_without_a_prompt_the_first_token_is_remembered(temporal):
+    model = build("llama")
+    head, text = layered_head(model, [0], temporal), [5, 6, 7, 8]
+    states = []
+    with layer_point(model, 0).watched(states.append):
+        model(torch.tensor([text]))
+    found = next(score_text(model, head, [text], threshold=0.5))
+    assert found.prompt_value is None
+    assert found.values == pytest.approx(head(states[0][0]).value.tolist(), abs=1e-5)
 
 
 def test_texts_are_read_as_they_are_asked_for():

@@ -6,8 +6,10 @@ from transformers import AutoModelForCausalLM, BartConfig, MarianConfig, MBartCo
 
 from hf_value_steer import enable_value_steer
 from hf_value_steer.activation import SteeringVectors
+from hf_value_steer.backbone.features import Features
 from hf_value_steer.backbone.parts import decoder_layers, num_layers
 from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.errors import ScoringError
 from tests.families import VOCABULARY, prompts
 
 
@@ -40,3 +42,11 @@ def test_halves_of_different_depth(config, halves):
     plain = model.generate(**call)
     steered = model.generate(**call, value_steer=ActivationConfig(vectors=vectors, multiplier=1e4))
     assert not torch.equal(steered, plain)
+
+
+def test_a_layer_that_was_not_shown_is_an_error():
+    features = Features({0: torch.zeros(1, 2, 4), "final": torch.ones(1, 2, 3)})
+    assert features.of([0, "final"]).shape == (1, 2, 7) and features.of(["final"]).shape == (1, 2, 3)
+    for layers in ([1], [0, 1]):
+        with pytest.raises(ScoringError, match=r"did not call the layers \[1\]"):
+            features.of(layers)

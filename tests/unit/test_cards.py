@@ -166,7 +166,33 @@ def test_what_is_known_of_limits_follows_from_the_documents() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"attribute": "sentiment"}, {"polarity": "desirable"}, {"backbone_fingerprint": "f" * 16}]
+    ("config", "said"),
+    [
+        ({}, "token (final layer, after the final norm, 8 wide) and"),
+        ({"feature_layers": [3]}, "token (output of decoder layer 3, counted from 0, 8 wide) and"),
+        (
+            {"feature_layers": [-2, 0.5, "final"]},
+            "(side by side: output of decoder layer -2, counted from the end; output of the decoder layer at 50 % of "
+            "the depth; final layer, after the final norm, 8 wide)",
+        ),
+        ({"temporal": "mean"}, "It remembers the mean of what its first layer makes of a text, from the last token"),
+        ({"temporal": "ema"}, "It remembers an exponential mean (decay 0.9) of what its first layer makes"),
+    ],
+)
+def test_a_card_says_what_the_head_reads(config: dict[str, Any], said: str) -> None:
+    text = " ".join(head_card(make(**config)).text.split())
+    assert said in text and ("It remembers" in text) == ("temporal" in config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attribute": "sentiment"},
+        {"polarity": "desirable"},
+        {"backbone_fingerprint": "f" * 16},
+        {"feature_layers": [3]},
+        {"temporal": "mean"},
+    ],
 )
 def test_an_evaluation_of_another_head_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`evaluation` is of a head with {next(iter(config))}"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_value_steer import SteeringVectors, ValueFilterConfig, ValueHead, ValueHeadConfig
+from hf_value_steer import SteeringVectors, ValueFilterConfig, ValueHead, ValueHeadConfig, score_text
 from hf_value_steer.cli import main
 from hf_value_steer.cli import play as command
 from hf_value_steer.errors import MismatchError, ScoringError
@@ -17,7 +17,7 @@ from hf_value_steer.evaluation.watching import Side
 from hf_value_steer.playground import markup
 from hf_value_steer.playground.settings import Settings
 from hf_value_steer.playground.writing import Turn, Writer
-from tests.families import random_head
+from tests.families import layered_head, random_head
 from tests.tiny_text import continued, save_tiny_model
 
 
@@ -57,6 +57,17 @@ def test_texts_grow_and_are_those_of_generate(folder, writer):
     assert turn.steered.replaced == len(replaced) > 0 and not turn.base.replaced
     assert all(token.candidates[token.committed][0] == token.text and len(token.candidates) > 1 for token in replaced)
     assert (turn.colours.threshold, turn.colours.polarity) == (0.5, "undesirable")
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean", "ema"])
+@pytest.mark.parametrize("method", ["filter", "abstain"])
+def test_values_of_heads_on_layers_and_over_time_are_those_of_scoring(writer, method, temporal):
+    writer.head = layered_head(writer.model, [0, "final"], temporal)
+    turn = last(writer.write(PROMPT, Settings(max_new_tokens=12, method=method)))
+    for side, text in zip((turn.base, turn.steered), texts(turn), strict=True):
+        (scored,) = score_text(writer.model, writer.head, [text], [PROMPT], tokenizer=writer.tokenizer)
+        values = [token.value for token in side.tokens][: len(scored.values)]
+        assert values == pytest.approx(scored.values[: len(values)], abs=1e-4) and len(set(values)) > 2
 
 
 def test_settings_change_the_text(writer):

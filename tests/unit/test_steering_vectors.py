@@ -13,8 +13,10 @@ from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.activation.residual import layer_range, pad_right, read_residuals
 from hf_value_steer.arguments.evaluate import MULTIPLIERS, SweepArguments
 from hf_value_steer.arguments.vectors import ApplyArguments
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.training.vectors import vectors_from_pairs, vectors_from_value_head
-from tests.families import FAMILIES, build, random_head
+from tests.families import FAMILIES, build, layered_head, random_head
+from tests.oracle import states
 from tests.tiny_models import build_tiny
 
 
@@ -111,6 +113,33 @@ def test_value_head_gradient_raises_the_value():
     with vectors.apply(model, -0.5):
         assert mean_logit() < plain
     assert vectors.provenance["head"] == head.fingerprint()
+
+
+@pytest.mark.parametrize("reads, layers", [([0], [0]), ([1], [0, 1]), ([0, -1], [0, 1]), ([0, "final"], [1])], ids=str)
+def test_the_gradient_is_that_of_what_the_head_reads(reads, layers):
+    """Against differences: the logits of one token, with a little of each entry added by hand."""
+    model = build("llama").double().requires_grad_(False)
+    head, text = layered_head(model, reads), [SEQUENCES[0]]
+    found = vectors_from_value_head(model, head, text, layers=layers)
+
+    def logits(vectors, multiplier):
+        with vectors.apply(model, multiplier):
+            return head(states(model, text[0], reads)).logits.sum().item()
+
+    for index, layer in enumerate(layers):
+        one = dataclasses.replace(
+            found, layers=(layer,), directions=found.directions[[index]], strengths=torch.ones(1)
+        )
+        slope = (logits(one, 1e-2) - logits(one, -1e-2)) / 2e-2
+        assert slope == pytest.approx(found.strengths[index].item(), rel=0.05)
+
+
+def test_a_head_without_such_a_gradient_is_refused():
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"nothing above layer 0, but `layers` are \[0, 1\]"):
+        vectors_from_value_head(model, layered_head(model, [0]), SEQUENCES, layers=[0, 1])
+    with pytest.raises(UnsupportedError, match="`temporal`='mean'"):
+        vectors_from_value_head(model, layered_head(model, [0], "mean"), SEQUENCES, layers=[0])
 
 
 @pytest.mark.parametrize("edited", [False, True])

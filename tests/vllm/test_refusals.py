@@ -1,6 +1,7 @@
 """What cannot be steered is refused by name, and what a request may choose is checked before it is admitted."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hf_value_steer import ValueHead
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.calibration import Calibration
+from hf_value_steer.errors import UnsupportedError
 from tests.vllm import tiny
 from tests.vllm.helpers import reports, run, tokens
 
@@ -76,6 +78,29 @@ def test_heads_that_do_not_fit(folder: Path, spread: str, tmp_path: Path, monkey
                 refuse_head(served, model)
         else:
             refuse_head(served, model)
+
+
+@pytest.mark.parametrize("method", ["filter", "abstain"])
+@pytest.mark.parametrize(
+    "reads",
+    [{"feature_layers": [1]}, {"feature_layers": [0.5, "final"]}, {"temporal": "mean"}, {"temporal": "ema"}],
+    ids=str,
+)
+def test_heads_that_read_more_than_the_final_state(
+    spread: str, tmp_path: Path, method: str, reads: dict[str, Any]
+) -> None:
+    """Where the arguments are made and in the worker, also if the width is that of the final state."""
+    from hf_value_steer.vllm import steered_engine_args
+    from hf_value_steer.vllm.served import ServedMethods
+
+    head = ValueHead.from_pretrained(spread)
+    head.config.update(reads)
+    head.save_pretrained(tmp_path)
+    value_steer = {"method": method, "value_head": str(tmp_path), "threshold": 0.5}
+    name, value = next(iter(reads.items()))
+    for start in (ServedMethods.load, partial(steered_engine_args, "model")):
+        with pytest.raises(UnsupportedError, match=re.escape(f"`{name}`={value!r}") + ".*steer with `generate`"):
+            start(value_steer)
 
 
 @pytest.mark.parametrize("message", [[tiny.VOCABULARY], [5, 100_000, 6, 191]])
