@@ -24,6 +24,7 @@ Probability = Annotated[float, Gt(0), Lt(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Part = Annotated[float, Ge(0), Lt(1)]  # beside which something is left
 Texts = Annotated[list[str], Len(1)]
+Layers = Annotated[list[Any], Len(1)]  # numbers, fractions or words: `check_layers` looks at them
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hf_value_steer.arguments.base import renamed
 from hf_value_steer.arguments.train import SplitArguments, TrainArguments
+from hf_value_steer.backbone.features import Layer
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.files.reading import read_object, read_record, reading
 from hf_value_steer.files.writing import claim, write_json
@@ -157,11 +158,15 @@ def fit(
     refuse_one_class(targets, train_rows, judges)
     refuse_what_cannot_be_told(targets, validation_rows, judges, arguments.accept_chance)
     report_balance(targets, judges, {"training": train_rows, "validation": validation_rows})
-    training, validation = TokenRows(targets, train_rows), TokenRows(targets, validation_rows)
+    layers, whole = collection.resolve(arguments.feature_layers), arguments.temporal != "none"
+    training, validation = (TokenRows(targets, rows, layers, whole) for rows in (train_rows, validation_rows))
     set_seed(arguments.seed)
+    head = _new_head(collection, layers, arguments)
+    mean, scale, head.config.feature_norms = feature_moments(training, [collection.width([each]) for each in layers])
     model = HeadInTraining(
-        _new_head(collection, arguments),
-        *feature_moments(training),
+        head,
+        mean,
+        scale,
         settings.loss,
         settings.positive_weight,
         settings.coherence_weight,
@@ -207,12 +212,16 @@ def _finite(metric: Any) -> Any:
     return None if isinstance(metric, float) and not math.isfinite(metric) else metric
 
 
-def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
+def _new_head(collection: Collection, layers: Sequence[Layer], arguments: TrainArguments) -> ValueHead:
     manifest = collection.manifest
     return ValueHead(
         ValueHeadConfig(
-            hidden_size=manifest["hidden_size"],
+            hidden_size=collection.width(layers),
             architecture=arguments.architecture,
+            projection_size=arguments.projection_size,
+            feature_layers=list(layers),
+            temporal=arguments.temporal,
+            temporal_decay=arguments.temporal_decay,
             polarity=arguments.polarity,
             attribute=arguments.attribute,
             attributes=arguments.head_attributes() or None,
