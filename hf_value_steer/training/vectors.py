@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
 from hf_value_steer.activation.steering_vectors import SteeringVectors
+from hf_value_steer.backbone.features import FINAL, Features, Layer, deepest
 from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
 from hf_value_steer.checks import check_choice, import_optional
 from hf_value_steer.choices import DirectionMethod, Pooling
-from hf_value_steer.generation.scorer import require_fit
+from hf_value_steer.generation.scorer import layers_read, require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import Formatter, Prompt
@@ -136,19 +137,27 @@ def vectors_from_value_head(
 
     Args:
         model: the backbone.
-        head: of this backbone; a positive multiplier raises its value, whatever its polarity.
+        head: of this backbone; a positive multiplier raises its value, whatever its polarity. One that is over time
+            remembers a text from its first token on.
         sequences: token ids of each text.
-        layers, batch_size: as in [`vectors_from_pairs`].
+        layers: as in [`vectors_from_pairs`], but none above those that the head reads.
+        batch_size: as there.
+
+    Raises:
+        ValueError: for a layer above those that the head reads, where its value has no gradient.
     """
     model = underlying(model)
     require_fit(head, model)
-    head, layers = head.to(model.device), _layers(model, layers)
+    head, reads = head.to(model.device), layers_read(head, model)
+    layers = _layers_below(deepest(reads), layers, model)
     totals = {layer: torch.zeros(residual_width(model)) for layer in layers}
+    watched = sorted({*layers, *(layer for layer in reads if layer != FINAL)})
     with torch.enable_grad():
-        for residuals, feature, mask in read_residuals(model, sequences, layers, batch_size):
-            logits = head(feature).logits[mask.bool().to(feature.device)].sum()
-            gradients = torch.autograd.grad(logits, list(residuals.values()))
-            for layer, gradient in zip(residuals, gradients, strict=True):
+        for residuals, final, mask in read_residuals(model, sequences, watched, batch_size):
+            features = Features([*residuals.items(), (FINAL, final)]).of(reads)
+            logits = head(features).logits[mask.bool().to(features.device)].sum()
+            gradients = torch.autograd.grad(logits, [residuals[layer] for layer in layers])
+            for layer, gradient in zip(layers, gradients, strict=True):
                 totals[layer] += gradient.float().sum(dim=(0, 1)).cpu()
     recorded = {"source": "value head", "head": head.fingerprint(), "texts": len(sequences)}
     return SteeringVectors.from_tensors(totals, **_backbone(model, head.config.attribute, recorded))
@@ -170,6 +179,16 @@ def _layers(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"`layers` have to be among 0 to {depth - 1}, got {chosen}.")
     return chosen
+
+
+def _layers_below(top: Layer, layers: Sequence[int] | None, model: PreTrainedModel) -> list[int]:
+    """The layers that are asked for, or those of the default that are not above `top`: `top` if all are."""
+    chosen = _layers(model, layers)
+    if top == FINAL or chosen[-1] <= top:
+        return chosen
+    if layers is not None:
+        raise ValueError(f"`layers` {chosen}: the head reads layer {top} at most, and knows nothing of those above.")
+    return [layer for layer in chosen if layer <= top] or [top]
 
 
 def _check(method: str, pooling: str, positive: Sequence[Any], negative: Sequence[Any]) -> None:

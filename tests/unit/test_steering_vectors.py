@@ -14,7 +14,7 @@ from hf_value_steer.activation.residual import layer_range, pad_right, read_resi
 from hf_value_steer.arguments.evaluate import MULTIPLIERS, SweepArguments
 from hf_value_steer.arguments.vectors import ApplyArguments
 from hf_value_steer.training.vectors import vectors_from_pairs, vectors_from_value_head
-from tests.families import FAMILIES, build, random_head
+from tests.families import FAMILIES, build, layered_head
 from tests.tiny_models import build_tiny
 
 
@@ -95,15 +95,19 @@ def test_other_methods_point_from_negative_to_positive(method):
     torch.testing.assert_close(found.strengths, mean.strengths, rtol=1e-4, atol=1e-5)
 
 
-def test_value_head_gradient_raises_the_value():
+@pytest.mark.parametrize(
+    ("reads", "temporal"), [(["final"], "none"), (["final"], "mean"), ([1], "none"), ([1, "final"], "ema")]
+)
+def test_value_head_gradient_raises_the_value(reads, temporal):
     model = build("llama").requires_grad_(False)
-    head = random_head(model)
+    head = layered_head(model, reads, temporal)
     vectors = vectors_from_value_head(model, head, SEQUENCES, layers=[0, 1]).scale(model, SEQUENCES)
     mask = pad_right(SEQUENCES, model.device)[1]
 
     def mean_logit() -> float:
-        ((_, feature, _),) = read_residuals(model, SEQUENCES, [])
-        return head(feature).logits[mask.bool()].mean().item()
+        ((states, final, _),) = read_residuals(model, SEQUENCES, [1])
+        features = torch.cat([final if layer == "final" else states[layer] for layer in reads], dim=-1)
+        return head(features).logits[mask.bool()].mean().item()
 
     plain = mean_logit()
     with vectors.apply(model, 0.5):
@@ -111,6 +115,14 @@ def test_value_head_gradient_raises_the_value():
     with vectors.apply(model, -0.5):
         assert mean_logit() < plain
     assert vectors.provenance["head"] == head.fingerprint()
+
+
+def test_a_head_says_nothing_of_layers_above_its_own():
+    model = build("llama").requires_grad_(False)
+    head = layered_head(model, [0])
+    assert vectors_from_value_head(model, head, SEQUENCES).layers == (0,)
+    with pytest.raises(ValueError, match="the head reads layer 0 at most"):
+        vectors_from_value_head(model, head, SEQUENCES, layers=[0, 1])
 
 
 @pytest.mark.parametrize("edited", [False, True])
