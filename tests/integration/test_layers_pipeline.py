@@ -13,13 +13,15 @@ import hf_value_steer
 from hf_value_steer import MismatchError, ValueFilterConfig, ValueHead, ValueHeadConfig, value_steer_generate
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
-from hf_value_steer.arguments.train import TrainArguments
+from hf_value_steer.arguments.train import SplitArguments, TrainArguments
+from hf_value_steer.cli import main
 from hf_value_steer.training.calibrate import _failed_by, _set_attribute_thresholds, _share_as_bad, _values, calibrate
 from hf_value_steer.training.collect import collect
+from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection, shard_path
 from hf_value_steer.training.targets import Targets
-from hf_value_steer.training.train import train
+from hf_value_steer.training.train import split_rows, train
 from hf_value_steer.training.trainer import HeadInTraining, TokenRows, join_rows
 from tests.families import layered_head
 from tests.tiny_text import write_world
@@ -228,3 +230,33 @@ def test_a_manifest_with_other_layers_is_named(sampled, tmp_path):
         (tmp_path / "collection.json").write_text(json.dumps({**sampled.manifest, **changes}))
         with pytest.raises(ValueError, match=r"collection\.json is no record of a collection"):
             Collection(tmp_path)
+
+
+def test_the_cheapest_layer_that_may_be_the_best(sampled, judge, capsys):
+    found = suggest_feature_layers(sampled, judge, target="prefix", folds=3)
+    assert {(each.layer, each.temporal) for each in found.probes} == {
+        (layer, temporal) for layer in (0, 1, "final") for temporal in ("none", "mean")
+    }
+    assert {each.layer: each.price for each in found.probes} == {0: 0.5, 1: 1.0, "final": 1.0}
+    best = max(each.auroc for each in found.probes)
+    assert found.best.upper >= best > 0.5 and all(each.lower <= each.auroc <= each.upper for each in found.probes)
+    cheaper = [each for each in found.probes if each.price < found.best.price]
+    assert all(each.upper < best for each in cheaper)
+    lines = str(found).splitlines()
+    assert len(lines) == 8 and lines[2].startswith(f"| {found.best.layer} | {found.best.temporal} | ")
+    assert found == suggest_feature_layers(sampled, judge, target="prefix", folds=3)
+    words = ["layers", "--collection", str(sampled.folder), "--judge", judge, "--target", "prefix", "--folds", "3"]
+    assert main(words) == 0
+    assert capsys.readouterr().out.startswith(str(found))
+
+
+def test_a_layer_is_not_chosen_on_prompts_that_calibrate(sampled, judge, monkeypatch):
+    read = []
+    of = Targets.of
+    monkeypatch.setattr(Targets, "of", lambda self, row: read.append(row) or of(self, row))
+    suggest_feature_layers(sampled, judge, target="prefix")
+    assert not set(read) & set(split_rows(sampled, SplitArguments())["calibration"]) and len(set(read)) > 50
+    with pytest.raises(ValueError, match="are all of one class, or of one prompt"):
+        suggest_feature_layers(sampled, judge, [0, 1])
+    with pytest.raises(ValueError, match="`folds` has to be at least 2, got 1"):
+        suggest_feature_layers(sampled, judge, folds=1)
