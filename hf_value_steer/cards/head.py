@@ -173,6 +173,8 @@ def _described(facts: Facts) -> dict[str, Any]:
         "title": plain(_title(config)),
         "architecture": {"mlp": "three-layer MLP", "linear": "linear map"}[config["architecture"]],
         "parameters": f"{facts.parameters:,}",
+        "feature": ", ".join(map(_place, config.get("feature_layers", ["final"]))),
+        "memory": _memory(config),
         "hidden_size": config["hidden_size"],
         "polarity": config["polarity"],
         "threshold": f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.",
@@ -181,6 +183,23 @@ def _described(facts: Facts) -> dict[str, Any]:
         "feature_dtype": recorded(config["feature_dtype"]),
         "training": training_markdown(config["training"]),
     }
+
+
+def _place(layer: int | float | str) -> str:
+    """Where one of the `feature_layers` of a config is."""
+    if layer == "final":
+        return "final layer, after the final norm"
+    if isinstance(layer, float):
+        return f"layer at {layer:.0%} of the depth"
+    return f"layer {layer}, counted from {'0' if int(layer) >= 0 else 'the end'}"
+
+
+def _memory(config: Mapping[str, Any]) -> str:
+    """What the head remembers of the tokens before."""
+    if config.get("temporal", "none") == "none":
+        return ""
+    kind = "mean" if config["temporal"] == "mean" else f"exponential mean ({config['temporal_decay']:g})"
+    return f", remembers the {kind} of what its first layer makes of them since the prompt's last token,"
 
 
 def _attribute_names(config: Mapping[str, Any]) -> list[str]:

@@ -264,7 +264,8 @@ RECIPES = {
     "a layer that is not kept": (
         "  preset: hazard\n",
         "  preset: hazard\n  feature_layers: [11]\n",
-        ", line 14, train.feature_layers: `feature_layers` names [11], but section 'collect' keeps ['final']: say them there, too",
+        ", line 14, train.feature_layers: `feature_layers` names [11], but section 'collect' keeps "
+        "['final']: say them there, too",
     ),
     "layers under vLLM": (
         "  samples: 4\n",
