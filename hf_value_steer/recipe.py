@@ -211,7 +211,7 @@ class _Steps:
                         f"`judges` of section 'label' lack {attribute.judge}, which {attribute.name!r} is from."
                     )
             check_target(train.settings().target, self.label.prefixes, self.collect.next_tokens)
-            _check_kept(train.feature_layers or [], self.collect.feature_layers)
+            _check_kept(train.feature_layers, self.collect.feature_layers)
         return train, {"attributes": train.attributes} if several else learned
 
     def _guide(self, filled: Mapping[str, Any]) -> GuidanceTrainArguments:
@@ -266,9 +266,13 @@ class _Steps:
                 check_sources(self.evaluate, prompts if self.folds else evaluation_prompts(self.evaluate))
 
 
-def _check_kept(read: Sequence[Any], kept: Sequence[Any]) -> None:
-    """Raise a [`FieldError`] unless the layers that are read are among those that are kept, as both are written."""
-    if kept != ["all"] and (lacking := [layer for layer in read if repr(layer) not in map(repr, kept)]):
+def _check_kept(read: Sequence[Any] | None, kept: Sequence[Any]) -> None:
+    """Raise a `ValueError` unless the layers that are read are some of those that are kept, as both are written."""
+    if kept == ["all"]:
+        if read is None:
+            raise ValueError("it lacks feature_layers: section 'collect' keeps all, of which a head reads a few.")
+        return
+    if lacking := [layer for layer in read or [] if repr(layer) not in map(repr, kept)]:
         raise FieldError(
             "feature_layers",
             f"`feature_layers` names {lacking}, but section 'collect' keeps {list(kept)}: say them there, too, in the "

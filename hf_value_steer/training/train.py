@@ -158,7 +158,7 @@ def fit(
     refuse_one_class(targets, train_rows, judges)
     refuse_what_cannot_be_told(targets, validation_rows, judges, arguments.accept_chance)
     report_balance(targets, judges, {"training": train_rows, "validation": validation_rows})
-    layers, whole = collection.resolve(arguments.feature_layers), arguments.temporal != "none"
+    layers, whole = _layers(collection, arguments), arguments.temporal != "none"
     training, validation = (TokenRows(targets, rows, layers, whole) for rows in (train_rows, validation_rows))
     set_seed(arguments.seed)
     head = _new_head(collection, layers, arguments)
@@ -190,6 +190,16 @@ def fit(
             "for infinite features in the collection."
         )
     return model.folded(), [*history, min(finite, key=lambda entry: entry["loss"])]
+
+
+def _layers(collection: Collection, arguments: TrainArguments) -> tuple[Layer, ...]:
+    """The layers that the head reads. All of a model are for probes: nobody means a head on all of them."""
+    if arguments.feature_layers is None and collection.manifest.get("arguments", {}).get("feature_layers") == ["all"]:
+        raise ValueError(
+            f"{collection.folder} keeps all {len(collection.layers)} layers: say with `feature_layers` which of them "
+            "the head is to read. `hf-value-steer layers` helps to choose."
+        )
+    return collection.resolve(arguments.feature_layers)
 
 
 def _claim(path: Path, learned: dict[str, Any]) -> None:

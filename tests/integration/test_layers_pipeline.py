@@ -215,6 +215,12 @@ def test_a_head_is_trained_on_its_layers(world, judge, model, sampled, how, laye
     assert out.token_values.isfinite().all()
 
 
+def test_nobody_means_a_head_on_all_layers(judge, greedy, tmp_path):
+    given = {"collection": str(greedy.folder), "output": str(tmp_path / "head"), "judge": judge, "accept_chance": True}
+    with pytest.raises(ValueError, match="keeps all 3 layers: say with `feature_layers` which of them"):
+        train(TrainArguments(**given, validation=0.5, calibration=0.0))
+
+
 def test_memory_starts_at_the_prompts_last_token(judge, sampled):
     """Also where its target has no place for it."""
     targets = Targets(sampled, [judge], "hazard")

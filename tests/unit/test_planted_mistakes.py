@@ -267,6 +267,11 @@ RECIPES = {
         ", line 14, train.feature_layers: `feature_layers` names [11], but section 'collect' keeps "
         "['final']: say them there, too",
     ),
+    "a head on all layers": (
+        "  samples: 4\n",
+        "  feature_layers: [all]\n",
+        ", line 11, train: it lacks feature_layers: section 'collect' keeps all, of which a head reads a few.",
+    ),
     "layers under vLLM": (
         "  samples: 4\n",
         "  engine: vllm\n  feature_layers: [11]\n",
