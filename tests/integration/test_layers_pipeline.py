@@ -19,7 +19,7 @@ from hf_value_steer.training.calibrate import _failed_by, _set_attribute_thresho
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.prompts import Formatter
-from hf_value_steer.training.shards import Collection, shard_path
+from hf_value_steer.training.shards import Collection, TensorFile, shard_path
 from hf_value_steer.training.targets import Targets
 from hf_value_steer.training.train import split_rows, train
 from hf_value_steer.training.trainer import HeadInTraining, TokenRows, join_rows
@@ -148,6 +148,13 @@ def test_all_layers_of_one_pass(model, world, greedy):
 def _rotary(model, text):
     places = torch.arange(text.shape[1])[None]
     return {"position_embeddings": model.model.rotary_emb(model.get_input_embeddings()(text), places)}
+
+
+def test_only_the_layers_that_are_asked_for_are_read(sampled, monkeypatch):
+    read, names = TensorFile.read, set()
+    monkeypatch.setattr(TensorFile, "read", lambda self, name, *place: names.add(name) or read(self, name, *place))
+    sampled.features(3, [0])
+    assert {name for name in names if "features" in name} == {"features.0", "prompt_features.0"}
 
 
 def test_a_collection_of_layers_that_was_stopped_becomes_the_same(world, judge, sampled):
