@@ -128,22 +128,15 @@ class TensorFile:
             if hashlib.file_digest(file, "sha256").hexdigest() != self.sha256:
                 raise self.damaged("its content is not that of its digest")
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self.tensors:
-            raise self.damaged(f"it holds no {name!r}, only {', '.join(self.tensors) or 'nothing'}")
-        return self.tensors[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor; raises an `ArtefactError` if the file has no such one."""
-        return self._entry(name).shape
-
     def read(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
         """Entries `first` to `last` (exclusive) of a tensor, along its first dimension.
 
         Raises:
             ArtefactError: if the file has no such tensor, or not so many rows of it.
         """
-        entry = self._entry(name)
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise self.damaged(f"it holds no {name!r}, only {', '.join(self.tensors) or 'nothing'}")
         last = entry.shape[0] if last is None else last
         if not 0 <= first <= last <= entry.shape[0]:
             raise self.damaged(f"it holds {entry.shape[0]} rows of {name!r}, where {first} to {last} are asked for")
@@ -250,8 +243,7 @@ class Collection:
         """
         if places is None:
             return self.layers
-        depth = self.manifest.get("num_layers")
-        layers = tuple(places) if depth is None else layers_of(places, depth)
+        layers = layers_of(places, depth) if (depth := self.manifest.get("num_layers")) else tuple(places)
         if lacking := [layer for layer in layers if layer not in self.layers]:
             raise MismatchError(
                 f"`feature_layers` {list(places)}: {self.folder} keeps the states of {list(self.layers)}, not of "
@@ -261,18 +253,13 @@ class Collection:
 
     def width(self, layers: Sequence[Layer]) -> int:
         """Width of the states of these layers side by side."""
-        return sum(self.shards[0].shape(tensor_name("features", layer))[-1] for layer in layers)
+        return sum(self.shards[0].read(tensor_name("features", layer), 0, 0).shape[-1] for layer in layers)
 
     def features(self, row: int, layers: Sequence[Layer]) -> Tensor:
-        """What a head on these layers reads of a row: of the prompt's last token, then of each token of the row.
-
-        `(1 + tokens, width)`.
-        """
-        parts = [
-            torch.cat([self.prompt_feature(row, layer)[None], self.read(tensor_name("features", layer), row)])
-            for layer in layers
-        ]
-        return torch.cat(parts, dim=-1)
+        """What a head on these layers reads of the prompt's last token and of a row, `(1 + tokens, width)`."""
+        prompt = torch.cat([self.prompt_feature(row, layer) for layer in layers])
+        tokens = [self.read(tensor_name("features", layer), row) for layer in layers]
+        return torch.cat([prompt[None], torch.cat(tokens, dim=-1)])
 
     def length(self, row: int) -> int:
         """How many tokens a row has."""

@@ -161,16 +161,7 @@ def fit(
     layers, whole = _layers(collection, arguments), arguments.temporal != "none"
     training, validation = (TokenRows(targets, rows, layers, whole) for rows in (train_rows, validation_rows))
     set_seed(arguments.seed)
-    head = _new_head(collection, layers, arguments)
-    mean, scale, head.config.feature_norms = feature_moments(training, [collection.width([each]) for each in layers])
-    model = HeadInTraining(
-        head,
-        mean,
-        scale,
-        settings.loss,
-        settings.positive_weight,
-        settings.coherence_weight,
-    )
+    model = _new_model(training, arguments)
     trainer = ValueHeadTrainer(
         model=model,
         args=_training_arguments(arguments, work),
@@ -220,6 +211,14 @@ def _history(log: Sequence[Mapping[str, Any]], attributes: Sequence[str]) -> lis
 
 def _finite(metric: Any) -> Any:
     return None if isinstance(metric, float) and not math.isfinite(metric) else metric
+
+
+def _new_model(training: TokenRows, arguments: TrainArguments) -> HeadInTraining:
+    collection, settings = training.targets.collection, arguments.settings()
+    head = _new_head(collection, training.layers, arguments)
+    widths = [collection.width([layer]) for layer in training.layers]
+    mean, scale, head.config.feature_norms = feature_moments(training, widths)
+    return HeadInTraining(head, mean, scale, settings.loss, settings.positive_weight, settings.coherence_weight)
 
 
 def _new_head(collection: Collection, layers: Sequence[Layer], arguments: TrainArguments) -> ValueHead:
