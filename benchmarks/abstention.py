@@ -18,8 +18,8 @@ from benchmarks.environment import describe, save
 from examples.arithmetic import accuracy_at_coverage, accuracy_table, cell, correct, eval_problems
 from examples.smollm2 import backbone_folder
 from hf_value_steer import ValueHead
-from hf_value_steer.evaluation.metrics import interval
 from hf_value_steer.evaluation.runs import Texts
+from hf_value_steer.training.bootstrap import interval
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.prompts import load_prompts
 from hf_value_steer.training.shards import Collection

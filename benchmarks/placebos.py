@@ -21,9 +21,10 @@ from examples.sentiment import eval_prompts
 from examples.smollm2 import load_backbone
 from examples.toxicity import SAMPLING
 from hf_value_steer import ValueHead, ValueHeadConfig
-from hf_value_steer.evaluation.metrics import Bootstrap, compare_rates
+from hf_value_steer.evaluation.metrics import compare_rates
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, placebo, shuffled
 from hf_value_steer.heads.value_head import ValueHeadOutput
+from hf_value_steer.training.bootstrap import Bootstrap
 from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, Prompt
 

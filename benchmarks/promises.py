@@ -43,9 +43,10 @@ def trajectories() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     collection, head = Collection(RUN / "collection"), ValueHead.from_pretrained(RUN / "head")
     safe = Labels(collection, head.config.training["judge"]).responses() <= 0.5
     rows = (safe & collection.rows.natural).nonzero().flatten().tolist()
-    worst = [head(collection.read("features", row)).value.max().item() for row in rows]
-    prompts = [head(collection.prompt_feature(row)).value.item() for row in rows]
-    return np.array(worst, np.float32), np.array(prompts, np.float32), collection.rows.prompt[rows].numpy()
+    layers = collection.resolve(head.config.feature_layers)
+    values = [head(collection.features(row, layers)).value.numpy() for row in rows]
+    worst, prompts = np.array([each[1:].max() for each in values]), np.array([each[0] for each in values])
+    return worst, prompts, collection.rows.prompt[rows].numpy()
 
 
 def rates(scores: np.ndarray, owners: np.ndarray, size: int, allowed: int, random: np.random.Generator) -> np.ndarray:

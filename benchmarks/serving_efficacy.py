@@ -24,8 +24,9 @@ from benchmarks.environment import command, describe, save
 from examples.smollm2 import backbone_folder, load_backbone
 from examples.toxicity import SAMPLING, cuss, word_list
 from hf_value_steer import ValueFilterConfig, ValueHead
-from hf_value_steer.evaluation.metrics import Array, Bootstrap, compare_rates
+from hf_value_steer.evaluation.metrics import compare_rates
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts
+from hf_value_steer.training.bootstrap import Array, Bootstrap
 from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
 from hf_value_steer.vllm import steered_engine_args
 

@@ -73,17 +73,38 @@ def check_threshold(threshold: Any, name: str = "threshold") -> None:
 
 
 def check_layers(layers: Any) -> None:
-    """Raise a `ValueError` unless these are feature layers, see [`ValueHeadConfig`]."""
+    """Raise a [`FieldError`] unless these are feature layers, see [`ValueHeadConfig`]."""
     if not isinstance(layers, list | tuple) or not layers:
-        raise ValueError(f"`feature_layers` has to be a list of at least one layer, got {layers!r}.")
-    for layer in layers:
+        raise FieldError("feature_layers", f"`feature_layers` has to be a list of at least one layer, got {layers!r}.")
+    for index, layer in enumerate(layers):
         number = isinstance(layer, int | float) and not isinstance(layer, bool)
         if layer != "final" and not (number and (isinstance(layer, int) or 0.0 <= layer <= 1.0)):
-            raise ValueError(
-                f'`feature_layers` has numbers of layers, fractions of the depth in [0, 1] or "final"; got {layer!r}.'
+            raise FieldError(
+                "feature_layers",
+                f"`feature_layers[{index}]` has to be a layer's number, a fraction of the depth in [0, 1] or "
+                f'"final", got {layer!r}.',
             )
     if len(set(map(repr, layers))) < len(layers):
-        raise ValueError(f"`feature_layers` names a layer twice: {list(layers)}.")
+        raise FieldError("feature_layers", f"`feature_layers` names a layer twice: {list(layers)}.")
+
+
+def check_projection(projection_size: int | None, architecture: str) -> None:
+    """Raise a [`FieldError`] unless a head of this architecture has inner layers of this width."""
+    if projection_size is not None and (architecture != "mlp" or projection_size < 1):
+        raise FieldError(
+            "projection_size",
+            '`projection_size` is a positive integer, the width inside an "mlp"; got '
+            f"{projection_size} for {architecture!r}.",
+        )
+
+
+def check_decay(temporal_decay: float | None, temporal: str) -> None:
+    """Raise a [`FieldError`] unless a head with this memory has this decay, or none is said."""
+    if temporal_decay is None:
+        return
+    if temporal != "ema":
+        raise FieldError("temporal_decay", f'`temporal_decay` is for `temporal`="ema", this head has {temporal!r}.')
+    check_probability(temporal_decay, "temporal_decay")
 
 
 def check_attributes(attributes: Sequence[Mapping[str, Any]]) -> None:

@@ -2,12 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
-
-from annotated_types import Ge, Le
+from typing import Any, TypeVar
 
 from hf_value_steer.arguments.base import old_names, renamed
 from hf_value_steer.arguments.calibrate import CalibrateArguments
@@ -15,7 +13,7 @@ from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.arguments.hub import CardArguments, RecipePushArguments
-from hf_value_steer.arguments.kinds import check_kind, shown
+from hf_value_steer.arguments.kinds import Folds, check_kind, shown
 from hf_value_steer.arguments.train import TrainArguments, parse_attributes
 from hf_value_steer.checks import refuse_unknown
 from hf_value_steer.errors import FieldError
@@ -38,7 +36,6 @@ from hf_value_steer.vllm.start import vllm_engine
 
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
-Folds = Annotated[int, Ge(2), Le(1000)]  # a head is trained for each
 # What later steps take from `collect` unless they say otherwise.
 _SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "dtype")
 T = TypeVar("T")
@@ -214,6 +211,7 @@ class _Steps:
                         f"`judges` of section 'label' lack {attribute.judge}, which {attribute.name!r} is from."
                     )
             check_target(train.settings().target, self.label.prefixes, self.collect.next_tokens)
+            _check_kept(train.feature_layers, self.collect.feature_layers)
         return train, {"attributes": train.attributes} if several else learned
 
     def _guide(self, filled: Mapping[str, Any]) -> GuidanceTrainArguments:
@@ -266,6 +264,20 @@ class _Steps:
         if self.evaluate is not None:
             with self.recipe.blaming("evaluate"):
                 check_sources(self.evaluate, prompts if self.folds else evaluation_prompts(self.evaluate))
+
+
+def _check_kept(read: Sequence[Any] | None, kept: Sequence[Any]) -> None:
+    """Raise a `ValueError` unless the layers that are read are some of those that are kept, as both are written."""
+    if kept == ["all"]:
+        if read is None:
+            raise ValueError("it lacks feature_layers: section 'collect' keeps all, of which a head reads a few.")
+        return
+    if lacking := [layer for layer in read or [] if repr(layer) not in map(repr, kept)]:
+        raise FieldError(
+            "feature_layers",
+            f"`feature_layers` names {lacking}, but section 'collect' keeps {list(kept)}: say them there, too, in the "
+            "same words.",
+        )
 
 
 def _label_judge(learned: Mapping[str, Any]) -> str | None:

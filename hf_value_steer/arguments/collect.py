@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hf_value_steer.arguments.base import Arguments, GenerationArguments
-from hf_value_steer.arguments.kinds import Amount, Count, Limit, Seed, Texts, shown
+from hf_value_steer.arguments.kinds import Amount, Count, Layers, Limit, Seed, Texts, shown
+from hf_value_steer.checks import check_layers
 from hf_value_steer.errors import FieldError
 
 
@@ -28,6 +29,13 @@ class CollectArguments(GenerationArguments):
         default=None, metadata={"help": "a .txt file (one word a line) or python:module:function: words to force in"}
     )
     next_tokens: Amount = field(default=0, metadata={"help": "keep so many most likely next tokens of every step"})
+    feature_layers: Layers = field(
+        default_factory=lambda: ["final"],
+        metadata={
+            "help": "layers whose states are kept: numbers, from 0 or negative from the end; fractions of the depth, "
+            "with a point; final; or all"
+        },
+    )
     batch_size: Count = field(default=16, metadata={"help": "prompts in one call of generate, and in one shard"})
     seed: Seed = field(default=0, metadata={"help": "seed of sampling and forcing"})
     engine: Literal["generate", "vllm"] = field(default="generate", metadata={"help": "what continues the prompts"})
@@ -41,6 +49,13 @@ class CollectArguments(GenerationArguments):
         if self.engine_args is not None and not _is_json_object(self.engine_args):
             raise FieldError(
                 "engine_args", f"`engine_args` has to be a JSON object in a text, got {shown(self.engine_args)}."
+            )
+        if self.feature_layers != ["all"]:
+            check_layers(self.feature_layers)
+        if self.engine == "vllm" and self.feature_layers != ["final"]:
+            raise ValueError(
+                f'`feature_layers` {self.feature_layers} need `engine="generate"`: under vLLM only the final state is '
+                "seen."
             )
         if self.force_words and self.engine == "vllm":
             raise ValueError('`force_words` needs `engine="generate"`: under vLLM no word is forced.')

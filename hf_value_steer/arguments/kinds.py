@@ -15,6 +15,7 @@ MOST = 1_000_000  # of what is counted: no run that holds, or does, more comes t
 Count = Annotated[int, Ge(1), Le(MOST)]
 Amount = Annotated[int, Ge(0), Le(MOST)]  # 0 is none at all
 Limit = Annotated[int, Ge(1)]  # of what there is: any that is higher takes all of it
+Folds = Annotated[int, Ge(2), Le(1000)]  # something is trained for each
 Candidates = Annotated[int, Ge(1), Le(MOST_CANDIDATES)]
 Seed = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]  # what torch takes
 NumpySeed = Annotated[int, Ge(0), Le(2**32 - 1)]
@@ -24,6 +25,7 @@ Probability = Annotated[float, Gt(0), Lt(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Part = Annotated[float, Ge(0), Lt(1)]  # beside which something is left
 Texts = Annotated[list[str], Len(1)]
+Layers = Annotated[list[Any], Len(1)]  # numbers, fractions or words: `check_layers` looks at them
 _EXPECTED = {
     "bool_type": "true or false",
     "dict_type": "a mapping",

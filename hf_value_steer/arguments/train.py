@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from hf_value_steer.arguments.base import Arguments
-from hf_value_steer.arguments.kinds import Amount, Count, NotNegative, NumpySeed, Part, Probability
-from hf_value_steer.checks import check_attributes
-from hf_value_steer.choices import Loss, Polarity, Target
+from hf_value_steer.arguments.kinds import Amount, Count, Layers, NotNegative, NumpySeed, Part, Probability
+from hf_value_steer.checks import check_attributes, check_decay, check_layers, check_projection
+from hf_value_steer.choices import Loss, Polarity, Target, Temporal
 from hf_value_steer.errors import FieldError
 
 
@@ -115,6 +115,18 @@ class TrainArguments(SplitArguments):
         default="worst", metadata={"help": "how several attributes are one value"}
     )
     architecture: Literal["mlp", "linear"] = field(default="mlp", metadata={"help": "architecture of the head"})
+    projection_size: Count | None = field(
+        default=None, metadata={"help": "width of the inner layers of an mlp; that of what it reads by default"}
+    )
+    feature_layers: Layers | None = field(
+        default=None, metadata={"help": "layers that the head reads; all that were collected by default"}
+    )
+    temporal: Temporal = field(
+        default="none", metadata={"help": "what the head remembers of the tokens before: nothing, or a mean of them"}
+    )
+    temporal_decay: Probability | None = field(
+        default=None, metadata={"help": "with `temporal` ema, the weight of what was before; 0.9 by default"}
+    )
     preset: Literal["value-steer", "hazard"] = field(
         default="value-steer",
         metadata={
@@ -156,6 +168,10 @@ class TrainArguments(SplitArguments):
                 )
         elif self.combine != "worst":
             raise ValueError(f"`combine`={self.combine!r} is for several `attributes`.")
+        check_projection(self.projection_size, self.architecture)
+        check_decay(self.temporal_decay, self.temporal)
+        if self.feature_layers is not None:
+            check_layers(self.feature_layers)
 
     def judges(self) -> list[str]:
         """Whose labels are learned, one judge for each attribute."""
@@ -167,8 +183,10 @@ class TrainArguments(SplitArguments):
         return [{"name": each.name, "polarity": each.polarity, "threshold": 0.5} for each in parsed]
 
     def record(self) -> dict[str, Any]:
-        """What `training.json` keeps: what makes the head, and what is for several attributes only if there are."""
-        left_out = ("collection", "output", "accept_chance", *(() if self.attributes else ("attributes", "combine")))
+        """What `training.json` keeps: what makes the head; what was not always there only where it is used."""
+        left_out = ["collection", "output", "accept_chance", *(() if self.attributes else ("attributes", "combine"))]
+        newer = ("projection_size", "feature_layers", "temporal", "temporal_decay")
+        left_out += [name for name in newer if getattr(self, name) in (None, "none")]
         return {name: choice for name, choice in asdict(self).items() if name not in left_out}
 
     def settings(self) -> Preset:

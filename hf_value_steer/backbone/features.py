@@ -56,9 +56,12 @@ def resolve_layers(places: Iterable[int | float | str], model: PreTrainedModel) 
         MismatchError: for a layer that the model does not have, and for one that is named twice.
     """
     places = list(places)
-    if places == [FINAL]:
-        return ONLY_FINAL
-    depth = num_layers(model)
+    return ONLY_FINAL if places == [FINAL] else layers_of(places, num_layers(model))
+
+
+def layers_of(places: Iterable[int | float | str], depth: int) -> tuple[Layer, ...]:
+    """The same for a model of `depth` layers."""
+    places = list(places)
     layers = tuple(_resolved(place, depth) for place in places)
     if len(set(layers)) < len(layers):
         raise MismatchError(f"`feature_layers` {places} name a layer of these {depth} twice: {list(layers)}.")
@@ -103,10 +106,15 @@ def features_width(model: PreTrainedModel, layers: Iterable[Layer]) -> int:
 
 
 @contextmanager
-def collected(model: PreTrainedModel, layers: Sequence[Layer]) -> Iterator[list[Features]]:
+def collected(
+    model: PreTrainedModel, layers: Sequence[Layer], kept: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[list[Features]]:
     """Inside the `with` block, the list gets the [`Features`] of every forward of `model` in this context.
 
-    `(rows, positions, width)` each. A forward has gone through all layers when its entry is complete.
+    A forward has gone through all layers when its entry is complete.
+
+    Args:
+        kept (*optional*): from a state `(rows, positions, width)` to what is kept of it; all of it by default.
     """
     found: list[Features] = []
     first = min(layers, key=lambda layer: float("inf") if layer == FINAL else layer)
@@ -114,7 +122,8 @@ def collected(model: PreTrainedModel, layers: Sequence[Layer]) -> Iterator[list[
     def keep(layer: Layer, state: Tensor) -> None:
         if layer == first:
             found.append(Features())
-        found[-1][layer] = state if layer == FINAL else require_residual(state)
+        state = state if layer == FINAL else require_residual(state)
+        found[-1][layer] = state if kept is None else kept(state)
 
     with ExitStack() as stack:
         for layer, point in points_of(model, layers).items():

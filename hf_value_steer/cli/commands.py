@@ -76,6 +76,12 @@ COMMANDS = {
         f"{_HERE}.pipeline:label_command",
         "hf-value-steer label --collection run/collection --judges classifier:org/judge",
     ),
+    "layers": Command(
+        "which layers a head should read: a linear probe of each that a collection keeps, and its price",
+        (f"{_TOLD}.layers:LayersArguments",),
+        f"{_HERE}.pipeline:layers_command",
+        "hf-value-steer layers --collection run/collection --judge lexicon:words.txt",
+    ),
     "train": Command(
         "train a value head on a labelled collection",
         (f"{_TOLD}.train:TrainArguments",),

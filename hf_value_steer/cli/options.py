@@ -7,13 +7,14 @@ import shutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from hf_value_steer.checks import closest
 
 
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT"}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Any: "NUMBER|TEXT"}
 _REQUIRED = "required"
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse knows no exponents
 Kinds = Sequence[type[Any]]  # dataclasses of arguments
@@ -166,6 +167,13 @@ def _metavar(each: Field[Any]) -> str:
     return _METAVARS[get_args(kind)[0] if get_origin(kind) is list else kind]
 
 
+def _number_or_text(word: str) -> int | float | str:
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(word)
+    return word
+
+
 def _how(each: Field[Any], kinds: Kinds) -> dict[str, Any]:
     """What `add_argument` is told of a field."""
     default = _default(each)
@@ -182,5 +190,6 @@ def _how(each: Field[Any], kinds: Kinds) -> dict[str, Any]:
     if get_origin(kind) is Literal:
         return how | {"choices": get_args(kind)}
     if get_origin(kind) is list:
-        return how | {"type": get_args(kind)[0], "nargs": "+"}
+        entry = get_args(kind)[0]
+        return how | {"type": _number_or_text if entry is Any else entry, "nargs": "+"}
     return how | {"type": kind}

@@ -1,4 +1,4 @@
-"""`collect`, `label`, `train`, `calibrate`, `evaluate`, `push`, `run`, `export`: from prompts to a head."""
+"""`collect`, `label`, `layers`, `train`, `calibrate`, `evaluate`, `push`, `run`, `export`: from prompts to a head."""
 
 import json
 import random
@@ -11,6 +11,7 @@ from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments, LabelCommandArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RunArguments
+from hf_value_steer.arguments.layers import LayersArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cards.results import results_markdown
 from hf_value_steer.evaluation.evaluate import evaluate
@@ -22,8 +23,9 @@ from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import Labels, label, tokenizer_of
+from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import train
+from hf_value_steer.training.train import split_rows, train
 from hf_value_steer.vllm.start import vllm_engine
 
 
@@ -58,6 +60,18 @@ def _report(collection: Collection) -> None:
     counts = f"{len(collection.rows)} generations of {len(collection.prompts)} prompts, {tokens} tokens"
     print(f"{collection.folder}: {counts}")
     print((collection.folder / "labels" / "report.json").read_text(encoding="utf-8"), end="")
+
+
+def layers_command(arguments: LayersArguments) -> None:
+    """Probe the layers, and say with which a head is trained best."""
+    collection, judge = Collection(arguments.collection), arguments.judge
+    split = split_rows(collection, arguments)
+    rows = [*split["train"], *split["validation"]]
+    found = suggest_feature_layers(
+        collection, judge, rows, target=arguments.target, folds=arguments.folds, limit=arguments.limit
+    )
+    print(found)
+    print(f"\nNext: hf-value-steer train --feature-layers {found.best.layer} --temporal {found.best.temporal} ...")
 
 
 def train_command(arguments: TrainArguments) -> None:

@@ -7,7 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from hf_value_steer.checks import check_attributes, check_layers, check_probability, check_threshold, refuse_unknown
+from hf_value_steer.checks import (
+    check_attributes,
+    check_decay,
+    check_layers,
+    check_projection,
+    check_threshold,
+    refuse_unknown,
+)
 from hf_value_steer.choices import Polarity, Temporal
 from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig, check_schema
 
@@ -128,15 +135,8 @@ class ValueHeadConfig(VersionedConfig):
             raise ValueError(
                 f"`feature_norms` has to hold one number for each of {self.feature_layers}, got {self.feature_norms}."
             )
-        if self.projection_size is not None and (self.architecture != "mlp" or self.projection_size < 1):
-            raise ValueError(
-                '`projection_size` is a positive integer, the width inside an "mlp"; got '
-                f"{self.projection_size} for {self.architecture!r}."
-            )
-        if self.temporal_decay is not None:
-            if self.temporal != "ema":
-                raise ValueError(f'`temporal_decay` is for `temporal`="ema", this head has {self.temporal!r}.')
-            check_probability(self.temporal_decay, "temporal_decay")
+        check_projection(self.projection_size, self.architecture)
+        check_decay(self.temporal_decay, self.temporal)
         if self.attributes is not None:
             check_attributes(self.attributes)
             if self.polarity != "undesirable":

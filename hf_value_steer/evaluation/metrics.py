@@ -4,49 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-
-Array = npt.NDArray[Any]
-DRAWS = 2000
-
-
-class Bootstrap:
-    """Resamples of the prompts; all rows of a prompt stay together.
-
-    Args:
-        prompts (`np.ndarray` of shape `(rows,)`): prompt of each row.
-    """
-
-    def __init__(self, prompts: Array):
-        random = np.random.default_rng(0)
-        unique, self.owner = np.unique(prompts, return_inverse=True)
-        count = len(unique)
-        drawn = random.integers(0, count, (DRAWS, count))
-        # How often each prompt was drawn, (draws, prompts): sums over rows become products with this matrix.
-        self.weights = np.stack([np.bincount(row, minlength=count) for row in drawn])
-
-    def sums(self, numbers: Array) -> Array:
-        """Sum of `(rows,)` over each resample, `(draws,)`."""
-        by_prompt = np.bincount(self.owner, weights=numbers, minlength=self.weights.shape[1])
-        return self.weights @ by_prompt
-
-    def ratio(self, numerator: Array, denominator: Array) -> Array:
-        """Ratio of two sums over each resample, `(draws,)`; NaN where the second is 0."""
-        below = self.sums(denominator)
-        quotient: Array = np.divide(self.sums(numerator), below, out=np.full(DRAWS, np.nan), where=below != 0)
-        return quotient
-
-    def mean(self, numbers: Array) -> Array:
-        """Mean of `(rows,)` over each resample, `(draws,)`."""
-        return self.ratio(numbers, np.ones_like(numbers, dtype=float))
-
-
-def interval(draws: Array) -> list[float] | None:
-    """The central 95 % of resamples; `None` if none could be computed."""
-    if np.isnan(draws).all():
-        return None
-    return [round(float(bound), 4) for bound in np.nanquantile(draws, [0.025, 0.975])]
+from hf_value_steer.training.bootstrap import Array, Bootstrap, interval
 
 
 def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.evaluation.measures import Measures
-from hf_value_steer.evaluation.metrics import interval
 from hf_value_steer.evaluation.runs import Texts
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.training.bootstrap import interval
 from hf_value_steer.training.trainer import reliability
 
 

@@ -153,14 +153,14 @@ def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
 @torch.no_grad()
 def _values(collection: Collection, head: ValueHead, rows: Sequence[int], method: str) -> _Values:
     """Values of some rows, the worst over what `method` acts on: abstention on the prompt, but not the last token."""
+    layers = collection.resolve(head.config.feature_layers)
     worst, prompts, tokens = [], [], []
     for row in rows:
-        values = head(collection.read("features", row)).value
-        prompt = head(collection.prompt_feature(row)).value
-        watched = torch.cat([prompt[None], values[:-1]]) if method == "abstain" else values
+        values = head(collection.features(row, layers)).value
+        watched = values[:-1] if method == "abstain" else values[1:]
         worst.append(watched.max() if head.config.polarity == "undesirable" else watched.min())
-        prompts.append(prompt)
-        tokens.append(values)
+        prompts.append(values[0])
+        tokens.append(values[1:])
     return _Values(torch.stack(worst), torch.stack(prompts), torch.cat(tokens))
 
 
@@ -171,7 +171,9 @@ def _worst_counts(head: ValueHead) -> bool:
 @torch.no_grad()
 def _set_attribute_thresholds(collection: Collection, head: ValueHead, rows: list[int], rate: float) -> None:
     """Thresholds that equally many tokens fail by each attribute, and a share `rate` of all by at least one."""
-    values = torch.cat([head.attribute_values(collection.read("features", row)) for row in rows]).numpy()
+    layers = collection.resolve(head.config.feature_layers)
+    texts = (head.attribute_values(collection.features(row, layers)) for row in rows)
+    values = torch.cat([text[1:] for text in texts]).numpy()
     polarities = [each["polarity"] for each in head.config.attributes]
     ranks = [_share_as_bad(*column) for column in zip(values.T, polarities, strict=True)]
     each_rate = float(np.quantile(np.min(ranks, axis=0), rate))

@@ -21,8 +21,8 @@ from transformers import (
 
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.kinds import shown
-from hf_value_steer.backbone.parts import feature_width, fingerprint
-from hf_value_steer.backbone.points import feature_point
+from hf_value_steer.backbone.features import FINAL, ONLY_FINAL, Layer, collected, features_width, resolve_layers
+from hf_value_steer.backbone.parts import fingerprint, num_layers
 from hf_value_steer.files.reading import refuse_misspelt
 from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
@@ -131,6 +131,8 @@ def _recorded(arguments: CollectArguments) -> dict[str, Any]:
     recorded = {name: choice for name, choice in asdict(arguments).items() if name != "output"}
     if arguments.engine == "generate":  # as before there was another one
         del recorded["engine"], recorded["engine_args"]
+    if arguments.feature_layers == [FINAL]:
+        del recorded["feature_layers"]
     return recorded
 
 
@@ -165,13 +167,16 @@ class _Generate:
         self.model, tokenizer = load_backbone(arguments.model, arguments.dtype, device)
         self.formatter = Formatter(tokenizer, arguments.chat)
         self.words = ForcedWords(self.model, tokenizer, words) if words else None
+        self.layers = _layers(arguments.feature_layers, self.model)
         self.facts = {
             "backbone_fingerprint": fingerprint(self.model),
-            "hidden_size": feature_width(self.model),
+            "hidden_size": features_width(self.model, self.layers),
             "feature_dtype": str(self.model.dtype).removeprefix("torch."),
             "kernel": f"decode, {attention_of(self.model.config)}",
             "backend": f"transformers {version('transformers')}, torch {version('torch')}",
         }
+        if self.layers != ONLY_FINAL:
+            self.facts |= {"feature_layers": list(self.layers), "num_layers": num_layers(self.model)}
 
     @torch.no_grad()
     def tensors(self, batch: Batch) -> dict[str, Tensor]:
@@ -179,8 +184,7 @@ class _Generate:
         inputs = self.formatter(batch.prompts, self.model.device)
         length, rows = inputs["input_ids"].shape[1], len(batch.prompts) * batch.samples
         watch = _Watch(self.words if batch.forced else None, self.arguments, rows, length)
-        features: list[Tensor] = []
-        with feature_point(self.model).watched(lambda feature: features.append(feature[:, -1].cpu())):
+        with collected(self.model, self.layers, lambda state: state[:, -1].cpu()) as features:
             # A token's feature appears when the next token is about to be chosen: one more is drawn than is kept.
             sequences = self.model.generate(
                 **inputs,
@@ -190,8 +194,13 @@ class _Generate:
             )
         tokens = sequences[:, length:-1].cpu()
         keep = until_end(tokens, self.model.generation_config.eos_token_id)
-        columns = {"features": torch.stack(features[1:], dim=1), "tokens": tokens.int(), **watch.columns()}
-        return shard_tensors(batch, keep, columns, features[0])
+        states = {layer: torch.stack([step[layer] for step in features[1:]], dim=1) for layer in self.layers}
+        return shard_tensors(batch, keep, {"tokens": tokens.int(), **watch.columns()}, states, features[0])
+
+
+def _layers(places: list[Any], model: PreTrainedModel) -> tuple[Layer, ...]:
+    """The layers to keep, in the order in which they are asked for."""
+    return (*range(num_layers(model)), FINAL) if places == ["all"] else resolve_layers(places, model)
 
 
 def _words(source: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What continues prompts for `collect`: `generate`, or a serving engine. And what a shard is made of."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.arguments.collect import CollectArguments
+from hf_value_steer.backbone.features import Layer
 from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.shards import tensor_name
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,27 @@ Start: TypeAlias = Callable[[CollectArguments, Sequence[Prompt]], Continuation]
 
 
 def shard_tensors(
-    batch: Batch, keep: Tensor, columns: dict[str, Tensor], prompt_features: Tensor
+    batch: Batch,
+    keep: Tensor,
+    columns: Mapping[str, Tensor],
+    features: Mapping[Layer, Tensor],
+    prompt_features: Mapping[Layer, Tensor],
 ) -> dict[str, Tensor]:
     """A shard as it is written.
 
     Args:
         batch: whose shard it is.
         keep (`torch.BoolTensor` of shape `(rows, steps)`): which new tokens belong to their text.
-        columns (`dict`): `(rows, steps, ...)` each, `"features"` and `"tokens"` among them.
-        prompt_features (`torch.FloatTensor` of shape `(rows, width)`): of the last token of each prompt.
+        columns (`dict`): `(rows, steps, ...)` each, `"tokens"` among them.
+        features (`dict`): of each layer, `(rows, steps, width)`.
+        prompt_features (`dict`): the same of the last token of each prompt, `(rows, width)`.
     """
     counts = keep.sum(dim=1)
     owner = torch.arange(batch.first_prompt, batch.first_prompt + len(batch.prompts))
     return {
         **{name: column[keep] for name, column in columns.items()},
-        "prompt_features": prompt_features,
+        **{tensor_name("features", layer): states[keep] for layer, states in features.items()},
+        **{tensor_name("prompt_features", layer): states for layer, states in prompt_features.items()},
         "offsets": torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
         "prompts": owner.repeat_interleave(batch.samples),
         "natural": torch.full((len(keep),), not batch.forced),

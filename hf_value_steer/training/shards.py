@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hf_value_steer.errors import ArtefactError
-from hf_value_steer.files.reading import read_record
+from hf_value_steer.backbone.features import FINAL, Layer, layers_of
+from hf_value_steer.errors import ArtefactError, MismatchError
+from hf_value_steer.files.reading import read_record, reading
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.training.prompts import Prompt, load_prompts
 
@@ -36,6 +37,11 @@ _DTYPES = {
     "I64": torch.int64,
 }
 _FACTS = ("backbone", "backbone_fingerprint", "chat_template", "feature_dtype", "hidden_size", "shards")
+
+
+def tensor_name(kind: str, layer: Layer) -> str:
+    """What the states of a layer are called in a shard; `kind` is `"features"` or `"prompt_features"`."""
+    return kind if layer == FINAL else f"{kind}.{layer}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -190,6 +196,9 @@ class Collection:
             raise ArtefactError(f"{path} has the format {self.manifest.get('format')!r}, expected {FORMAT!r}.")
         if lacking := [name for name in _FACTS if name not in self.manifest]:
             raise ArtefactError(f"{path} lacks {', '.join(lacking)}: delete it and run `collect` again.")
+        if "feature_layers" in self.manifest:
+            with reading(path, "record of a collection", "Put the original back, or run `collect` again"):
+                layers_of(self.manifest["feature_layers"], self.manifest["num_layers"])
         shards = self.manifest["shards"]
         if type(shards) is not int or shards < 1:
             raise ArtefactError(f"`shards` of {path} is {shards!r}, expected a whole number of at least 1.")
@@ -218,8 +227,39 @@ class Collection:
         return rows
 
     def read(self, name: str, row: int) -> Tensor:
-        """A tensor of the row's tokens, `(tokens, ...)`: `"features"`, `"tokens"`, `"next_tokens"`, ..."""
+        """A tensor of the row's tokens, `(tokens, ...)`: `"tokens"`, `"next_tokens"`, ..."""
         return self.read_from(self.shards, name, row)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers whose states are kept, in the order in which they were asked for."""
+        return tuple(self.manifest.get("feature_layers", [FINAL]))
+
+    def resolve(self, places: Sequence[int | float | str] | None) -> tuple[Layer, ...]:
+        """The kept layers that `feature_layers` means, see [`ValueHeadConfig`]; all of them for `None`.
+
+        Raises:
+            MismatchError: for a layer that is not kept.
+        """
+        if places is None:
+            return self.layers
+        layers = layers_of(places, depth) if (depth := self.manifest.get("num_layers")) else tuple(places)
+        if lacking := [layer for layer in layers if layer not in self.layers]:
+            raise MismatchError(
+                f"`feature_layers` {list(places)}: {self.folder} keeps the states of {list(self.layers)}, not of "
+                f"{lacking}. Collect them, too, in another folder, or choose among those that are kept."
+            )
+        return layers  # type: ignore[return-value]  # all of them are kept layers
+
+    def width(self, layers: Sequence[Layer]) -> int:
+        """Width of the states of these layers side by side."""
+        return sum(self.shards[0].read(tensor_name("features", layer), 0, 0).shape[-1] for layer in layers)
+
+    def features(self, row: int, layers: Sequence[Layer]) -> Tensor:
+        """What a head on these layers reads of the prompt's last token and of a row, `(1 + tokens, width)`."""
+        prompt = torch.cat([self.prompt_feature(row, layer) for layer in layers])
+        tokens = [self.read(tensor_name("features", layer), row) for layer in layers]
+        return torch.cat([prompt[None], torch.cat(tokens, dim=-1)])
 
     def length(self, row: int) -> int:
         """How many tokens a row has."""
@@ -229,11 +269,11 @@ class Collection:
         """What tells this collection from others: its manifest, with the digest of its prompts."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
-    def prompt_feature(self, row: int) -> Tensor:
-        """The feature of the last token of the row's prompt, `(width,)`."""
+    def prompt_feature(self, row: int, layer: Layer = FINAL) -> Tensor:
+        """The state of the last token of the row's prompt at a layer, `(width,)`."""
         shard = int(self.rows.shard[row])
         place = row - int(torch.searchsorted(self.rows.shard, shard))
-        return self.shards[shard].read("prompt_features", place, place + 1)[0]
+        return self.shards[shard].read(tensor_name("prompt_features", layer), place, place + 1)[0]
 
     def read_from(self, files: list[TensorFile], name: str, row: int) -> Tensor:
         """The same out of files that lie beside the shards, one each."""

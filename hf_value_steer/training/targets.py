@@ -50,15 +50,8 @@ class Targets:
             )
             raise ValueError(f'target="{kind}" needs scores of {needed}: collect and label again with them.')
 
-    def row(self, row: int) -> tuple[Tensor, Tensor]:
-        """Features `(tokens, width)` and their targets, `(tokens,)` or `(tokens, A)`."""
-        features = self.collection.read("features", row)
-        if self.kind == "response":
-            features = torch.cat([self.collection.prompt_feature(row)[None], features])
-        return features, self.of(row)
-
     def of(self, row: int) -> Tensor:
-        """The targets of a row alone."""
+        """The targets of a row, `(tokens,)` or `(tokens, A)`; of `"response"` with the prompt's last token."""
         if self.kind == "response":
             return self.responses[row].expand(self.collection.length(row) + 1, *self.responses.shape[1:])
         if row not in self.known:

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hf_value_steer.arguments.base import renamed
 from hf_value_steer.arguments.train import SplitArguments, TrainArguments
+from hf_value_steer.backbone.features import Layer
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.files.reading import read_object, read_record, reading
 from hf_value_steer.files.writing import claim, write_json
@@ -157,15 +158,10 @@ def fit(
     refuse_one_class(targets, train_rows, judges)
     refuse_what_cannot_be_told(targets, validation_rows, judges, arguments.accept_chance)
     report_balance(targets, judges, {"training": train_rows, "validation": validation_rows})
-    training, validation = TokenRows(targets, train_rows), TokenRows(targets, validation_rows)
+    layers, whole = _layers(collection, arguments), arguments.temporal != "none"
+    training, validation = (TokenRows(targets, rows, layers, whole) for rows in (train_rows, validation_rows))
     set_seed(arguments.seed)
-    model = HeadInTraining(
-        _new_head(collection, arguments),
-        *feature_moments(training),
-        settings.loss,
-        settings.positive_weight,
-        settings.coherence_weight,
-    )
+    model = _new_model(training, arguments)
     trainer = ValueHeadTrainer(
         model=model,
         args=_training_arguments(arguments, work),
@@ -185,6 +181,16 @@ def fit(
             "for infinite features in the collection."
         )
     return model.folded(), [*history, min(finite, key=lambda entry: entry["loss"])]
+
+
+def _layers(collection: Collection, arguments: TrainArguments) -> tuple[Layer, ...]:
+    """The layers that the head reads. All of a model are for probes: nobody means a head on all of them."""
+    if arguments.feature_layers is None and collection.manifest.get("arguments", {}).get("feature_layers") == ["all"]:
+        raise ValueError(
+            f"{collection.folder} keeps all {len(collection.layers)} layers: say with `feature_layers` which of them "
+            "the head is to read. `hf-value-steer layers` helps to choose."
+        )
+    return collection.resolve(arguments.feature_layers)
 
 
 def _claim(path: Path, learned: dict[str, Any]) -> None:
@@ -207,12 +213,24 @@ def _finite(metric: Any) -> Any:
     return None if isinstance(metric, float) and not math.isfinite(metric) else metric
 
 
-def _new_head(collection: Collection, arguments: TrainArguments) -> ValueHead:
+def _new_model(training: TokenRows, arguments: TrainArguments) -> HeadInTraining:
+    collection, settings = training.targets.collection, arguments.settings()
+    head = _new_head(collection, training.layers, arguments)
+    widths = [collection.width([layer]) for layer in training.layers]
+    mean, scale, head.config.feature_norms = feature_moments(training, widths)
+    return HeadInTraining(head, mean, scale, settings.loss, settings.positive_weight, settings.coherence_weight)
+
+
+def _new_head(collection: Collection, layers: Sequence[Layer], arguments: TrainArguments) -> ValueHead:
     manifest = collection.manifest
     return ValueHead(
         ValueHeadConfig(
-            hidden_size=manifest["hidden_size"],
+            hidden_size=collection.width(layers),
             architecture=arguments.architecture,
+            projection_size=arguments.projection_size,
+            feature_layers=list(layers),
+            temporal=arguments.temporal,
+            temporal_decay=arguments.temporal_decay,
             polarity=arguments.polarity,
             attribute=arguments.attribute,
             attributes=arguments.head_attributes() or None,

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_value_steer.backbone.features import Layer
 from hf_value_steer.choices import Loss
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.chance import at_chance, discrimination
 from hf_value_steer.training.losses import coherence, token_loss
-from hf_value_steer.training.targets import TargetRows
+from hf_value_steer.training.targets import TargetRows, Targets
 
 
 STATISTICS_TOKENS = 100_000  # enough to know mean and scale of every feature
@@ -21,21 +22,40 @@ CHANCE_STEPS = 300  # for which a training may be at chance and go on
 
 
 class TokenRows(TargetRows):
-    """Features and targets of each token."""
+    """Features and targets of each token.
+
+    Args:
+        targets, rows: see [`TargetRows`].
+        layers: whose states are the features.
+        whole (`bool`): begin at the prompt's last token, which a head over time has seen, even where it has no target.
+    """
+
+    def __init__(self, targets: Targets, rows: Sequence[int], layers: Sequence[Layer], whole: bool):
+        super().__init__(targets, rows)
+        self.layers, self.whole = layers, whole
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        features, labels = self.targets.row(self.rows[index])
-        return {"features": features, "labels": labels}
+        row = self.rows[index]
+        features, labels = self.targets.collection.features(row, self.layers), self.targets.of(row)
+        return {"features": features if self.whole else features[len(features) - len(labels) :], "labels": labels}
 
 
 def join_rows(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All tokens of some rows: `features` `(tokens, width)`, `labels` `(tokens,)` or `(tokens, A)`, and `follows`.
+    """All tokens of some rows.
 
-    `follows` `(tokens,)` tells whether a token follows the one before it in its row.
+    Returns:
+        `features` `(tokens, width)`; `lengths` `(rows,)`, how many of them each row has; `labels` `(n,)` or `(n, A)`
+        of the last ones of each row; `labelled` `(tokens,)`, which these are; and `follows` `(n,)`, whether a label
+        follows the one before it in its row.
     """
-    follows = torch.cat([torch.arange(len(item["labels"])) > 0 for item in items])
+    counts = [(len(item["features"]), len(item["labels"])) for item in items]
     joined = {name: torch.cat([item[name] for item in items]) for name in ("features", "labels")}
-    return {**joined, "follows": follows}
+    return {
+        **joined,
+        "lengths": torch.tensor([tokens for tokens, _ in counts]),
+        "labelled": torch.cat([torch.arange(tokens) >= tokens - labels for tokens, labels in counts]),
+        "follows": torch.cat([torch.arange(labels) > 0 for _, labels in counts]),
+    }
 
 
 class HeadInTraining(nn.Module):
@@ -65,17 +85,26 @@ class HeadInTraining(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
 
-    def forward(self, features: Tensor, labels: Tensor, follows: Tensor) -> dict[str, Tensor]:
-        """Loss `()`, the mean over tokens and attributes, and logits of the shape of `labels`."""
-        logits = self.logits(features).squeeze(-1)
+    def forward(
+        self, features: Tensor, lengths: Tensor, labels: Tensor, labelled: Tensor, follows: Tensor
+    ) -> dict[str, Tensor]:
+        """Loss `()`, the mean over tokens and attributes, and logits of the shape of `labels`; see [`join_rows`]."""
+        logits = self.logits(features, lengths)[labelled].squeeze(-1)
         loss = token_loss(logits, labels, self.loss, self.positive_weight).mean()
         if self.coherence_weight:
             loss = loss + self.coherence_weight * coherence(logits, follows)
         return {"loss": loss, "logits": logits}
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Logits of each attribute, `(tokens, A)`, of features `(tokens, width)`."""
-        return self.head.attribute_logits((features.float() - self.mean) / self.scale)
+    def logits(self, features: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of each attribute, `(tokens, A)`, of features `(tokens, width)` of texts of `lengths` `(rows,)`."""
+        standard = (features.float() - self.mean) / self.scale
+        if not self.head.remembers:
+            return self.head.attribute_logits(standard)
+        counts = lengths.tolist()
+        # Padding on the right: no token sees those behind it.
+        rows = nn.utils.rnn.pad_sequence(list(torch.split(standard, counts)), batch_first=True)
+        logits = self.head.attribute_logits(rows)
+        return torch.cat([row[:count] for row, count in zip(logits, counts, strict=True)])
 
     def folded(self) -> ValueHead:
         """The head for features as they are: mean and scale folded into its first layer."""
@@ -86,18 +115,24 @@ class HeadInTraining(nn.Module):
         return self.head.cpu().eval()  # type: ignore[no-any-return]
 
 
-def feature_moments(dataset: TokenRows) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the features, `(width,)` each, of the first rows."""
-    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+def feature_moments(dataset: TokenRows, widths: Sequence[int]) -> tuple[Tensor, Tensor, list[float]]:
+    """Of the features of the first rows mean and standard deviation, `(width,)` each, and each layer's mean norm.
+
+    Args:
+        dataset: the rows.
+        widths: of the layers, side by side.
+    """
+    count, total, squares, norms = 0, torch.zeros(()), torch.zeros(()), torch.zeros(len(widths)).double()
     for index in range(len(dataset)):
         features = dataset[index]["features"].double()
         count, total = count + len(features), total + features.sum(0)
         squares = squares + features.square().sum(0)
+        norms += torch.stack([layer.norm(dim=-1).sum() for layer in torch.split(features, list(widths), dim=-1)])
         if count >= STATISTICS_TOKENS:
             break
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=1e-12)
-    return mean.float(), variance.sqrt().float()
+    return mean.float(), variance.sqrt().float(), [float(f"{norm:.6g}") for norm in norms / count]
 
 
 @torch.no_grad()
@@ -110,14 +145,19 @@ def text_metrics(model: HeadInTraining, dataset: TokenRows, names: Sequence[str]
     Returns:
         [`~hf_value_steer.training.chance.Discrimination.metrics`], of several attributes under `<metric>_<name>`.
     """
-    rows = (model.logits(dataset[index]["features"].to(model.mean.device)) for index in range(len(dataset)))
-    means = torch.stack([logits.sigmoid().mean(dim=0) for logits in rows]).cpu().numpy()
+    means = torch.stack([_mean_value(model, dataset[index]) for index in range(len(dataset))]).cpu().numpy()
     targets = dataset.targets
     prompts = targets.collection.rows.prompt[list(dataset.rows)].numpy()
     suffixes = [f"_{name}" for name in names] or [""]
     columns = zip(suffixes, means.T, targets.positive(dataset.rows).numpy().T, strict=True)
     found = {suffix: discrimination(values, positive, prompts).metrics() for suffix, values, positive in columns}
     return {f"{metric}{suffix}": each[metric] for suffix, each in found.items() for metric in each}
+
+
+def _mean_value(model: HeadInTraining, item: dict[str, Tensor]) -> Tensor:
+    """The mean value of the labelled tokens of a text, `(A,)`."""
+    features, count = item["features"].to(model.mean.device), len(item["features"])
+    return model.logits(features, torch.tensor([count]))[count - len(item["labels"]) :].sigmoid().mean(dim=0)
 
 
 class StopAtChance(TrainerCallback):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from vllm import LLM, SamplingParams
 
 from hf_value_steer.arguments.collect import CollectArguments
+from hf_value_steer.backbone.features import FINAL, Features
 from hf_value_steer.training.continuation import Batch, seed_of, shard_tensors, until_end
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.references import model_name
@@ -85,10 +86,13 @@ class VllmEngine:
             [torch.stack([recorded[row, step] for step in range(steps + 1)]) for row in range(rows)]
         )
         tokens = torch.tensor([output.outputs[0].token_ids for output in outputs])[:, :-1]
-        columns = {"features": features[:, 1:], "tokens": tokens.int()}
+        columns = {"tokens": tokens.int()}
         if self.arguments.next_tokens:
             columns |= self._likely([output.outputs[0].logprobs[1:] for output in outputs])
-        return shard_tensors(batch, until_end(tokens, self.eos), columns, features[:, 0])
+        keep = until_end(tokens, self.eos)
+        return shard_tensors(
+            batch, keep, columns, Features({FINAL: features[:, 1:]}), Features({FINAL: features[:, 0]})
+        )
 
     def _prompts(self, batch: Batch) -> list[dict[str, list[int]]]:
         """Token ids of every row's prompt."""

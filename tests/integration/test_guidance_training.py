@@ -86,7 +86,7 @@ def test_what_the_next_token_risks(world):
     targets = Targets(collection, [judge], "risk")
     for row in range(len(targets.responses)):
         labels, probabilities = targets.labels[0], collection.read("next_probabilities", row).float()
-        before, risk = labels.read("prefixes", row), targets.row(row)[1]
+        before, risk = labels.read("prefixes", row), targets.of(row)
         for step, scores in enumerate(labels.read("next", row)):
             by_hand = sum(p * max(s - before[step], 0) for p, s in zip(probabilities[step], scores, strict=True))
             assert risk[step] == pytest.approx(float(by_hand), abs=1e-5)

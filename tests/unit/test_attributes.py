@@ -18,7 +18,7 @@ from hf_value_steer.generation.scorer import bind
 from hf_value_steer.hub import head_card
 from hf_value_steer.policy import acceptable
 from hf_value_steer.training.losses import coherence, token_loss
-from hf_value_steer.training.trainer import HeadInTraining, token_metrics
+from hf_value_steer.training.trainer import HeadInTraining, join_rows, token_metrics
 
 
 RUDE = {"name": "rude", "polarity": "undesirable", "threshold": 0.3}
@@ -275,7 +275,7 @@ def test_a_folded_head_of_several_attributes():
     features, mean, scale = torch.randn(7, 6) * 3 + 5, torch.randn(6), torch.rand(6) + 0.5
     head = ValueHead(ValueHeadConfig(hidden_size=6, attributes=[RUDE, POLITE]))
     model = HeadInTraining(head, mean, scale, "bce", 1.0, 0.1)
-    out = model(features, torch.rand(7, 2), torch.ones(7, dtype=torch.bool))
+    out = model(**join_rows([{"features": features, "labels": torch.rand(7, 2)}]))
     assert out["logits"].shape == (7, 2) and out["loss"].shape == ()
     torch.testing.assert_close(model.folded().attribute_logits(features), out["logits"], rtol=1e-4, atol=1e-5)
 

@@ -6,9 +6,10 @@ import torch
 
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.evaluation.measures import Measures, negative_log_likelihood
-from hf_value_steer.evaluation.metrics import Bootstrap, compare_perplexity, compare_rates, distinct, interval
+from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates, distinct
 from hf_value_steer.evaluation.outcome import coverage
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, shuffled, worst_value
+from hf_value_steer.training.bootstrap import Bootstrap, interval
 from hf_value_steer.training.prompts import Formatter, Prompt
 from tests.tiny_text import save_tiny_model
 
@@ -27,6 +28,22 @@ def test_a_ratio_that_cannot_be_computed_has_no_interval():
     bootstrap = Bootstrap(np.arange(5))
     assert interval(bootstrap.ratio(np.ones(5), np.zeros(5))) is None
     assert compare_rates(np.zeros(5), np.zeros(5), bootstrap)["relative_reduction"] is None
+
+
+def test_auroc_of_resamples_is_that_of_their_rows():
+    from sklearn.metrics import roc_auc_score
+
+    random = np.random.default_rng(1)
+    prompts, positive = np.arange(40) % 8, random.random(40) < 0.4
+    values = np.round(random.random(40) + 0.3 * positive, 1)  # some are equal
+    bootstrap = Bootstrap(prompts)
+    auroc, draws = bootstrap.auroc(values, positive)
+    assert auroc == pytest.approx(roc_auc_score(positive, values))
+    for draw in range(5):
+        expected = roc_auc_score(positive, values, sample_weight=bootstrap.weights[draw][prompts])
+        assert draws[draw] == pytest.approx(expected)
+    _, draws = Bootstrap(np.array([0, 0, 1])).auroc(np.array([1.0, 0.0, 0.5]), np.array([True, False, False]))
+    assert np.isnan(draws).any()  # only negative rows were drawn
 
 
 def test_rates_are_compared_by_prompt():

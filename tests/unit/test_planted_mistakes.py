@@ -24,6 +24,7 @@ from hf_value_steer.arguments.doctor import DoctorArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments, SweepArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments, LossWeights
 from hf_value_steer.arguments.hub import ExportArguments, PushArguments, RecipePushArguments, RunArguments
+from hf_value_steer.arguments.layers import LayersArguments
 from hf_value_steer.arguments.score import ScoreArguments
 from hf_value_steer.arguments.steer import GenerateArguments, PlayArguments, ServeArguments
 from hf_value_steer.arguments.train import JudgedAttribute, Preset, TrainArguments
@@ -254,6 +255,33 @@ RECIPES = {
     "aliases that grow": (GOOD, BOMB, ", line 1, a: `a` is not a field of a recipe: known keys"),
     "a list in itself": ("[8, 16]", "&a [*a]", ", line 21: found unconstructable recursive node."),
     "an alias of nothing": ("[8, 16]", "*a", ", line 21: found undefined alias 'a'."),
+    "a layer that is none": (
+        "  samples: 4\n",
+        "  feature_layers: [11, last]\n",
+        ", line 5, collect.feature_layers: `feature_layers[1]` has to be a layer's number, a fraction of the depth in "
+        "[0, 1] or \"final\", got 'last'.",
+    ),
+    "a layer that is not kept": (
+        "  preset: hazard\n",
+        "  preset: hazard\n  feature_layers: [11]\n",
+        ", line 14, train.feature_layers: `feature_layers` names [11], but section 'collect' keeps "
+        "['final']: say them there, too",
+    ),
+    "a head on all layers": (
+        "  samples: 4\n",
+        "  feature_layers: [all]\n",
+        ", line 11, train: it lacks feature_layers: section 'collect' keeps all, of which a head reads a few.",
+    ),
+    "layers under vLLM": (
+        "  samples: 4\n",
+        "  engine: vllm\n  feature_layers: [11]\n",
+        ', line 2, collect: `feature_layers` [11] need `engine="generate"`: under vLLM only the final state is seen.',
+    ),
+    "a decay of nothing": (
+        "  preset: hazard\n",
+        "  preset: hazard\n  temporal: mean\n  temporal_decay: 0.5\n",
+        ", line 15, train.temporal_decay: `temporal_decay` is for `temporal`=\"ema\", this head has 'mean'.",
+    ),
     "an object of Python": (
         "rude",
         "!!python/object/apply:os.getcwd []",
@@ -480,6 +508,7 @@ NEEDED = {
     ExportArguments: {"folder": "f"},
     RunArguments: {"recipe": "r.yaml"},
     DoctorArguments: {"model": "m"},
+    LayersArguments: {"collection": "c", "judge": "j"},
     LabelCommandArguments: {"collection": "c", "judges": ["j"]},
     GenerateArguments: {"prompt": "p"},
     PlayArguments: {"model": "m", "value_head": "h"},

@@ -6,7 +6,7 @@ from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.training.losses import coherence, token_loss
 from hf_value_steer.training.targets import expected_hazard, hazard
 from hf_value_steer.training.train import _training_arguments
-from hf_value_steer.training.trainer import HeadInTraining, join_rows, reliability
+from hf_value_steer.training.trainer import HeadInTraining, feature_moments, join_rows, reliability
 
 
 def test_hazard_is_the_rise_at_the_token_or_soon_after_it():
@@ -53,16 +53,39 @@ def test_rows_are_joined_with_their_borders():
     joined = join_rows(items)
     assert joined["labels"].tolist() == [2, 2, 1, 3, 3, 3]
     assert joined["follows"].tolist() == [False, True, False, False, True, True]
+    assert joined["lengths"].tolist() == [2, 1, 3] and joined["labelled"].all()
 
 
+def test_a_prompt_without_a_label_is_seen_and_not_learned():
+    items = [{"features": torch.randn(n + 1, 2), "labels": torch.rand(n)} for n in (2, 1)]
+    joined = join_rows(items)
+    assert joined["labelled"].tolist() == [False, True, True, False, True]
+    assert joined["follows"].tolist() == [False, True, False]
+    head = ValueHead(ValueHeadConfig(hidden_size=2, temporal="mean"))
+    out = HeadInTraining(head, torch.zeros(2), torch.ones(2), "bce", 1.0, 0.0)(**joined)
+    alone = torch.cat([head(item["features"]).logits[1:] for item in items])
+    torch.testing.assert_close(out["logits"], alone)
+    torch.testing.assert_close(out["loss"], token_loss(alone, joined["labels"], "bce").mean())
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean", "ema"])
 @pytest.mark.parametrize("architecture", ["mlp", "linear"])
-def test_a_folded_head_reads_features_as_they_are(architecture):
+def test_a_folded_head_reads_features_as_they_are(architecture, temporal):
     torch.manual_seed(0)
     features, mean, scale = torch.randn(7, 6) * 3 + 5, torch.randn(6), torch.rand(6) + 0.5
-    head = ValueHead(ValueHeadConfig(hidden_size=6, architecture=architecture))
+    head = ValueHead(ValueHeadConfig(hidden_size=6, architecture=architecture, temporal=temporal))
     model = HeadInTraining(head, mean, scale, "bce", 1.0, 0.0)
-    expected = model(features, torch.ones(7), torch.ones(7, dtype=torch.bool))["logits"]
+    expected = model(**join_rows([{"features": features, "labels": torch.ones(7)}]))["logits"]
     assert torch.allclose(model.folded()(features).logits, expected, atol=1e-5)
+
+
+def test_moments_and_norms_of_each_layer():
+    rows = [{"features": torch.randn(n, 5) * 3 + 1} for n in (4, 7)]
+    mean, scale, norms = feature_moments(rows, [2, 3])
+    every = torch.cat([row["features"] for row in rows])
+    torch.testing.assert_close(mean, every.mean(0))
+    torch.testing.assert_close(scale, every.std(0, correction=0))
+    assert norms == pytest.approx([float(part.norm(dim=1).mean()) for part in every.split([2, 3], dim=1)], rel=1e-5)
 
 
 def test_reliability_by_hand():

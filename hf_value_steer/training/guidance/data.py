@@ -69,7 +69,7 @@ def judged_next(targets: Targets, row: int, tokens: Tensor) -> tuple[Tensor, Ten
     The last column is the token that was drawn; `(tokens, n)` both.
     """
     labels = targets.labels[0]
-    prefixes, bad = labels.read("prefixes", row), targets.row(row)[1] > RISE
+    prefixes, bad = labels.read("prefixes", row), targets.of(row) > RISE
     # A text that offends already cannot rise any more: what the judge says of the next token then means nothing.
     offends = (prefixes > RISE).roll(1)
     offends[0] = False

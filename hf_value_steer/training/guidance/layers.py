@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.training.guidance.states import ROWS
+from hf_value_steer.training.probe import held_out_scores
 from hf_value_steer.training.prompts import Formatter, join
 from hf_value_steer.training.targets import Targets
 
@@ -65,24 +66,15 @@ def suggest_guidance_layer(
         layers.append([layer[:, length:][real].float() for layer in hidden])
         labels += [targets.generated(row) > 0.5 for row in part]
         prompts.append(torch.tensor(owners)[:, None].expand_as(real)[real])
-    label, fitted = torch.cat(labels), torch.cat(prompts) % 2 == 0
-    if any(label[half].all() or not label[half].any() for half in (fitted, ~fitted)):
+    label, fold = torch.cat(labels), torch.cat(prompts) % 2
+    if any(label[half].all() or not label[half].any() for half in (fold == 0, fold == 1)):
         raise ValueError("The tokens that were read are all of one class: pass more rows, or other targets.")
     auroc = []
     for states in (torch.cat(parts) for parts in zip(*layers, strict=True)):
-        scores = _probe(states[fitted], label[fitted], states[~fitted])
-        auroc.append(round(float(roc_auc_score(label[~fitted], scores)), 4))
+        scores = held_out_scores(states, label, fold)
+        auroc.append(round(float(roc_auc_score(label, scores)), 4))
     count, wide = len(auroc), model.config.get_text_config(decoder=True).hidden_size > WIDE
     allowed = range(int(DEPTHS[0] * count), min(int(DEPTHS[1] * count), count - 2) + 1)
     best = max(auroc[layer] for layer in allowed)
     layer = next(layer for layer in allowed if auroc[layer] >= best - TOLERANCE)
     return GuidanceSuggestion(layer, 7 if wide else 5, 256 if wide else 128, auroc)
-
-
-def _probe(states: Tensor, label: Tensor, unseen: Tensor) -> Tensor:
-    """Scores `(tokens,)` of unseen states by a ridge regression on standardised ones."""
-    mean, scale = states.mean(0), states.std(0).clamp(min=1e-6)
-    inputs = (states - mean) / scale
-    gram = inputs.T @ inputs + 0.1 * len(inputs) * torch.eye(inputs.shape[1])
-    weights: Tensor = torch.linalg.solve(gram, inputs.T @ (label.float() - label.float().mean()))
-    return ((unseen - mean) / scale) @ weights
