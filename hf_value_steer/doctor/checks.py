@@ -15,7 +15,7 @@ from hf_value_steer.backbone.features import ONLY_FINAL, features_width
 from hf_value_steer.backbone.parts import output_embedding
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
-from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh, step_by_step
+from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh, relative, standardized, step_by_step
 from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
 from hf_value_steer.heads.value_head import ValueHead
@@ -81,8 +81,8 @@ def check_feature(context: Context) -> Check:
     doubled, once, bias = (module(factor * probe).float() for factor in (2, 1, 0))
     numbers = {
         "width": feature.shape[-1],
-        "difference": _relative(feature, expected),
-        "nonlinearity": _relative(doubled + bias, 2 * once),
+        "difference": relative(feature, expected),
+        "nonlinearity": relative(doubled + bias, 2 * once),
     }
     if not numbers["difference"] <= context.tolerance:
         detail = "the output embedding does not consume last_hidden_state: a head trained on that reads another tensor"
@@ -158,7 +158,7 @@ def check_cache(context: Context) -> Check:
         out = context.steer(input_ids, config)
         numbers[f"interventions_{evaluation}"] = int(out.interventions.sum())
         held = context.generate(out.sequences, 1, custom_generate=held_and_fresh(out[CACHE], context.layers))
-        numbers[f"difference_{evaluation}"] = _standardized(context, *held)
+        numbers[f"difference_{evaluation}"] = standardized(held[0], held[1], context.moments[1])
     interventions = min(numbers[f"interventions_{evaluation}"] for evaluation in EVALUATIONS)
     differences = [numbers[f"difference_{evaluation}"] for evaluation in EVALUATIONS]
     if interventions == 0:
@@ -283,17 +283,6 @@ def _values_of_candidates(context: Context, features: Tensor) -> Tensor:
         values.append(scorer.values(candidates[None]))
         scorer.remember(candidates[:1])
     return torch.cat(values)
-
-
-def _relative(left: Tensor, right: Tensor) -> float:
-    """Norm of the difference, relative to `right`."""
-    return float((left - right).norm() / right.norm())
-
-
-def _standardized(context: Context, left: Tensor, right: Tensor) -> float:
-    """Root mean square difference of two features in standard deviations of each entry, of the worst row."""
-    difference = (left.float() - right.float()) / context.moments[1]
-    return float(difference.square().mean(dim=-1).sqrt().max())
 
 
 def _seconds(run: Callable[[], Any]) -> float:

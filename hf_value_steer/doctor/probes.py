@@ -95,3 +95,14 @@ def _one_row(
 def _forward_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Of what `generate` hands to a `custom_generate`, what the forward takes."""
     return {name: value for name, value in kwargs.items() if name not in ("logits_processor", "stopping_criteria")}
+
+
+def relative(left: Tensor, right: Tensor) -> float:
+    """Norm of the difference, relative to `right`."""
+    return float((left - right).norm() / right.norm())
+
+
+def standardized(left: Tensor, right: Tensor, deviation: Tensor) -> float:
+    """Root mean square difference of two features in standard deviations of each entry, of the worst row."""
+    difference = (left.float() - right.float()) / deviation
+    return float(difference.square().mean(dim=-1).sqrt().max())

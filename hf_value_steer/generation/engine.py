@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, GenerationConfig
 from transformers.utils import ModelOutput
 
@@ -287,18 +287,8 @@ class Engine:
             keep (`torch.BoolTensor` of shape `(n,)`): which of them go on with the other.
             other: of these n rows, at one position.
         """
-        pairs = [(mine, other.features[layer]) for layer, mine in reached.features.items()]
-        if reached.handed_on is not None and other.handed_on is not None:
-            pairs.append((reached.handed_on, other.handed_on))
-        if reached.logits is not None:
-            with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
-                pairs.append((reached.logits, other.compute_logits()))
-        pairs += zip(reached.hidden_states or (), other.hidden_states or (), strict=True)
-        for mine, theirs in zip(reached.attentions or (), other.attentions or (), strict=True):
-            # A static cache's slots that hold nothing have weights, too, in an ordinary step.
-            pairs.append((mine, nn.functional.pad(theirs, (0, mine.shape[-1] - theirs.shape[-1]))))
-        for mine, theirs in pairs:  # which may be on several devices
-            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)].to(mine.dtype)
+        with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
+            reached.put(rows, keep, other)
 
     def _require_cache(self, inputs: Mapping[str, Any], cache: Cache) -> None:
         """Raise a `ScoringError` if the model goes on without the `cache` that it was given."""

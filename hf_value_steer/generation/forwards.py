@@ -54,6 +54,20 @@ class Reached:
         assert self.forwards is not None  # or the logits are there
         return self.forwards.resume_from(self)
 
+    def put(self, rows: Tensor, keep: Tensor, other: "Reached") -> None:
+        """Overwrite rows `rows[keep]` by those of `other`, which has a row for each of `rows` `(n,)`."""
+        pairs = [(mine, other.features[layer]) for layer, mine in self.features.items()]
+        if self.handed_on is not None and other.handed_on is not None:
+            pairs.append((self.handed_on, other.handed_on))
+        if self.logits is not None:
+            pairs.append((self.logits, other.compute_logits()))
+        pairs += zip(self.hidden_states or (), other.hidden_states or (), strict=True)
+        for mine, theirs in zip(self.attentions or (), other.attentions or (), strict=True):
+            # A static cache's slots that hold nothing have weights, too, in an ordinary step.
+            pairs.append((mine, nn.functional.pad(theirs, (0, mine.shape[-1] - theirs.shape[-1]))))
+        for mine, theirs in pairs:  # which may be on several devices
+            mine[rows[keep].to(mine.device)] = theirs[keep.to(theirs.device)].to(mine.dtype)
+
 
 class Forwards(Protocol):
     """How the engine runs the backbone: [`run_to`] takes arguments of a forward, [`resume_from`] gives logits."""

@@ -122,20 +122,6 @@ def test_a_card_shows_the_configuration_that_the_head_is_for() -> None:
     assert "cfg = ValueFilterConfig(" in head_card(make(polarity="desirable"), filtered).text
 
 
-def test_a_card_says_what_the_head_reads_and_remembers() -> None:
-    def said(**config: Any) -> str:
-        return " ".join(head_card(make(**config)).text.split())
-
-    assert "token (final layer, after the final norm, 8 wide) and answers with" in said()
-    assert "token (layer 11, counted from 0, layer -2, counted from the end, 8 wide) and" in said(
-        feature_layers=[11, -2]
-    )
-    assert "(layer at 50% of the depth, final layer, after the final norm, 8 wide), remembers the mean of" in said(
-        feature_layers=[0.5, "final"], temporal="mean"
-    )
-    assert "remembers the exponential mean (0.8) of what its first layer" in said(temporal="ema", temporal_decay=0.8)
-
-
 def test_a_calibration_says_where_it_promises_nothing() -> None:
     text = calibration_markdown(documents.calibration())
     assert ["0.02", "none keeps the promise"] in rows(text) and ["0.05", "0.62"] in rows(text)

@@ -60,7 +60,7 @@ def test_appending():
     lookahead = look(cache)
     own = torch.zeros(2, 2, 3, 4) + torch.arange(3)[:, None]
     lookahead.update(own, own, 0)
-    lookahead.append(torch.tensor([2, 1]))
+    lookahead.append_slots(torch.tensor([2, 1]))
     assert cache.get_seq_length() == 6
     assert cache.layers[0].keys[:, 0, 5, 0].tolist() == [2.0, 1.0]
 
@@ -85,7 +85,7 @@ def test_layers_that_the_forward_did_not_come_to_have_nothing_to_commit(commit):
     assert [layer.ran for layer in lookahead.attention] == [True, False]
     columns = torch.zeros(3, dtype=torch.long)
     if commit == "append":
-        lookahead.append(columns)
+        lookahead.append_slots(columns)
     else:
         lookahead.replace(torch.ones(3, dtype=torch.bool), columns)
     assert (cache.layers[0].keys[:, :, -1] == 7.0).all()
