@@ -28,7 +28,7 @@ from hf_value_steer import ValueFilterConfig, value_steer_generate
 
 
 CANDIDATES, RATE = 8, 0.05
-LAYERS: tuple[int | str, ...] = (3, 11, 19, 29, "final")
+LAYERS: tuple[int | str, ...] = (3, 11, 19, "final")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Run:
 
 
 RUNS = [
-    *(Run(layer, "lazy", rate) for layer in LAYERS for rate in (0.0, RATE)),
+    *(Run(layer, "lazy", 0.0) for layer in (11, "final")),
+    *(Run(layer, "lazy", RATE) for layer in LAYERS),
     *(Run(layer, "eager", 0.0) for layer in LAYERS),
 ]
 
@@ -144,9 +145,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
             label = f"{evaluation}, K={CANDIDATES}" if evaluation == "eager" else f"lazy, {100 * rate:g} % rejected"
             places = [case["depth"] for case in found]
             axes.plot(places, [case["ratio_median"] for case in found], "o-", color=colour, label=label, ms=4)
-            if rate or evaluation == "eager":
-                bound = "products" if panel["batch"] > 1 else "weights"
-                axes.plot(places, [case["bounds"][bound] for case in found], ":", color=colour, lw=1)
+            bound = "products" if panel["batch"] > 1 else "weights"
+            axes.plot(places, [case["bounds"][bound] for case in found], ":", color=colour, lw=1)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(0.95, min(axes.get_ylim()[1], 3.0))
         axes.legend(frameon=False, fontsize=8)
@@ -158,7 +158,6 @@ def main() -> None:
     parser.add_argument("document", type=Path, nargs="?", help="draw this, and measure nothing")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--new-tokens", type=int, default=60)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.document:
@@ -168,12 +167,15 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         model, _ = load_backbone(getattr(torch, dtype))
         for batch in (1, 16):
-            cases = measure(model, batch, arguments.new_tokens, arguments.rounds)
+            cases = measure(model, batch, 60 if batch == 1 else 40, arguments.rounds)
             panels.append({"title": f"{dtype}, batch {batch}", "dtype": dtype, "batch": batch, "cases": cases})
             panels[-1]["interventions_at_layer_11"] = interventions_cost(cases, 11)
             for case in cases:
                 print(f"{panels[-1]['title']:20s} {case['name']:40s} {case['ratio_median']:.3f}  {case['bounds']}")
-            print(f"interventions at layer 11 cost {panels[-1]['interventions_at_layer_11']} of the final state's")
+            print(
+                f"interventions at layer 11: {panels[-1]['interventions_at_layer_11']} of the final state's",
+                flush=True,
+            )
     report = {"command": command(), **describe(), "candidates": CANDIDATES, "panels": panels}
     if arguments.output:
         save(report, arguments.output)

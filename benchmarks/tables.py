@@ -101,6 +101,26 @@ def overhead(documents: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def depth(document: dict[str, Any]) -> str:
+    """Cost of heads on layers, a column for each dtype and batch size."""
+    panels = document["panels"]
+    lines = [row("time, relative to plain `generate`", *(panel["title"] for panel in panels))]
+    lines.append(row(*["---"] * (1 + len(panels))))
+    for cases in zip(*(panel["cases"] for panel in panels), strict=True):
+        lines.append(row(cases[0]["name"], *(ratio({**case, "rate": 0}) for case in cases)))
+    shares = [f"{panel['interventions_at_layer_11']:.2f}" for panel in panels]
+    lines.append(row("what interventions at layer 11 cost, of what they cost at the final state", *shares))
+    versions, rounds = document["versions"], len(panels[0]["cases"][0]["ratios"])
+    lines.append("")
+    lines.append(
+        f"SmolLM2-135M, 30 layers, K = {document['candidates']}, prompts of 64 tokens, medians [range] of {rounds} "
+        f"rounds in which all runs of a column take turns token by token, {document['machine']['threads']} threads, "
+        f"{document['machine']['device']}, torch {versions['torch']}, transformers {versions['transformers']}. "
+        f"`{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
 def activation(document: dict[str, Any]) -> str:
     """Rates and perplexity under vectors of every multiplier, mode and gate."""
     names = list(document["runs"][0]["judges"])
@@ -190,6 +210,7 @@ def main() -> None:
     replace(ROOT / "docs" / "results.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "docs" / "results.md", "overhead", overhead([load(name) for name in measured]))
+    replace(ROOT / "docs" / "results.md", "depth", depth(load("depth")))
     replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
     replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
     replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))

@@ -128,8 +128,7 @@ class Engine:
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, the last token included.
-            judge (*optional*): is shown what the tokens have left where they are judged, before anything above runs,
-                and may let some rows go on with other tokens, see [`put`].
+            judge (*optional*): is shown what the tokens have left where they are judged, and may [`put`] others there.
         """
         self.live.remember()
         inputs = self._step_inputs(input_ids)
@@ -153,10 +152,9 @@ class Engine:
             judge(reached)
 
     def append(self, ahead: Alternatives, columns: Tensor, input_ids: Tensor) -> Reached:
-        """Let every row go on with candidate `columns[row]` of a look-ahead in all rows; the live cache takes it in.
+        """Let every row go on with a candidate of a look-ahead in all rows, instead of [`read`].
 
         Args:
-            ahead: instead of [`read`].
             columns (`torch.LongTensor` of shape `(batch,)`): the candidate of each row.
             input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, these candidates included.
         """
@@ -301,5 +299,4 @@ class Engine:
 
 
 def _last(states: Tensor) -> Tensor:
-    """The states of the last token of each row."""
     return states[:, -1]
