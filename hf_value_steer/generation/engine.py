@@ -116,8 +116,7 @@ class Engine:
         if compiled is None:
             return
         self.step_forwards, self.at_depth = compiled[0], None
-        if self.compilable:
-            self.kernel = compilable_kernel(self.kernel, self.model, self.live)
+        self.kernel = compilable_kernel(self.kernel, self.model, self.live) if self.compilable else self.kernel
         if isinstance(self.kernel, Whole):
             self.look_forwards = compiled[1]
 
@@ -146,7 +145,6 @@ class Engine:
         return inputs  # type: ignore[no-any-return]
 
     def _taken_in(self, judge: Callable[[Reached], None] | None, reached: Reached) -> None:
-        """The live cache has the tokens, in the layers below the one at which they are judged."""
         self.live.advance()
         if judge is not None:
             judge(reached)
@@ -232,7 +230,7 @@ class Engine:
 
     @cached_property
     def _padding(self) -> list[int] | None:
-        """Number of padded positions to the left of each text; asked for once, since the host waits for it."""
+        """Number of padded positions to the left of each text, for which the host waits once."""
         mask = self.model_kwargs.get("attention_mask")
         return None if mask is None else (mask == 0).sum(dim=-1).tolist()
 
