@@ -15,16 +15,22 @@ from transformers import PreTrainedModel
 from hf_value_steer.backbone.features import FINAL, Features
 from hf_value_steer.backbone.parts import decoder_layers
 from hf_value_steer.backbone.points import feature_point, layer_points
+from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.families import AT_DEPTH
-from hf_value_steer.generation.forwards import Outer, Points, Reached, Split, leave, reading, require_all
+from hf_value_steer.generation.forwards import Outer, Points, Reached, Split, hooks_of, leave, reading, require_all
 from hf_value_steer.generation.prepared import PreparedModel
 
 
 def can_judge_at_depth(prepared: PreparedModel) -> bool:
-    """Whether a forward of the model may be left and entered at a layer: its type was verified, and it is its own."""
+    """Whether a forward of the model may be left and entered at a layer.
+
+    Its type was verified, it is its own, and the user has no hooks on its layers: those would run on stand-ins, too.
+    """
     config = prepared.model.config.get_text_config(decoder=True)
-    return config.model_type in AT_DEPTH and isinstance(prepared.forwards, Split)
+    if config.model_type not in AT_DEPTH or not isinstance(prepared.forwards, Split):
+        return False
+    return not any(isinstance(hook, UserHook) for layer in decoder_layers(prepared.model) for hook in hooks_of(layer))
 
 
 class AtDepth:

@@ -89,7 +89,7 @@ def choose_forwards(model: PreTrainedModel) -> Forwards:
     # The output embedding is called in both parts, once without a position: its hooks run as they are.
     inside = {*stack.modules(), *head.modules()} - {stack}
     outside = (each for each in model.modules() if each not in inside)
-    hooked = any(isinstance(hook, UserHook) for each in outside for hook in _hooks(each))
+    hooked = any(isinstance(hook, UserHook) for each in outside for hook in hooks_of(each))
     return split if ours and plain and not compiled and not hooked else Undivided(model)
 
 
@@ -103,7 +103,7 @@ def _compiled(module: nn.Module) -> bool:
     return hasattr(module.forward, "_torchdynamo_orig_callable") or module._compiled_call_impl is not None
 
 
-def _hooks(module: nn.Module) -> list[Any]:
+def hooks_of(module: nn.Module) -> list[Any]:
     """What runs before and after a module."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 

@@ -179,6 +179,18 @@ def test_layers_above_never_see_a_rejected_token():
     assert steps > 1 and calls == {"below": 1 + 12 + steps, "above": 1 + 12}
 
 
+def test_with_hooks_of_the_user_on_layers_tokens_are_judged_behind_the_last_one():
+    model = model_of("llama")
+    config = ValueFilterConfig(value_head=layered_head(model, [1]), threshold=0.2, num_candidates=4)
+    handle = model.model.layers[2].register_forward_hook(lambda _module, _args, output: output + 0.1)
+    with counted() as calls:
+        found = generate(model, config)
+    with judged_behind_the_last_layer():
+        expected = generate(model, config)
+    handle.remove()
+    assert calls == [0] and torch.equal(found.sequences, expected.sequences)
+
+
 def test_heads_on_layers_that_do_not_fit_are_refused():
     model = model_of("llama")
     for layers, message in (([7], "this model has 4 layers"), ([1, -3], "twice"), ([0, 1], "has width 64")):
