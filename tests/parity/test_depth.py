@@ -167,7 +167,7 @@ def test_layers_above_never_see_a_rejected_token():
     config = ValueFilterConfig(value_head=head, threshold=0.2, num_candidates=4)
     calls = {"below": 0, "above": 0}
     handles = [
-        model.model.layers[layer].register_forward_pre_hook(
+        model.model.layers[layer].mlp.register_forward_pre_hook(
             lambda *_, name=name: calls.update({name: calls[name] + 1})
         )
         for layer, name in ((1, "below"), (2, "above"))
