@@ -110,13 +110,13 @@ class Loop:
 
     def _depth(self) -> int | None:
         """The layer at which tokens are judged; `None` if it is behind the last one."""
-        if self.judge is None or not can_judge_at_depth(self.call.prepared):
+        layer = FINAL if self.judge is None else deepest(self.judge.reads)
+        if layer == FINAL or not can_judge_at_depth(self.call.prepared):
             return None
         if self.config.output_hidden_states or self.config.output_attentions:  # of a forward that is in one piece
             return None
         inside = [method for method in self.methods if type(method).around_forward is not Method.around_forward]
-        layer = deepest(self.judge.reads)
-        return layer if layer != FINAL and all(method.nests for method in inside) else None
+        return layer if all(method.nests for method in inside) else None
 
     def run(self) -> Tensor | ValueSteerDecoderOnlyOutput:
         """Generate."""
