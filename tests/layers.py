@@ -47,6 +47,7 @@ LAYERS = ((0,), (1,), (2,), ("final",), (0, 2))
 TEMPORAL = ("none", "mean", "ema")
 CACHES = ("dynamic", "block", "static")
 NEW_TOKENS, CANDIDATES = 12, 4
+SEEDS = {"gemma3_text": 6}  # by default 5, with which two of its candidates tie at a dead end, to 1e-6
 SAMPLING = {"do_sample": True, "top_p": 0.95, "max_new_tokens": NEW_TOKENS}
 GREEDY = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
 
@@ -89,7 +90,7 @@ def expected(family, layers, temporal, rows):
     """What the oracle writes: sequences, values, interventions."""
     config = _config(Case(family, layers, temporal, "", "lazy", rows))
     oracle = Oracle(config)
-    set_seed(5)
+    set_seed(SEEDS.get(family, 5))
     with torch.no_grad():
         sequences = model_of(family).generate(**_inputs(rows), **_options(rows), custom_generate=oracle)
     return sequences, oracle.values, oracle.interventions
@@ -118,7 +119,7 @@ def examine(case) -> int:
     """Check one call; returns the number of interventions of the oracle."""
     sequences, values, interventions = expected(case.family, case.layers, case.temporal, case.rows)
     model, inputs = model_of(case.family), _inputs(case.rows)
-    set_seed(5)
+    set_seed(SEEDS.get(case.family, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model.generate(
