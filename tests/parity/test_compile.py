@@ -7,7 +7,7 @@ from transformers import CompileConfig
 
 from hf_value_steer import AbstentionConfig, ValueFilterConfig, value_steer_generate
 from hf_value_steer.generation.kernels import Whole
-from tests.families import accepting_head, build, prompts, random_head
+from tests.families import accepting_head, build, layered_head, prompts, random_head
 from tests.steer import rejecting, steer
 
 
@@ -129,3 +129,20 @@ def test_a_look_ahead_that_is_not_compiled_beside_a_step_that_is(evaluation, loo
     ordinary, compiled = generate(model, None, config), generate(model, compile_config, config)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
     torch.testing.assert_close(compiled.token_values, ordinary.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+def test_heads_on_layers_commit_the_same(temporal, evaluation, compile_config):
+    model = build("qwen3")
+    options = {"value_head": layered_head(model, [0, "final"], temporal), "evaluation": evaluation}
+    config = ValueFilterConfig(**options, threshold=0.45, num_candidates=4)
+    ordinary = generate(model, None, config)
+    compiled = generate(model, compile_config, config)
+    assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
+    torch.testing.assert_close(compiled.token_values, ordinary.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
+    on_a_layer = ValueFilterConfig(
+        value_head=layered_head(model, [0], temporal), threshold=0.45, num_candidates=4, evaluation=evaluation
+    )
+    ordinary, compiled = generate(model, None, on_a_layer), generate(model, compile_config, on_a_layer)
+    assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
