@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_value_steer.backbone.features import FINAL, deepest
+from hf_value_steer.backbone.features import FINAL, Layer, deepest
 from hf_value_steer.backbone.parts import underlying
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.errors import ScoringError, UnsupportedError
@@ -133,8 +133,7 @@ class _Reader:
 
     def read(self, batch: Sequence[tuple[list[int], list[int]]]) -> Iterator[ScoredText]:
         """Values of some prompts and texts, given as token ids."""
-        reads = layers_read(self.head, self.prepared.model)
-        scorer = bind(self.config, self.head, len(batch), torch.device("cpu"), reads)
+        scorer = bind(self.config, self.head, len(batch), torch.device("cpu"), self.layers)
         starts = [len(prompt) for prompt, _ in batch]
         rows = [torch.tensor(prompt + text, dtype=torch.long) for prompt, text in batch]
         values = self._values(scorer, rows, [max(start - 1, 0) for start in starts])
@@ -161,13 +160,13 @@ class _Reader:
         if not length:
             return torch.zeros(len(rows), 0)
         cache = None if length <= self.chunk else self._cache(length)
-        found, run = [], self._forward(scorer)
+        found = []
         for first in range(0, length, self.chunk):
             last = first + self.chunk
             inputs: dict[str, Any] = {"input_ids": ids[:, first:last], "attention_mask": mask[:, :last]}
             inputs = {name: each.to(model.device) for name, each in inputs.items()}
             inputs |= {"use_cache": cache is not None, **({CACHE: cache} if cache is not None else {})}
-            features = run(inputs).features.of(scorer.reads)
+            features = self.forward(inputs).features.of(self.layers)
             found.append(scorer.values_of_tokens(features, [max(begin - first, 0) for begin in begins]))
         values = torch.cat(found, dim=1)
         counted = mask.bool() & (torch.arange(length) >= torch.tensor(begins)[:, None])
@@ -175,9 +174,15 @@ class _Reader:
             raise ScoringError("A value is no number in [0, 1]: the head or the model gave NaN or an infinity.")
         return values.masked_fill(~counted, 0.0)
 
-    def _forward(self, scorer: Scorer) -> Callable[[dict[str, Any]], Reached]:
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those that the head reads."""
+        return layers_read(self.head, self.prepared.model)
+
+    @cached_property
+    def forward(self) -> Callable[[dict[str, Any]], Reached]:
         """A forward that ends at the deepest layer that the head reads, where it may end there."""
-        points, layer = self.prepared.points(scorer.reads), deepest(scorer.reads)
+        points, layer = self.prepared.points(self.layers), deepest(self.layers)
         if layer != FINAL and can_judge_at_depth(self.prepared):
             return AtDepth(self.prepared.model, points, layer).run_below
         return partial(self.prepared.forwards.run_to, points)

@@ -19,29 +19,15 @@ import torch
 import transformers
 from transformers import set_seed
 
-from hf_value_steer import BlockCache, ValueFilterConfig, value_steer_generate
+from hf_value_steer import ValueFilterConfig, value_steer_generate
 from hf_value_steer.hosts.transformers import CACHE
 from tests.families import layered_head, prompts
+from tests.matrix import named_cache
 from tests.oracle import Oracle
 from tests.tiny_models import build_tiny
 
 
-FAMILIES = (
-    *(
-        "llama",
-        "mistral",
-        "qwen3",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "opt",
-        "bloom",
-        "mixtral",
-        "phi3",
-        "lfm2",
-        "jamba",
-    ),
-)
+FAMILIES = tuple("llama mistral qwen3 gemma2 gemma3_text gpt2 opt bloom mixtral phi3 lfm2 jamba".split())
 DEPTH = 4
 LAYERS = ((0,), (1,), (2,), ("final",), (0, 2))
 TEMPORAL = ("none", "mean", "ema")
@@ -69,10 +55,7 @@ class Case(NamedTuple):
 GRID = [Case(*case) for case in itertools.product(FAMILIES, LAYERS, TEMPORAL, CACHES, ("lazy", "eager"), (1, 5))]
 
 
-def sampled(grid, share=10):
-    """A fixed part of a grid, in which every entry of every axis occurs."""
-    step = share + 1 if share % 2 == 0 else share  # no divisor of an axis
-    return grid[::step]
+SAMPLE = GRID[::11]  # every entry of every axis occurs: 11 divides the length of none
 
 
 @cache
@@ -92,12 +75,8 @@ def expected(family, layers, temporal, rows):
     oracle = Oracle(config)
     set_seed(SEEDS.get(family, 5))
     with torch.no_grad():
-        sequences = model_of(family).generate(**_inputs(rows), **_options(rows), custom_generate=oracle)
+        sequences = model_of(family).generate(**prompts(rows), **_options(rows), custom_generate=oracle)
     return sequences, oracle.values, oracle.interventions
-
-
-def _inputs(rows):
-    return prompts(rows)
 
 
 def _options(rows):
@@ -109,21 +88,15 @@ def _config(case):
     return ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=CANDIDATES, evaluation=case.evaluation)
 
 
-def _cache(case):
-    if case.cache == "block":
-        return {CACHE: BlockCache(model_of(case.family).config)}
-    return {"cache_implementation": case.cache}
-
-
 def examine(case) -> int:
     """Check one call; returns the number of interventions of the oracle."""
     sequences, values, interventions = expected(case.family, case.layers, case.temporal, case.rows)
-    model, inputs = model_of(case.family), _inputs(case.rows)
+    model, inputs = model_of(case.family), prompts(case.rows)
     set_seed(SEEDS.get(case.family, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = model.generate(
-            **inputs, **_options(case.rows), **_cache(case), custom_generate=value_steer_generate,
+            **inputs, **_options(case.rows), **named_cache(model, case.cache), custom_generate=value_steer_generate,
             value_steer=_config(case), return_dict_in_generate=True,
         )  # fmt: skip
     assert torch.equal(out.sequences, sequences), "other tokens"

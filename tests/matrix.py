@@ -86,25 +86,35 @@ def usable_prompts(model):
     return padded, True
 
 
+def ask_oracle(model, inputs, head):
+    """What the oracle commits, and the oracle."""
+    oracle = Oracle(ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=4))
+    set_seed(SEED)
+    return model.generate(**inputs, **SAMPLING, custom_generate=oracle), oracle
+
+
 def expectation(model, inputs):
     """What the oracle commits: `(sequences, values)`."""
-    oracle = Oracle(ValueFilterConfig(value_head=random_head(model), threshold=0.5, num_candidates=4))
-    set_seed(SEED)
-    sequences = model.generate(**inputs, **SAMPLING, custom_generate=oracle)
+    sequences, oracle = ask_oracle(model, inputs, random_head(model))
     assert any(map(any, oracle.interventions)), "the oracle never intervened: a test that cannot fail"
     return sequences, oracle.values
 
 
-def check(model, inputs, cache, kernel, evaluation, expected):
-    """`None`, or what is wrong with steering in one line."""
-    options = {"lookahead": kernel, "evaluation": evaluation}
-    sequences, values = expected
-    out = steered(model, inputs, cache, random_head(model), 0.5, **options)
+def differs(out, sequences, values):
+    """`None`, or what of a steered text is not as the oracle has it."""
     if not torch.equal(out.sequences, sequences):
         return "oracle: other tokens"
     for row, wanted in enumerate(values):
         if not torch.allclose(out.token_values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
             return "oracle: other values"
+    return None
+
+
+def check(model, inputs, cache, kernel, evaluation, expected):
+    """`None`, or what is wrong with steering in one line."""
+    options = {"lookahead": kernel, "evaluation": evaluation}
+    if wrong := differs(steered(model, inputs, cache, random_head(model), 0.5, **options), *expected):
+        return wrong
     same = steered(model, inputs, cache, accepting_head(model), 0.9, **options)
     base = plain(model, inputs, cache, output_logits=True)
     if not torch.equal(same.sequences, base.sequences):
@@ -181,21 +191,13 @@ REASONS = {
 def depth_oracle(model, inputs, layer):
     """What the oracle commits by a head on one layer."""
     head = layered_head(model, [layer])
-    oracle = Oracle(ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=4))
-    set_seed(SEED)
-    sequences = model.generate(**inputs, **SAMPLING, custom_generate=oracle)
-    return head, sequences, oracle
+    return head, *ask_oracle(model, inputs, head)
 
 
 def check_depth(model, inputs, cache, kernel, evaluation, head, sequences, oracle):
     """`None`, or what is wrong with a head on a layer in one line."""
     out = steered(model, inputs, cache, head, 0.5, lookahead=kernel, evaluation=evaluation)
-    if not torch.equal(out.sequences, sequences):
-        return "oracle: other tokens"
-    for row, wanted in enumerate(oracle.values):
-        if not torch.allclose(out.token_values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4):
-            return "oracle: other values"
-    return None
+    return differs(out, sequences, oracle.values)
 
 
 def judged(model, inputs, cases, at_depth):

@@ -14,9 +14,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_value_steer.activation.apply import is_steered, steered
 from hf_value_steer.activation.exports import Export, plan_export
-from hf_value_steer.activation.residual import pad_right, residual_width
+from hf_value_steer.activation.residual import pad_right
 from hf_value_steer.activation.vectors import Directions
-from hf_value_steer.backbone.parts import fingerprint, layers_path
+from hf_value_steer.backbone.parts import fingerprint, layers_path, residual_width
 from hf_value_steer.files.writing import write_json
 from hf_value_steer.hosts.transformers import attention_of
 

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone.parts import underlying
+from hf_value_steer.backbone.parts import residual_width, underlying
 from hf_value_steer.backbone.points import layer_points
-
-
-def residual_width(model: PreTrainedModel) -> int:
-    """Width of the residual stream; the feature's may differ."""
-    return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
 def layer_range(depth: int, start: float = 0.4, stop: float = 0.9) -> tuple[int, ...]:

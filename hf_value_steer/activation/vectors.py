@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.activation.residual import residual_width
-from hf_value_steer.backbone.parts import fingerprint_of, num_layers, refuse_other_backbone, underlying
+from hf_value_steer.backbone.parts import fingerprint_of, num_layers, refuse_other_backbone, residual_width, underlying
 from hf_value_steer.cards.vectors import vectors_card
 from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files.reading import find, read_object, reading, tensor_shapes

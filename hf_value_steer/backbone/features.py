@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone.parts import feature_width, num_layers
+from hf_value_steer.backbone.parts import feature_width, num_layers, residual_width
 from hf_value_steer.backbone.points import Point, feature_point, layer_points
 from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 
@@ -80,7 +80,12 @@ def _resolved(place: int | float | str, depth: int) -> Layer:
 
 def deepest(layers: Iterable[Layer]) -> Layer:
     """The one of them that a forward reaches last."""
-    return max(layers, key=lambda layer: float("inf") if layer == FINAL else layer)
+    return max(layers, key=_order)
+
+
+def _order(layer: Layer) -> float:
+    """Forwards reach layers in this order."""
+    return float("inf") if layer == FINAL else layer
 
 
 def points_of(model: PreTrainedModel, layers: Iterable[Layer]) -> dict[Layer, Point]:
@@ -101,8 +106,7 @@ def points_of(model: PreTrainedModel, layers: Iterable[Layer]) -> dict[Layer, Po
 
 def features_width(model: PreTrainedModel, layers: Iterable[Layer]) -> int:
     """Width of the states of these layers side by side."""
-    residual = int(model.config.get_text_config(decoder=True).hidden_size)
-    return sum(feature_width(model) if layer == FINAL else residual for layer in layers)
+    return sum(feature_width(model) if layer == FINAL else residual_width(model) for layer in layers)
 
 
 @contextmanager
@@ -117,12 +121,12 @@ def collected(
         kept (*optional*): from a state `(rows, positions, width)` to what is kept of it; all of it by default.
     """
     found: list[Features] = []
-    first = min(layers, key=lambda layer: float("inf") if layer == FINAL else layer)
+    first = min(layers, key=_order)
 
     def keep(layer: Layer, state: Tensor) -> None:
         if layer == first:
             found.append(Features())
-        state = state if layer == FINAL else require_residual(state)
+        state = require_readable(layer, state)
         found[-1][layer] = state if kept is None else kept(state)
 
     with ExitStack() as stack:
@@ -131,13 +135,13 @@ def collected(
         yield found
 
 
-def require_residual(state: Tensor) -> Tensor:
-    """`state`, if it is `(rows, positions, width)`.
+def require_readable(layer: Layer, state: Tensor) -> Tensor:
+    """The `state` that has passed at `layer`, if it is `(rows, positions, width)`; what is final always is.
 
     Raises:
         UnsupportedError: for a model whose residual stream has another form.
     """
-    if not isinstance(state, Tensor) or state.dim() != 3:
+    if layer != FINAL and (not isinstance(state, Tensor) or state.dim() != 3):
         found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
         raise UnsupportedError(
             f"A head that reads layers cannot be used here: a layer should hand on (rows, positions, width), it gave "

@@ -27,6 +27,11 @@ def feature_width(model: PreTrainedModel) -> int:
     return int(output_embedding(model).in_features)  # type: ignore[arg-type]
 
 
+def residual_width(model: PreTrainedModel) -> int:
+    """Width of the residual stream; the feature's may differ."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
 def vocabulary_size(model: PreTrainedModel) -> int:
     """How many tokens the model has scores for."""
     return int(output_embedding(model).out_features)  # type: ignore[arg-type]

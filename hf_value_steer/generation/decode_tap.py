@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from hf_value_steer.backbone.features import FINAL, Features, Layer, points_of, require_residual
+from hf_value_steer.backbone.features import FINAL, Features, Layer, points_of, require_readable
 from hf_value_steer.backbone.points import feature_point, on_call
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.attention import padding_of, tidied
@@ -128,7 +128,7 @@ class DecodeTap:
 
         def on_state(layer: Layer, state: Tensor) -> None:
             if seen.watching and seen.features is not None:
-                seen.features[layer] = state if layer == FINAL else require_residual(state)
+                seen.features[layer] = require_readable(layer, state)
 
         followed = _Followed(model, layers, on_state)
         weakref.finalize(self, on_call(model, on_forward))

@@ -5,20 +5,27 @@ A forward goes through all layers and is judged on its way ([`AtDepth.run_throug
 to run, are stood in for by what that layer has handed on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_value_steer.backbone.features import FINAL, Features
 from hf_value_steer.backbone.parts import decoder_layers
-from hf_value_steer.backbone.points import feature_point, layer_points
-from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.families import AT_DEPTH
-from hf_value_steer.generation.forwards import Outer, Points, Reached, Split, hooks_of, leave, reading, require_all
+from hf_value_steer.generation.forwards import (
+    Outer,
+    Points,
+    Reached,
+    Split,
+    any_hooked,
+    leave,
+    reading,
+    require_all,
+    standing_in,
+)
 from hf_value_steer.generation.prepared import PreparedModel
 
 
@@ -30,7 +37,7 @@ def can_judge_at_depth(prepared: PreparedModel) -> bool:
     config = prepared.model.config.get_text_config(decoder=True)
     if config.model_type not in AT_DEPTH or not isinstance(prepared.forwards, Split):
         return False
-    return not any(isinstance(hook, UserHook) for layer in decoder_layers(prepared.model) for hook in hooks_of(layer))
+    return not any_hooked(decoder_layers(prepared.model))
 
 
 class AtDepth:
@@ -38,14 +45,14 @@ class AtDepth:
 
     Args:
         model: a shadow, which belongs to one call.
-        points: where the states that are read pass.
+        points: where the states that are read pass, those of `layer` among them.
         layer (`int`): at which tokens are judged.
     """
 
     def __init__(self, model: PreTrainedModel, points: Points, layer: int):
         self.model, self.points, layers = model, points, list(decoder_layers(model))
         self.lower, self.last, self.upper = layers[: layer + 1], layers[layer], layers[layer + 1 :]
-        self.point, self.final = layer_points(model)[layer], feature_point(model)
+        self.point, self.final = points[layer], points[FINAL]
         self.below: Points = {each: point for each, point in points.items() if each != FINAL and each <= layer}
 
     def run_through(self, inputs: Mapping[str, Any], judge: Callable[[Reached], None]) -> Reached:
@@ -112,20 +119,3 @@ class _HandedOn:
     def with_state(self, state: Tensor) -> "_HandedOn":
         """The same with another state in it."""
         return _HandedOn(output=(state, *self.output[1:]) if isinstance(self.output, tuple) else state)
-
-
-@contextmanager
-def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for that of modules, of a shadow, inside the `with` block."""
-    tables = [vars(module) for module in modules]
-    before = [table.get("forward") for table in tables]
-    for table in tables:
-        table["forward"] = forward
-    try:
-        yield
-    finally:
-        for table, own in zip(tables, before, strict=True):
-            if own is None:
-                del table["forward"]
-            else:
-                table["forward"] = own

@@ -6,7 +6,7 @@ A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the en
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Engine:
         compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
         back (`int`): how many tokens a [`chain`] may take the place of.
         reads: the layers whose states are wanted, beside what the output embedding consumes.
-        depth (`int`, *optional*): the layer at which tokens are judged; by default behind the last one.
+        depth (`int`, *optional*): the one of them at which tokens are judged; by default behind the last layer.
     """
 
     def __init__(
@@ -65,8 +65,9 @@ class Engine:
         self.around: Around = around or (lambda _: nullcontext())
         self.live = LiveCache(model_kwargs[cache_name(model_kwargs)], self.model.config, back)
         self.longest_row, self.adapters = prepared.longest_row, prepared.adapters
-        self.points = prepared.points(reads if depth is None else [*reads, depth])
+        self.points = prepared.points(reads)
         self.at_depth = None if depth is None else AtDepth(self.model, self.points, depth)
+        self.known_padding: list[int] | None = None
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
         self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
 
@@ -159,9 +160,8 @@ class Engine:
         reached = ahead.chosen(columns)
         ahead.cache.append_states(columns)
         if self.at_depth is not None:
-            inputs = self._step_inputs(input_ids)
             with self.around(Reading(self.live.cache)):
-                reached = self.at_depth.run_above(inputs, reached)
+                reached = self.at_depth.run_above(self._step_inputs(input_ids), reached)
         ahead.cache.append_slots(columns)  # now: masks follow the lower layers, which hold the text before this token
         return reached
 
@@ -228,18 +228,18 @@ class Engine:
                 setattr(reached, name, tuple(select_rows(each, rows) for each in states))
         return Alternatives(reached, look.cache, reached.features, self.kernel)
 
-    @cached_property
-    def _padding(self) -> list[int] | None:
-        """Number of padded positions to the left of each text, for which the host waits once."""
+    def _padding(self, rows: int) -> list[int]:
+        """Number of padded positions to the left of each of all texts, for which the host waits once."""
         mask = self.model_kwargs.get("attention_mask")
-        return None if mask is None else (mask == 0).sum(dim=-1).tolist()
+        if self.known_padding is None:
+            self.known_padding = [0] * rows if mask is None else (mask == 0).sum(dim=-1).tolist()
+        return self.known_padding
 
     def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
         cache.partial = self.at_depth is not None
-        return LookAhead(
-            self.model, self.model_kwargs, cache, input_ids, candidates, rows, self._padding or [0] * len(input_ids)
-        )
+        padding = partial(self._padding, len(input_ids))
+        return LookAhead(self.model, self.model_kwargs, cache, input_ids, candidates, rows, padding)
 
     def _forward(self, look: LookAhead, reading: Reading) -> Reached:
         inputs = self.kernel.inputs(look)

@@ -4,7 +4,7 @@ Between the two parts nothing runs. There tokens are judged and replaced, in cod
 the output embedding is computed once, for what was kept.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_value_steer.backbone.features import FINAL, Features, Layer, require_residual
+from hf_value_steer.backbone.features import FINAL, Features, Layer, require_readable
 from hf_value_steer.backbone.parts import layer_stack
 from hf_value_steer.backbone.points import Point, Watcher, feature_point
 from hf_value_steer.backbone.user_hooks import UserHook
@@ -89,8 +89,7 @@ def choose_forwards(model: PreTrainedModel) -> Forwards:
     # The output embedding is called in both parts, once without a position: its hooks run as they are.
     inside = {*stack.modules(), *head.modules()} - {stack}
     outside = (each for each in model.modules() if each not in inside)
-    hooked = any(isinstance(hook, UserHook) for each in outside for hook in hooks_of(each))
-    return split if ours and plain and not compiled and not hooked else Undivided(model)
+    return split if ours and plain and not compiled and not any_hooked(outside) else Undivided(model)
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
@@ -103,9 +102,10 @@ def _compiled(module: nn.Module) -> bool:
     return hasattr(module.forward, "_torchdynamo_orig_callable") or module._compiled_call_impl is not None
 
 
-def hooks_of(module: nn.Module) -> list[Any]:
-    """What runs before and after a module."""
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+def any_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether a hook of the user runs before or after one of them."""
+    tables = (table for each in modules for table in (each._forward_pre_hooks, each._forward_hooks))
+    return any(isinstance(hook, UserHook) for table in tables for hook in table.values())
 
 
 class Split:
@@ -125,13 +125,13 @@ class Split:
 
     def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
         stand_in = _StandIn(self.stack.forward)
-        with reading(points) as features, self.point.shown_to(leave), stand_in.on(self.stack):
+        with reading(points) as features, self.point.shown_to(leave), standing_in([self.stack], stand_in):
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(self, features, outputs, rest=(inputs, stand_in))
 
     def resume_from(self, reached: Reached) -> Tensor:
         inputs, stand_in = reached.rest
-        with self.point.shown_to(lambda _: reached.features[FINAL]), stand_in.on(self.stack):
+        with self.point.shown_to(lambda _: reached.features[FINAL]), standing_in([self.stack], stand_in):
             logits: Tensor = self.model(**{**inputs, "return_dict": True}).logits
         return logits
 
@@ -206,7 +206,7 @@ class _Reader:
         self.features, self.layer = features, layer
 
     def __call__(self, state: Tensor) -> None:
-        self.features[self.layer] = state if self.layer == FINAL else require_residual(state)
+        self.features[self.layer] = require_readable(self.layer, state)
 
 
 def require_all(features: Features) -> Features:
@@ -231,15 +231,19 @@ class _StandIn:
             self.output = self.forward(*args, **kwargs)
         return self.output
 
-    @contextmanager
-    def on(self, module: nn.Module) -> Iterator[None]:
-        """Stand in for `module`, of a shadow, inside the `with` block."""
-        own, before = vars(module), vars(module).get("forward")
-        own["forward"] = self
-        try:
-            yield
-        finally:
-            if before is None:
-                del own["forward"]
+
+@contextmanager
+def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` stand in for that of modules, of a shadow, inside the `with` block."""
+    tables = [vars(module) for module in modules]
+    before = [table.get("forward") for table in tables]
+    for table in tables:
+        table["forward"] = forward
+    try:
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            if own is None:
+                del table["forward"]
             else:
-                own["forward"] = before
+                table["forward"] = own

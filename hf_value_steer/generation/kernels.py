@@ -1,6 +1,7 @@
 """How K candidates go through the backbone in one forward."""
 
 import inspect
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -90,7 +91,7 @@ class LookAhead:
         input_ids (`torch.LongTensor` of shape `(batch, length)`): the text so far, of all rows.
         candidates (`torch.LongTensor` of shape `(rows, K)`): token ids.
         rows (`torch.LongTensor`, *optional*): which rows of the batch these are, all if `None`.
-        padding (`list` of `int`): number of padded positions to the left of each text of the batch.
+        padding: asks for the number of padded positions to the left of each text of the batch.
     """
 
     model: PreTrainedModel
@@ -99,7 +100,7 @@ class LookAhead:
     input_ids: Tensor
     candidates: Tensor
     rows: Tensor | None
-    padding: list[int]
+    padding: Callable[[], list[int]]
 
     def step(self, text: Tensor, model_kwargs: dict[str, Any], tokens: Tensor | None = None) -> dict[str, Any]:
         """Arguments of an ordinary step with our cache after `text` `(batch, length)`, as the model prepares them.
@@ -221,9 +222,9 @@ class SharedPrefix(Expanded):
     layer = SharedPrefixLayer
 
     def inputs(self, look: LookAhead) -> dict[str, Any]:
-        everyone = range(len(look.padding))
-        numbers = look.cache.row_numbers = list(everyone if look.rows is None else look.rows.tolist())
-        look.cache.padding = [look.padding[row] for row in numbers]
+        padding = look.padding()
+        numbers = look.cache.row_numbers = list(range(len(padding)) if look.rows is None else look.rows.tolist())
+        look.cache.padding = [padding[row] for row in numbers]
         return super().inputs(look)
 
     def attention(self, look: LookAhead) -> AbstractContextManager[None]:

@@ -25,16 +25,20 @@ class PreparedModel:
             different models. Hooks, attention, classes and modes that are set on it are seen by no other call.
         forwards: how it is run where nothing is compiled.
         longest_row, adapters: what depends on which rows a forward reads.
+        known (`dict`): what [`points`] has answered.
     """
 
     def __init__(self, model: PreTrainedModel):
         self.model: PreTrainedModel = shadow(model).eval()
         self.forwards = choose_forwards(self.model)
         self.longest_row, self.adapters = LongestRow(self.model), AdaptersOfRows(self.model)
+        self.known: dict[tuple[Layer, ...], Points] = {}
 
     def points(self, layers: Iterable[Layer] = ()) -> Points:
         """Where the states of these layers pass, and what the output embedding consumes; open to be watched."""
-        points = points_of(self.model, dict.fromkeys([*layers, FINAL]))
-        for point in points.values():
-            point.open()
-        return points
+        wanted = tuple(dict.fromkeys([*layers, FINAL]))
+        if wanted not in self.known:
+            self.known[wanted] = points_of(self.model, wanted)
+            for point in self.known[wanted].values():
+                point.open()
+        return self.known[wanted]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_value_steer.activation.residual import layer_range, read_residuals, residual_width
+from hf_value_steer.activation.residual import layer_range, read_residuals
 from hf_value_steer.activation.steering_vectors import SteeringVectors
 from hf_value_steer.backbone.features import FINAL, Features
-from hf_value_steer.backbone.parts import fingerprint, num_layers, underlying
+from hf_value_steer.backbone.parts import fingerprint, num_layers, residual_width, underlying
 from hf_value_steer.checks import check_choice, import_optional
 from hf_value_steer.choices import DirectionMethod, Pooling
 from hf_value_steer.errors import UnsupportedError

@@ -14,28 +14,13 @@ from hf_value_steer.generation.families import MASKED, SHARED_PREFIX
 from hf_value_steer.generation.method import Method
 from tests.families import layered_head, prompts
 from tests.layers import CANDIDATES, model_of
+from tests.layers import FAMILIES as TWELVE
 from tests.oracle import states
 from tests.parity.test_guidance import make_module
 from tests.unit.test_steering_vectors import random_vectors
 
 
-FAMILIES = (
-    *(
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma2",
-        "gemma3_text",
-        "gpt2",
-        "opt",
-        "bloom",
-        "mixtral",
-        "phi3",
-        "lfm2",
-    ),
-    *("jamba", "falcon", "gpt_neox", "olmo2", "starcoder2", "stablelm", "cohere", "mamba"),
-)
+FAMILIES = (*TWELVE, "qwen2", "falcon", "gpt_neox", "olmo2", "starcoder2", "stablelm", "cohere", "mamba")
 LAYERS = (0, 1, 2, 3, "final")
 SEQUENCES = [[5, 9, 33, 7, 12, 41, 8], [77, 3, 15, 60, 22]]
 
