@@ -135,7 +135,7 @@ def speed(
         times = [in_turns(*players.values()) for _ in range(5)]
     found = {}
     for index, name in enumerate(players):
-        ratios = sorted(each[index] / each[0] for each in times)
+        ratios = sorted(sum(each[index]) / sum(each[0]) for each in times)
         found[name] = {"median": round(statistics.median(ratios), 4), "all": [round(ratio, 4) for ratio in ratios]}
     return found
 

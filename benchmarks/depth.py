@@ -4,9 +4,13 @@
     python -m benchmarks.depth --picture docs/depth.png benchmarks/results/depth.json
 
 SmolLM2-135M, 30 layers. Plain `generate` and all steered runs of a batch size are under way at once and take turns, a
-token each. The heads' values are prescribed: 5 % of the natural samples are rejected in lazy runs. Beside each cost
-stands a bound that counts what cannot be saved: in a lazy step the weights up to the layer are read once more whenever
-a row is looked at, in an eager step nothing is read twice; and K tokens instead of one are multiplied up to the layer.
+token each. The heads' values are prescribed: 5 % of the natural samples are rejected in lazy runs. What a look at
+alternatives costs is the time of steps with one above that of the steps without one of the same run, each divided by
+that of plain `generate` in the same turn.
+
+Beside each cost stands a bound that counts what cannot be saved: in a lazy step the weights up to the layer are read
+once more whenever a row is looked at, in an eager step nothing is read twice; and K tokens instead of one are
+multiplied up to the layer.
 """
 
 import argparse
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.environment import command, describe, save
@@ -71,7 +76,7 @@ def measure(model: PreTrainedModel, batch: int, new_tokens: int, rounds: int) ->
     prompt = Prompt(model, batch, 64)
     arguments = {"do_sample": True, "top_k": 0, "return_dict_in_generate": True, "eos_token_id": None}
     heads = [make_head(model, run.rate, run.layer) for run in RUNS]
-    rates: list[list[float]] = [[] for _ in RUNS]
+    looked: list[list[Tensor]] = [[] for _ in RUNS]
 
     def plain(length: int, turns: Turns) -> None:
         model.generate(**prompt.inputs("dynamic"), **arguments, max_new_tokens=length, stopping_criteria=[turns])
@@ -84,9 +89,9 @@ def measure(model: PreTrainedModel, batch: int, new_tokens: int, rounds: int) ->
         steer = {"custom_generate": value_steer_generate, "value_steer": config}
         options = {"max_new_tokens": length, "stopping_criteria": [turns]}
         output = model.generate(**prompt.inputs("dynamic"), **arguments, **steer, **options)
-        rates[index].append(output.interventions.float().mean().item())
+        looked[index].append(output.candidates_evaluated > 1)
 
-    def turn(length: int) -> list[float]:
+    def turn(length: int) -> list[list[float]]:
         players: list[Callable[[Turns], None]] = [partial(plain, length)]
         players += [partial(steered, index, length) for index in range(len(RUNS))]
         return in_turns(*players)
@@ -101,29 +106,36 @@ def measure(model: PreTrainedModel, batch: int, new_tokens: int, rounds: int) ->
             **vars(run),
             "batch": batch,
             "depth": round(share(run.layer, layers), 3),
-            **summary([each[1 + index] / each[0] for each in times]),
-            "intervention_rate": round(statistics.mean(rates[index][1:]), 4),
+            **summary([sum(each[1 + index]) / sum(each[0]) for each in times]),
+            **({"look": look(times, index, looked[index][1:])} if run.rate else {}),
             "bounds": {name: round(bound, 3) for name, bound in bounds(run, batch, layers).items()},
         }
         for index, run in enumerate(RUNS)
     ]
 
 
+def look(times: list[list[list[float]]], index: int, looked: list[Tensor]) -> dict[str, float]:
+    """Cost of a step that looks at alternatives above one that does not, in steps of plain `generate`.
+
+    Args:
+        times: seconds by round, run (plain `generate` is the first) and turn.
+        index (`int`): of the run.
+        looked: by round, which tokens `(batch, tokens)` were looked at.
+    """
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    for plain_and_runs, tokens in zip(times, looked, strict=True):
+        some = tokens.any(dim=0).tolist()
+        for token in range(1, len(some)):  # the first turn has the prompt
+            steps[some[token]].append(plain_and_runs[1 + index][token] / plain_and_runs[0][token])
+    without, with_ = statistics.median(steps[False]), statistics.median(steps[True])
+    rate = torch.cat(looked, dim=1).float().mean().item()
+    return {"cost": round(with_ - without, 4), "steps": len(steps[True]), "without": round(without, 4), "rate": rate}
+
+
 def interventions_cost(cases: list[dict[str, Any]], layer: int) -> float:
     """What interventions of a head at `layer` cost, as a share of what those of one on the final state cost."""
-
-    def extra(layer: int | str) -> float:
-        with_, without = (
-            next(
-                case["ratio_median"]
-                for case in cases
-                if (case["layer"], case["evaluation"], case["rate"]) == (layer, "lazy", rate)
-            )
-            for rate in (RATE, 0.0)
-        )
-        return float(with_ - without)
-
-    return round(extra(layer) / extra("final"), 3)
+    costs = {case["layer"]: float(case["look"]["cost"]) for case in cases if "look" in case}
+    return round(costs[layer] / costs["final"], 3)
 
 
 def draw(document: dict[str, Any], path: Path) -> None:
@@ -167,11 +179,12 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         model, _ = load_backbone(getattr(torch, dtype))
         for batch in (1, 16):
-            cases = measure(model, batch, 60 if batch == 1 else 40, arguments.rounds)
+            cases = measure(model, batch, 200 if batch == 1 else 40, arguments.rounds)
             panels.append({"title": f"{dtype}, batch {batch}", "dtype": dtype, "batch": batch, "cases": cases})
             panels[-1]["interventions_at_layer_11"] = interventions_cost(cases, 11)
             for case in cases:
-                print(f"{panels[-1]['title']:20s} {case['name']:40s} {case['ratio_median']:.3f}  {case['bounds']}")
+                found = f"{case['ratio_median']:.3f}  {case.get('look', '')}  {case['bounds']}"
+                print(f"{panels[-1]['title']:20s} {case['name']:40s} {found}")
             print(
                 f"interventions at layer 11: {panels[-1]['interventions_at_layer_11']} of the final state's",
                 flush=True,

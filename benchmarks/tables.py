@@ -108,8 +108,13 @@ def depth(document: dict[str, Any]) -> str:
     lines.append(row(*["---"] * (1 + len(panels))))
     for cases in zip(*(panel["cases"] for panel in panels), strict=True):
         lines.append(row(cases[0]["name"], *(ratio({**case, "rate": 0}) for case in cases)))
+    for cases in zip(*(panel["cases"] for panel in panels), strict=True):
+        if "look" in cases[0]:
+            where = cases[0]["name"].split(",")[1].strip()
+            costs = [f"{case['look']['cost']:.3f} ({case['look']['steps']} steps)" for case in cases]
+            lines.append(row(f"a look at alternatives, {where}", *costs))
     shares = [f"{panel['interventions_at_layer_11']:.2f}" for panel in panels]
-    lines.append(row("what interventions at layer 11 cost, of what they cost at the final state", *shares))
+    lines.append(row("looks at layer 11, of what they cost at the final state", *shares))
     versions, rounds = document["versions"], len(panels[0]["cases"][0]["ratios"])
     lines.append("")
     lines.append(

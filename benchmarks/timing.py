@@ -119,20 +119,20 @@ class Turns(StoppingCriteria):
 
 
 @torch.no_grad()
-def in_turns(*runs: Callable[[Turns], Any]) -> list[float]:
-    """Seconds of each run, all of them under way at once and taking turns, a token each.
+def in_turns(*runs: Callable[[Turns], Any]) -> list[list[float]]:
+    """Seconds of each turn of each run, all of them under way at once and taking turns, a token each.
 
     What slows the machine for a while slows all of them, so that their ratio is steadier than that of times taken one
     after the other. Each run passes the [`Turns`] that it is given to `generate`.
     """
-    host, taken = getcurrent(), [0.0] * len(runs)
+    host, taken = getcurrent(), [list[float]() for _ in runs]
     players = [greenlet(run) for run in runs]
     while any(not player.dead for player in players):
         for index, player in enumerate(players):
             if not player.dead:
                 start = time.perf_counter()
                 player.switch(Turns(host.switch))
-                taken[index] += time.perf_counter() - start
+                taken[index].append(time.perf_counter() - start)
     return taken
 
 
@@ -167,7 +167,8 @@ def compare(model: PreTrainedModel, case: Case, pairs: int, prompt: Prompt | Non
 
     def pair(new_tokens: int) -> list[float]:
         caches = prompt.inputs("dynamic"), prompt.inputs(case.cache)
-        return in_turns(partial(reference, caches[0], new_tokens), partial(steered, caches[1], new_tokens))
+        turns = in_turns(partial(reference, caches[0], new_tokens), partial(steered, caches[1], new_tokens))
+        return [sum(each) for each in turns]
 
     torch.manual_seed(0)
     pair(WARM_UP)

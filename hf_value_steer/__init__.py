@@ -15,6 +15,7 @@ from hf_value_steer.hosts.versions import refuse_other_transformers
 
 if TYPE_CHECKING:
     from hf_value_steer.activation.steering_vectors import SteeringVectors as SteeringVectors
+    from hf_value_steer.backbone.parts import fingerprint as fingerprint
     from hf_value_steer.configuration.abstain import AbstentionConfig as AbstentionConfig
     from hf_value_steer.configuration.activate import ActivationConfig as ActivationConfig
     from hf_value_steer.configuration.filter import ValueFilterConfig as ValueFilterConfig
@@ -69,6 +70,7 @@ _HOME = {
     "disable_value_steer": "generate",
     "enable_value_steer": "generate",
     "export_custom_generate": "hub",
+    "fingerprint": "backbone.parts",
     "score_text": "scoring",
     "value_steer_generate": "generation.decoding",
 }

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import set_seed
+from transformers import CompileConfig, set_seed
 
 from hf_value_steer import ValueFilterConfig, value_steer_generate
 from hf_value_steer.hosts.transformers import CACHE
@@ -31,7 +31,7 @@ FAMILIES = tuple("llama mistral qwen3 gemma2 gemma3_text gpt2 opt bloom mixtral 
 DEPTH = 4
 LAYERS = ((0,), (1,), (2,), ("final",), (0, 2))
 TEMPORAL = ("none", "mean", "ema")
-CACHES = ("dynamic", "block", "static")
+CACHES = ("dynamic", "block", "static", "compiled")
 NEW_TOKENS, CANDIDATES = 12, 4
 SEEDS = {"gemma3_text": 6}  # by default 5, with which two of its candidates tie at a dead end, to 1e-6
 SAMPLING = {"do_sample": True, "top_p": 0.95, "max_new_tokens": NEW_TOKENS}
@@ -83,6 +83,16 @@ def _options(rows):
     return SAMPLING if rows > 1 else GREEDY
 
 
+def cache_arguments(model, name):
+    """Arguments of `generate` for a cache of that name; with `"compiled"`, a static one and compiled steps."""
+    if name != "compiled":
+        return named_cache(model, name)
+    torch._dynamo.reset()  # the graphs of few models are kept
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
 def _config(case):
     head = head_of(case.family, case.layers, case.temporal)
     return ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=CANDIDATES, evaluation=case.evaluation)
@@ -95,10 +105,9 @@ def examine(case) -> int:
     set_seed(SEEDS.get(case.family, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        out = model.generate(
-            **inputs, **_options(case.rows), **named_cache(model, case.cache), custom_generate=value_steer_generate,
-            value_steer=_config(case), return_dict_in_generate=True,
-        )  # fmt: skip
+        steering = {"custom_generate": value_steer_generate, "value_steer": _config(case)}
+        options = {**_options(case.rows), **cache_arguments(model, case.cache), "return_dict_in_generate": True}
+        out = model.generate(**inputs, **options, **steering)
     assert torch.equal(out.sequences, sequences), "other tokens"
     for row, wanted in enumerate(values):
         torch.testing.assert_close(out.token_values[row, : len(wanted)], torch.tensor(wanted), rtol=0, atol=1e-4)

@@ -292,8 +292,11 @@ static caches, left padding; {interventions:,} interventions.
 **Judged behind the last layer, {len(ways["end"])} types**: {listed["end"]}. Layers above read the token again, or
 layers hand on more than one state, so that a look-ahead goes through all of them. What is written is the same.
 
-**Heads on layers are not used, {len(ways["refused"])} types**: {listed["refused"]}. Their layers are not one list of
-modules that hand on `(rows, positions, width)`, or {transformers.__version__} does not build them by themselves.
+**Not tried or refused, {len(ways["refused"])} types**: {listed["refused"]}. Their layers are not one list of modules
+that hand on `(rows, positions, width)`, so that a head on layers is refused; or {transformers.__version__} does not
+build them by themselves.
+
+A model of text and images, and any other that holds one of these, is used as the language model inside it.
 """
 
 

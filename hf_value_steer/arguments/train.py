@@ -119,7 +119,8 @@ class TrainArguments(SplitArguments):
         default=None, metadata={"help": "width of the inner layers of an mlp; that of what it reads by default"}
     )
     feature_layers: Layers | None = field(
-        default=None, metadata={"help": "layers that the head reads; all that were collected by default"}
+        default=None,
+        metadata={"help": "layers that the head reads; those named in `collect` by default, to be named after `all`"},
     )
     temporal: Temporal = field(
         default="none", metadata={"help": "what the head remembers of the tokens before: nothing, or a mean of them"}

@@ -74,7 +74,10 @@ def _resolved(place: int | float | str, depth: int) -> Layer:
     assert not isinstance(place, str)  # the config was checked
     layer = min(round(place * depth), depth - 1) if isinstance(place, float) else place
     if not -depth <= layer < depth:
-        raise MismatchError(f"`feature_layers` name layer {layer}, but this model has {depth} layers.")
+        raise MismatchError(
+            f"`feature_layers` name layer {layer}, but this model has {depth} layers, 0 to {depth - 1}. "
+            'What transformers calls `hidden_states[l + 1]` is layer l, and its last one is "final".'
+        )
     return layer % depth
 
 

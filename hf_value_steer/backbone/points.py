@@ -11,7 +11,7 @@ classes of modules but not their hooks, so a graph that was compiled before woul
 import inspect
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ from hf_value_steer.backbone.parts import decoder_layers, output_embedding
 Watcher = Callable[[Tensor], Tensor | None]
 
 _TABLE = "_value_steer_watchers"  # in a module's `__dict__`: a tuple of watchers
+_STAND_IN = "_value_steer_stand_in"  # in a module's `__dict__`: what is called with its forward, and the arguments
 _WATCHED = "_value_steer_watched"  # in the `__dict__` of a class that was made here
 _blocks: ContextVar[frozenset["Here"]] = ContextVar("blocks that this context is in", default=frozenset())
 
@@ -143,6 +144,23 @@ class Point:
                 detach()
 
 
+@contextmanager
+def standing_in(points: Sequence[Point], stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Call `stand_in(forward, *args, **kwargs)` in the place of the modules of open points, inside the `with` block.
+
+    Watchers see what `forward` returns, where `stand_in` calls it, and not what `stand_in` returns.
+    """
+    tables = [vars(point.module) for point in points]
+    before = [table.get(_STAND_IN) for table in tables]
+    for table in tables:
+        table[_STAND_IN] = stand_in
+    try:
+        yield
+    finally:
+        for table, own in zip(tables, before, strict=True):
+            table[_STAND_IN] = own
+
+
 def feature_point(model: PreTrainedModel) -> Point:
     """Where the feature passes: what the output embedding consumes.
 
@@ -226,6 +244,12 @@ def _watched_class(kind: type[nn.Module], side: str) -> type[nn.Module]:
 
 
 def _forward(side: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if (stand_in := vars(module).get(_STAND_IN)) is not None:
+        return stand_in(partial(_run, side, module, forward), *args, **kwargs)
+    return _run(side, module, forward, *args, **kwargs)
+
+
+def _run(side: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if side == "input":
         return forward(_shown(module, args[0]), *args[1:], **kwargs)
     output = forward(*args, **kwargs)

@@ -194,12 +194,13 @@ class _Copies(dict[int, Any]):
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         """A function whose closure or defaults hold what is copied; its other cells stay shared."""
         self[id(value)] = value
-        cells, defaults = value.__closure__ or (), self.of(value.__defaults__)
+        cells, defaults, named = value.__closure__ or (), self.of(value.__defaults__), self.of(value.__kwdefaults__)
         closure = tuple(map(self._cell, cells))
-        if defaults is value.__defaults__ and all(map(operator.is_, closure, cells)):
+        old = (value.__defaults__, value.__kwdefaults__, *cells)
+        if all(map(operator.is_, (defaults, named, *closure), old)):
             return value
         twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, closure or None)
-        twin.__kwdefaults__, twin.__qualname__ = value.__kwdefaults__, value.__qualname__
+        twin.__kwdefaults__, twin.__qualname__ = named, value.__qualname__
         twin.__module__ = value.__module__
         return self._fields_of(value, twin)  # type: ignore[no-any-return]
 

@@ -61,6 +61,6 @@ def _table(checks: Sequence[Check]) -> str:
     width = max(shutil.get_terminal_size().columns, 60)
     rows = [("check", "result", "detail"), *((check.name, check.status, check.detail) for check in checks)]
     return "\n".join(
-        textwrap.fill(f"{name:<10}{status:<8}{detail}", width, subsequent_indent=indent, break_on_hyphens=False)
+        textwrap.fill(f"{name:<12}{status:<8}{detail}", width, subsequent_indent=indent, break_on_hyphens=False)
         for name, status, detail in rows
     )

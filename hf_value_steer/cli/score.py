@@ -1,6 +1,7 @@
 """`score`: values of texts that are there already, a line of JSON for each."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
@@ -57,6 +58,10 @@ def _prompts(arguments: ScoreArguments, head: ValueHead, tokenizer: PreTrainedTo
     """Token ids of what stands before the texts, in the form in which the head has learned, if there is anything."""
     if arguments.prompt_column is None:
         return None
+    for place, record in read_records(arguments.texts, arguments.split, "texts"):
+        if isinstance(record, str):
+            column = arguments.prompt_column
+            raise FieldError("prompt_column", f"`prompt_column`: {place} is a text without the column {column!r}.")
     prompts = load_prompts(
         arguments.texts, arguments.prompt_column, arguments.split, arguments.limit, argument="texts"
     )
@@ -66,13 +71,14 @@ def _prompts(arguments: ScoreArguments, head: ValueHead, tokenizer: PreTrainedTo
 
 def _line(scored: ScoredText, tokenizer: PreTrainedTokenizerBase, head: ValueHead, values: bool) -> dict[str, Any]:
     worst, first = None, scored.first_unacceptable
-    if scored.values:
-        worst = scored.values[int(undesirability(torch.tensor(scored.values), head.config.polarity).argmax())]
+    known = [None if math.isnan(value) else value for value in scored.values]  # as JSON has it
+    if there := [value for value in known if value is not None]:
+        worst = there[int(undesirability(torch.tensor(there), head.config.polarity).argmax())]
     line: dict[str, Any] = {"worst_value": worst, "acceptable": first is None, "first_unacceptable": first}
     if first is not None:
         line["token"] = tokenizer.decode([scored.tokens[first]])
     if values:
         line["values"] = [
-            (tokenizer.decode([token]), value) for token, value in zip(scored.tokens, scored.values, strict=True)
+            (tokenizer.decode([token]), value) for token, value in zip(scored.tokens, known, strict=True)
         ]
     return line

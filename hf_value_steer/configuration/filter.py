@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_value_steer.checks import MOST_CANDIDATES
-from hf_value_steer.choices import Fallback
+from hf_value_steer.choices import Evaluation, Fallback
 from hf_value_steer.configuration.methods import SteeringConfig
 
 
@@ -20,7 +20,9 @@ class ValueFilterConfig(SteeringConfig):
         proposal (`str`): `"sample"` draws alternatives independently from the processed distribution, `"topk"` takes
             the most likely tokens. Greedy decoding always takes the most likely ones.
         evaluation (`str`): `"lazy"` forwards alternatives for rows that reject the natural sample; `"eager"` forwards
-            all candidates in one pass. Both commit the same tokens.
+            all candidates in one pass. Both commit the same tokens (in half precision, up to rounding). `"auto"` times
+            some steps of both at the first call of its kind, begins with what is cheaper if 5 % of the natural samples
+            are rejected, and changes to eager steps where a text rejects so many that they are cheaper.
         fallback (`str`): if no candidate is acceptable: `"argmin"` commits the most acceptable one, `"args"` the one
             with the lowest `u - prob_weight * probability` (ARGS, arXiv 2402.01694; `u` = undesirability), and
             `"abstain"` ends the row.
@@ -38,7 +40,7 @@ class ValueFilterConfig(SteeringConfig):
 
     num_candidates: int = 8
     proposal: Literal["sample", "topk"] = "sample"
-    evaluation: Literal["lazy", "eager"] = "lazy"
+    evaluation: Evaluation = "lazy"
     fallback: Fallback = "argmin"
     prob_weight: float = 1.0
     max_interventions: int | None = None

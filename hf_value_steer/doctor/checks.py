@@ -1,10 +1,7 @@
 """The checks of the doctor, each a function of one context."""
 
 import itertools
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,8 +11,9 @@ from transformers import PreTrainedModel
 from hf_value_steer.backbone.features import ONLY_FINAL, features_width
 from hf_value_steer.backbone.parts import output_embedding
 from hf_value_steer.configuration.filter import ValueFilterConfig
-from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Context
+from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Check, Context, Status
 from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh, relative, standardized, step_by_step
+from hf_value_steer.doctor.speed import check_evaluation, check_speed
 from hf_value_steer.generation.kernels import KERNELS, choose_kernel
 from hf_value_steer.generation.validation import refuse_model
 from hf_value_steer.heads.value_head import ValueHead
@@ -23,27 +21,9 @@ from hf_value_steer.hosts.transformers import CACHE, VERSION, differences_of_tra
 from hf_value_steer.policy import acceptable
 
 
-Status = Literal["ok", "FAIL", "n.a.", "info"]
 EVALUATIONS: tuple[Literal["lazy", "eager"], ...] = ("lazy", "eager")
-POSITIONS, PAIRS, TIMED_TOKENS = 16, 3, 32
+POSITIONS = 16
 NORM_FACTOR = 4.0  # random tokens are no training text
-
-
-@dataclass(frozen=True)
-class Check:
-    """What one check found.
-
-    Args:
-        name (`str`): what was checked.
-        status (`str`): `"ok"`, `"FAIL"`, `"n.a."` if there was nothing to check, `"info"` if there is nothing to pass.
-        detail (`str`): one sentence, with the remedy where there is one.
-        numbers (`dict`): what was measured.
-    """
-
-    name: str
-    status: Status
-    detail: str
-    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 def diagnose(model: PreTrainedModel, head: ValueHead | str | None = None, num_candidates: int = 8) -> list[Check]:
@@ -96,7 +76,10 @@ def check_head(context: Context) -> Check:
     """The head loads, fits the width, is finite, and was trained on this backbone."""
     if context.given is None:
         return Check("head", "n.a.", "none given; a random linear head stands in for it below")
-    config = context.loaded.config
+    try:
+        config = context.loaded.config
+    except (OSError, TypeError, ValueError) as error:
+        return Check("head", "FAIL", f"{type(error).__name__}: {error} Below, a random linear head stands in for it.")
     if config.backbone_fingerprint is None:
         return Check("head", "info", "fits the width; its config holds no fingerprint, so the backbone is not known")
     return Check("head", "ok", f"fits; backbone {config.backbone}, fingerprint {config.backbone_fingerprint}")
@@ -184,7 +167,8 @@ def check_drift(context: Context) -> Check:
     numbers = {"max_abs_dvalue": drift, "flips": flips, "tokens": values[0].numel(), "threshold": threshold}
     status: Status = "FAIL" if not drift <= 1e-4 and context.model.dtype == torch.float32 else "info"
     detail = f"one row against {context.num_candidates}: max |dvalue| {drift:.2g}; {flips} of {values[0].numel()}"
-    return Check("drift", status, f"{detail} decisions flip at {threshold:.3g}", numbers)
+    which = "the head's threshold" if context.head.config.threshold else "the median value"
+    return Check("drift", status, f"{detail} decisions flip at {which}, {threshold:.3g}", numbers)
 
 
 def check_padding(context: Context) -> Check:
@@ -205,23 +189,6 @@ def check_padding(context: Context) -> Check:
     return Check("padding", "ok", f"rows of a left-padded batch are as alone: {measured}", numbers)
 
 
-def check_speed(context: Context) -> Check:
-    """What steering without interventions costs."""
-    input_ids, config = context.prompts(1, seed=4), context.accepting()
-    context.steer(input_ids, config, new_tokens=2)
-    plain, steered = [], []
-    for _ in range(PAIRS):
-        plain.append(_seconds(lambda: context.generate(input_ids, TIMED_TOKENS)))
-        steered.append(_seconds(lambda: context.steer(input_ids, config, new_tokens=TIMED_TOKENS)))
-    numbers = {
-        "plain_tokens_per_second": TIMED_TOKENS / statistics.median(plain),
-        "steered_tokens_per_second": TIMED_TOKENS / statistics.median(steered),
-        "ratio": statistics.median(ours / theirs for ours, theirs in zip(steered, plain, strict=True)),
-    }
-    speeds = f"{numbers['plain_tokens_per_second']:.1f} plain, {numbers['steered_tokens_per_second']:.1f} steered"
-    return Check("speed", "info", f"tokens/s {speeds}; time ratio {numbers['ratio']:.2f}", numbers)
-
-
 CHECKS: tuple[Callable[[Context], Check], ...] = (
     check_host,
     check_feature,
@@ -232,6 +199,7 @@ CHECKS: tuple[Callable[[Context], Check], ...] = (
     check_cache,
     check_drift,
     check_padding,
+    check_evaluation,
     check_speed,
 )
 
@@ -283,12 +251,6 @@ def _values_of_candidates(context: Context, features: Tensor) -> Tensor:
         values.append(scorer.values(candidates[None]))
         scorer.remember(candidates[:1])
     return torch.cat(values)
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,8 +1,9 @@
 """What the checks of the doctor share: a model, a head or a stand-in for it, and ordinary ways to generate."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,26 @@ from hf_value_steer.heads.value_head import ValueHead
 
 
 PROMPT, NEW_TOKENS = 16, 12
+
+
+Status = Literal["ok", "FAIL", "n.a.", "info"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Args:
+        name (`str`): what was checked.
+        status (`str`): `"ok"`, `"FAIL"`, `"n.a."` if there was nothing to check, `"info"` if there is nothing to pass.
+        detail (`str`): one sentence, with the remedy where there is one.
+        numbers (`dict`): what was measured.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 class Context:

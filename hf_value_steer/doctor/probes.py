@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,8 +11,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_value_steer.backbone.features import Layer
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.parse import parse_value_steer
+from hf_value_steer.generation.binding import bind_methods
+from hf_value_steer.generation.costs import Costs, costs_of
+from hf_value_steer.generation.depth import judged_at
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
+from hf_value_steer.generation.method import Call
+from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.validation import refuse_unsupported
 from hf_value_steer.hosts.transformers import cache_name
@@ -78,6 +86,22 @@ def alone_and_among(count: int, layers: Sequence[Layer]) -> Callable[..., tuple[
             state = engine.compute_state(engine.read(input_ids), input_ids.device)
             engine.commit()
         return torch.stack(alone), torch.cat(among)
+
+    return measure
+
+
+def timed(config: ValueFilterConfig) -> Callable[..., Costs]:
+    """A `custom_generate` that returns what steps of the filter cost."""
+
+    def measure(
+        model: PreTrainedModel, input_ids: Tensor, *, generation_config: GenerationConfig, **kwargs: Any
+    ) -> Costs:
+        with ExitStack() as contexts:
+            prepared, stops = PreparedModel(model), Stops.none(len(input_ids), input_ids.device)
+            asked = parse_value_steer(config)
+            call = Call(prepared, generation_config, input_ids, _forward_arguments(kwargs), asked, stops, contexts)
+            methods = bind_methods(call)
+            return costs_of(call, methods[0], judged_at(call, methods))
 
     return measure
 

@@ -8,21 +8,19 @@ graphs cannot capture.
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.features import Features
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.forwards import Forwards, Points, Reached, Undivided
-from hf_value_steer.hosts.transformers import compile_config
 
 
-class _Kept:
+class Kept:
     """A watcher of a point that keeps the last state that passed it; a compiled function returns that state."""
 
     state: Tensor | None = None
@@ -32,15 +30,15 @@ class _Kept:
 
 
 _States = tuple[Tensor | None, ...]
-_Function = Callable[[PreTrainedModel, Sequence[_Kept], dict[str, Any]], tuple[ModelOutput, _States]]
+_Function = Callable[[PreTrainedModel, Sequence[Kept], dict[str, Any]], tuple[ModelOutput, _States]]
 
 
-def _step(model: PreTrainedModel, kept: Sequence[_Kept], inputs: dict[str, Any]) -> tuple[ModelOutput, _States]:
+def _step(model: PreTrainedModel, kept: Sequence[Kept], inputs: dict[str, Any]) -> tuple[ModelOutput, _States]:
     outputs = model(**{**inputs, "return_dict": True})
     return outputs, tuple(each.state for each in kept)
 
 
-def _look_ahead(model: PreTrainedModel, kept: Sequence[_Kept], inputs: dict[str, Any]) -> tuple[ModelOutput, _States]:
+def _look_ahead(model: PreTrainedModel, kept: Sequence[Kept], inputs: dict[str, Any]) -> tuple[ModelOutput, _States]:
     outputs = model(**{**inputs, "return_dict": True})
     return outputs, tuple(each.state for each in kept)
 
@@ -60,7 +58,7 @@ class Compiled(Undivided):
         self.function = function
 
     def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
-        kept = [_Kept() for _ in points]
+        kept = [Kept() for _ in points]
         with ExitStack() as stack:
             for point, watcher in zip(points.values(), kept, strict=True):
                 stack.enter_context(point.shown_to(watcher))
@@ -73,27 +71,20 @@ class Compiled(Undivided):
         return Reached(Features(read), outputs.get("hidden_states"), outputs.get("attentions"), self, logits)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """Two functions, compiled with one config; [`compiled_forwards`] uses them for all models and calls."""
-
-    config: CompileConfig
-    step: _Function
-    look_ahead: _Function
+# Compiled functions, by the config and the function that was compiled, for all models and calls.
+_made: list[tuple[CompileConfig, Callable[..., Any], Callable[..., Any]]] = []
 
 
-_made: list[_Made] = []
+def compiled(function: Callable[..., Any], config: CompileConfig) -> Callable[..., Any]:
+    """`function` under `torch.compile`, the same one whenever it is asked for."""
+    for made, own, graph in _made:
+        if own is function and made == config:
+            return graph
+    graph = torch.compile(function, **config.to_dict())
+    _made.append((config, function, graph))
+    return graph
 
 
-def compiled_forwards(
-    model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> tuple[Forwards, Forwards] | None:
-    """The compiled step and look-ahead if plain `generate` would compile with these arguments, else `None`."""
-    wanted = compile_config(model, config, model_kwargs)
-    if wanted is None:
-        return None
-    made = next((each for each in _made if each.config == wanted), None)
-    if made is None:
-        step, look_ahead = (torch.compile(each, **wanted.to_dict()) for each in (_step, _look_ahead))
-        _made.append(made := _Made(wanted, step, look_ahead))
-    return Compiled(model, made.step), Compiled(model, made.look_ahead)
+def compiled_forwards(model: PreTrainedModel, config: CompileConfig) -> tuple[Forwards, Forwards]:
+    """The ordinary step and the look-ahead, compiled."""
+    return Compiled(model, compiled(_step, config)), Compiled(model, compiled(_look_ahead, config))

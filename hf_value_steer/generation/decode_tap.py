@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 from hf_value_steer.backbone.features import FINAL, Features, Layer, points_of, require_readable
 from hf_value_steer.backbone.points import feature_point, on_call
-from hf_value_steer.errors import ScoringError
+from hf_value_steer.errors import ScoringError, UnsupportedError
 from hf_value_steer.generation.attention import padding_of, tidied
 from hf_value_steer.generation.kernels import BY_TOKEN
 from hf_value_steer.generation.lookahead import LookaheadCache
@@ -161,3 +161,16 @@ class DecodeTap:
             )
         last = features.each(lambda state: state[:, -1])
         return Decoded(last, cache, self._seen.cache_argument, arguments, prefill, model)
+
+
+def refuse_watching(processors: Iterable[Any]) -> None:
+    """Raise an `UnsupportedError` if one of these has a tap, beside a method that decides which tokens are kept.
+
+    The last forward of the model may be a look-ahead there, or a part of a forward.
+    """
+    for each in processors:
+        if isinstance(getattr(each, "tap", None), DecodeTap):
+            raise UnsupportedError(
+                f"{type(each).__name__} cannot be used beside a method that decides which tokens are kept: pass its "
+                "config in the list of `value_steer`."
+            )

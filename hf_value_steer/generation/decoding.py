@@ -9,7 +9,6 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import BaseStreamer
 
 from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
-from hf_value_steer.generation.adapters import unmerge_what_is_off
 from hf_value_steer.generation.attention import tidied
 from hf_value_steer.generation.binding import bind_methods
 from hf_value_steer.generation.loop import Loop
@@ -71,7 +70,6 @@ def value_steer_generate(
     with streaming(token_streamer) as streamer, ExitStack() as contexts:
         refuse_dropped_arguments()
         asked = parse_value_steer(value_steer)
-        unmerge_what_is_off(model)
         model_kwargs = tidied(model_kwargs, len(input_ids))
         refuse_unsupported(model, generation_config, model_kwargs)
         prepared, stops = PreparedModel(model), Stops.none(len(input_ids), input_ids.device)

@@ -5,14 +5,15 @@ A forward goes through all layers and is judged on its way ([`AtDepth.run_throug
 to run, are stood in for by what that layer has handed on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_value_steer.backbone.features import FINAL, Features
+from hf_value_steer.backbone.features import FINAL, Features, deepest
 from hf_value_steer.backbone.parts import decoder_layers
+from hf_value_steer.backbone.points import layer_points, standing_in
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.families import AT_DEPTH
 from hf_value_steer.generation.forwards import (
@@ -21,23 +22,38 @@ from hf_value_steer.generation.forwards import (
     Reached,
     Split,
     any_hooked,
+    is_compiled,
     leave,
     reading,
     require_all,
-    standing_in,
 )
+from hf_value_steer.generation.method import Call, Method
 from hf_value_steer.generation.prepared import PreparedModel
 
 
 def can_judge_at_depth(prepared: PreparedModel) -> bool:
     """Whether a forward of the model may be left and entered at a layer.
 
-    Its type was verified, it is its own, and the user has no hooks on its layers: those would run on stand-ins, too.
+    Its type was verified, it is its own, and the user has neither hooks on its layers, which would run on stand-ins,
+    too, nor compiled them, since a graph would take in what is done between them.
     """
     config = prepared.model.config.get_text_config(decoder=True)
     if config.model_type not in AT_DEPTH or not isinstance(prepared.forwards, Split):
         return False
-    return not any_hooked(decoder_layers(prepared.model))
+    layers = decoder_layers(prepared.model)
+    return not any_hooked(layers) and not any(map(is_compiled, layers))
+
+
+def judged_at(call: Call, methods: Sequence[Method]) -> int | None:
+    """The layer at which the tokens of a call are judged; `None` if it is behind the last one."""
+    judge = next((method for method in methods if method.judges), None)
+    layer = FINAL if judge is None else deepest(judge.reads)
+    if layer == FINAL or not can_judge_at_depth(call.prepared):
+        return None
+    if call.config.output_hidden_states or call.config.output_attentions:  # of a forward that is in one piece
+        return None
+    inside = [method for method in methods if type(method).around_forward is not Method.around_forward]
+    return layer if all(method.nests for method in inside) else None
 
 
 class AtDepth:
@@ -50,7 +66,9 @@ class AtDepth:
     """
 
     def __init__(self, model: PreTrainedModel, points: Points, layer: int):
-        self.model, self.points, layers = model, points, list(decoder_layers(model))
+        self.model, self.points, layers = model, points, layer_points(model)
+        for point in layers:
+            point.open()
         self.lower, self.last, self.upper = layers[: layer + 1], layers[layer], layers[layer + 1 :]
         self.point, self.final = points[layer], points[FINAL]
         self.below: Points = {each: point for each, point in points.items() if each != FINAL and each <= layer}
@@ -76,7 +94,7 @@ class AtDepth:
 
     def run_below(self, inputs: Mapping[str, Any]) -> Reached:
         """Run the layers up to the one at which tokens are judged, and nothing above it."""
-        end = _HandedOn(self.last.forward)
+        end = HandedOn()
         with reading(self.below) as features, self.final.shown_to(leave):
             with standing_in([self.last], end.record), standing_in(self.upper, end.repeat):
                 self.model(**{**inputs, "return_dict": True})
@@ -95,16 +113,15 @@ class AtDepth:
         return Reached(require_all(Features({**features, **below.features})), logits=outputs.logits)
 
 
-class _HandedOn:
+class HandedOn:
     """What a layer hands on: a state, or a tuple that begins with one."""
 
-    def __init__(self, forward: Callable[..., Any] | None = None, output: Any = None):
-        self.forward, self.output = forward, output
+    def __init__(self, output: Any = None):
+        self.output = output
 
-    def record(self, *args: Any, **kwargs: Any) -> Any:
+    def record(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the layer."""
-        assert self.forward is not None
-        self.output = self.forward(*args, **kwargs)
+        self.output = forward(*args, **kwargs)
         return self.output
 
     def repeat(self, *_args: Any, **_kwargs: Any) -> Any:
@@ -116,6 +133,6 @@ class _HandedOn:
         state: Tensor = self.output[0] if isinstance(self.output, tuple) else self.output
         return state
 
-    def with_state(self, state: Tensor) -> "_HandedOn":
+    def with_state(self, state: Tensor) -> "HandedOn":
         """The same with another state in it."""
-        return _HandedOn(output=(state, *self.output[1:]) if isinstance(self.output, tuple) else state)
+        return HandedOn((state, *self.output[1:]) if isinstance(self.output, tuple) else state)

@@ -4,29 +4,38 @@ A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the en
 `look_ahead`), the step judges what they have left, and the engine computes logits of what is kept (`state`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.features import Layer
-from hf_value_steer.errors import ScoringError
 from hf_value_steer.generation.branches import Alternatives, Chain
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import compiled_forwards
 from hf_value_steer.generation.depth import AtDepth
+from hf_value_steer.generation.depth_graph import DepthGraph
 from hf_value_steer.generation.forwards import Reached, reading, require_all
-from hf_value_steer.generation.kernels import BY_ROW, Expanded, Kernel, LookAhead, Whole, compilable_kernel, rows_of
-from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, select_rows
+from hf_value_steer.generation.kernels import (
+    Expanded,
+    Kernel,
+    LookAhead,
+    Whole,
+    begin_of_rows,
+    compilable_kernel,
+    padding_of,
+    without_last,
+)
+from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache
 from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.state import Reading, State
-from hf_value_steer.generation.validation import refuse_cache
-from hf_value_steer.hosts.transformers import cache_name, cache_of, next_kwargs, prefill
+from hf_value_steer.generation.state import Choose, Chosen, Reading, State
+from hf_value_steer.generation.validation import refuse_cache, require_kept
+from hf_value_steer.hosts.transformers import cache_name, cache_of, compile_config, next_kwargs, prefill
 
 
 # What methods do around a forward: from what it reads to a context in which it runs.
@@ -67,7 +76,8 @@ class Engine:
         self.longest_row, self.adapters = prepared.longest_row, prepared.adapters
         self.points = prepared.points(reads)
         self.at_depth = None if depth is None else AtDepth(self.model, self.points, depth)
-        self.known_padding: list[int] | None = None
+        self.graph: DepthGraph | None = None
+        self.padding = cache(lambda rows: padding_of(self.model_kwargs.get("attention_mask"), rows))
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
         self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
 
@@ -80,7 +90,7 @@ class Engine:
             apart (`bool`): whether the last token is read by a forward of its own.
         """
         mask = self.model_kwargs.get("attention_mask")
-        kept, given = (input_ids[:, :-1], self._without_last()) if apart else (input_ids, {})
+        kept, given = (input_ids[:, :-1], without_last(self.model_kwargs)) if apart else (input_ids, {})
         prompt = Reading(self.live.cache, prompt=kept.shape[1], mask=mask)
         with self.around(prompt), reading(self.points) as features:
             outputs = prefill(self.model, kept, config, self.model_kwargs | given)
@@ -98,28 +108,25 @@ class Engine:
         last = require_all(features).each(_last)
         return State(logits, last, outputs.get("hidden_states"), outputs.get("attentions"))
 
-    def _without_last(self) -> dict[str, Tensor]:
-        """Mask and positions of the prompt without its last token."""
-        given = {name: self.model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
-        return {name: tensor[:, :-1] for name, tensor in given.items() if tensor is not None}
-
     def _start(self, config: GenerationConfig) -> None:
         """Begin with the cache that the forward of the prompt has left; it may be another one than it was given."""
-        cache = cache_of(self.model_kwargs)
-        refuse_cache(cache, config.max_length)
-        if cache is not self.live.cache:
-            self.live = LiveCache(cache, self.model.config, self.live.back)
+        left = cache_of(self.model_kwargs)
+        refuse_cache(left, config.max_length)
+        if left is not self.live.cache:
+            self.live = LiveCache(left, self.model.config, self.live.back)
         self.live.start()
 
     def _compile(self, config: GenerationConfig) -> None:
         """Compile where plain `generate` would; a graph returns no attentions."""
-        compiled = None if config.output_attentions else compiled_forwards(self.model, config, self.model_kwargs)
-        if compiled is None:
+        wanted = None if config.output_attentions else compile_config(self.model, config, self.model_kwargs)
+        if wanted is None:
             return
-        self.step_forwards, self.at_depth = compiled[0], None
+        parts, self.at_depth = self.at_depth, None
+        self.step_forwards, look_forwards = compiled_forwards(self.model, wanted)
         self.kernel = compilable_kernel(self.kernel, self.model, self.live) if self.compilable else self.kernel
         if isinstance(self.kernel, Whole):
-            self.look_forwards = compiled[1]
+            self.look_forwards = look_forwards
+            self.graph = None if parts is None else DepthGraph(parts, wanted)
 
     # The next token.
 
@@ -142,7 +149,7 @@ class Engine:
     def _step_inputs(self, input_ids: Tensor) -> dict[str, Any]:
         """Arguments of the forward of the last token of each row."""
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
-        self._require_cache(inputs, self.live.cache)
+        require_kept(self.model, inputs, self.live.cache, self.live.length)
         return inputs  # type: ignore[no-any-return]
 
     def _taken_in(self, judge: Callable[[Reached], None] | None, reached: Reached) -> None:
@@ -150,20 +157,40 @@ class Engine:
         if judge is not None:
             judge(reached)
 
-    def append(self, ahead: Alternatives, columns: Tensor, input_ids: Tensor) -> Reached:
-        """Let every row go on with a candidate of a look-ahead in all rows, instead of [`read`].
+    def go_on(self, input_ids: Tensor, candidates: Tensor, most: int, choose: Choose) -> tuple[Reached, Chosen]:
+        """Forward K candidates of all rows, instead of [`read`], and let every row go on with one of them.
 
         Args:
-            columns (`torch.LongTensor` of shape `(batch,)`): the candidate of each row.
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, these candidates included.
+            input_ids, candidates, most: as in [`look_ahead`].
+            choose: names one of each row.
         """
-        reached = ahead.chosen(columns)
-        ahead.cache.append_states(columns)
+        if self.graph is not None:
+            return self._go_on_compiled(self.graph, input_ids, candidates, most, choose)
+        ahead = self.look_ahead(input_ids, candidates, most=most)
+        chosen = choose(ahead.features)
+        reached = ahead.chosen(chosen.slots)
+        ahead.cache.append_states(chosen.slots)
         if self.at_depth is not None:
+            text = torch.cat([input_ids, chosen.tokens[:, None]], dim=-1)
             with self.around(Reading(self.live.cache)):
-                reached = self.at_depth.run_above(self._step_inputs(input_ids), reached)
-        ahead.cache.append_slots(columns)  # now: masks follow the lower layers, which hold the text before this token
-        return reached
+                reached = self.at_depth.run_above(self._step_inputs(text), reached)
+        ahead.cache.append_slots(chosen.slots)  # now: masks follow the lower layers, which hold the text before it
+        return reached, chosen
+
+    def _go_on_compiled(
+        self, graph: DepthGraph, input_ids: Tensor, candidates: Tensor, most: int, choose: Choose
+    ) -> tuple[Reached, Chosen]:
+        """The same with shapes that never change."""
+        self.live.remember()
+        candidates = nn.functional.pad(candidates, (0, most - candidates.shape[1]))
+        look = self._new_look_ahead(input_ids, candidates, None)
+        below = self.kernel.inputs(look)
+        above = self._step_inputs(torch.cat([input_ids, candidates[:, :1]], dim=-1))
+        require_kept(self.model, below, look.cache, self.live.length)
+        with self.around(Reading(look.cache, begins=True)):
+            reached, chosen = graph(choose, below, above)
+        look.cache.append_slots(chosen.slots)
+        return reached, chosen
 
     def compute_state(self, reached: Reached, device: torch.device) -> State:
         """What a step leaves behind, once it is decided what is kept: logits are computed here, and go to `device`."""
@@ -220,30 +247,18 @@ class Engine:
         look = self._new_look_ahead(input_ids, padded, rows)
         reached = self._forward(look, Reading(look.cache, begins=rows is None))
         look.cache.keep_rows(looked_at)
-        assert reached.logits is not None  # a compiled forward is undivided
-        reached.logits = reached.logits[looked_at, :count]
-        reached.features = reached.features.each(lambda states: states[looked_at, :count])
-        for name in ("hidden_states", "attentions"):
-            if (states := getattr(reached, name)) is not None:
-                setattr(reached, name, tuple(select_rows(each, rows) for each in states))
+        reached.keep(looked_at, count)
         return Alternatives(reached, look.cache, reached.features, self.kernel)
-
-    def _padding(self, rows: int) -> list[int]:
-        """Number of padded positions to the left of each of all texts, for which the host waits once."""
-        mask = self.model_kwargs.get("attention_mask")
-        if self.known_padding is None:
-            self.known_padding = [0] * rows if mask is None else (mask == 0).sum(dim=-1).tolist()
-        return self.known_padding
 
     def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
         cache.partial = self.at_depth is not None
-        padding = partial(self._padding, len(input_ids))
+        padding = partial(self.padding, len(input_ids))
         return LookAhead(self.model, self.model_kwargs, cache, input_ids, candidates, rows, padding)
 
     def _forward(self, look: LookAhead, reading: Reading) -> Reached:
         inputs = self.kernel.inputs(look)
-        self._require_cache(inputs, look.cache)
+        require_kept(self.model, inputs, look.cache, self.live.length)
         with self.around(reading), self.kernel.attention(look):
             if self.at_depth is not None:
                 return self.at_depth.run_below(inputs)
@@ -259,13 +274,7 @@ class Engine:
         """
         rows = torch.tensor([row], device=input_ids.device)
         cache = LookaheadCache(self.live, 1, ChainLayer, rows, count)
-        of_row = {
-            name: rows_of(name, value, rows)[..., : input_ids.shape[1]]
-            if name in BY_ROW and value is not None
-            else value
-            for name, value in self.model_kwargs.items()
-        }
-        of_row[cache_name(self.model_kwargs)] = cache
+        of_row = begin_of_rows(self.model_kwargs, rows, input_ids.shape[1]) | {cache_name(self.model_kwargs): cache}
         inputs = self.model.prepare_inputs_for_generation(input_ids[rows], next_sequence_length=count, **of_row)
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
@@ -285,15 +294,6 @@ class Engine:
         """
         with self.adapters.reading(rows, 1):  # the output embedding may have adapters, too
             reached.put(rows, keep, other)
-
-    def _require_cache(self, inputs: Mapping[str, Any], cache: Cache) -> None:
-        """Raise a `ScoringError` if the model goes on without the `cache` that it was given."""
-        if cache_of(inputs) is not cache:
-            raise ScoringError(
-                f"{type(self.model).__name__} has dropped its cache after {self.live.length} tokens, where it changes "
-                "its position embedding: a text cannot be steered across this length. Keep it shorter, or begin with "
-                "a longer prompt."
-            )
 
 
 def _last(states: Tensor) -> Tensor:

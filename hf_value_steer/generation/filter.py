@@ -34,7 +34,7 @@ class ValueFilter(ScoredMethod):
     def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
         super().__init__(scorer)
         self.config, self.sampled, self.eos = config, sampled, eos
-        self.eager, self.lookahead = config.evaluation == "eager", config.lookahead
+        self.evaluation, self.lookahead = config.evaluation, config.lookahead
         self.most = config.num_candidates + (eos is not None)  # the ending is forwarded beside the candidates
         device = scorer.threshold.device
         self.key = random_key(device, config.seed)

@@ -4,7 +4,7 @@ Between the two parts nothing runs. There tokens are judged and replaced, in cod
 the output embedding is computed once, for what was kept.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.features import FINAL, Features, Layer, require_readable
 from hf_value_steer.backbone.parts import layer_stack
-from hf_value_steer.backbone.points import Point, Watcher, feature_point
+from hf_value_steer.backbone.points import Point, Watcher, feature_point, standing_in
 from hf_value_steer.backbone.user_hooks import UserHook
 from hf_value_steer.errors import ScoringError
 
@@ -54,6 +54,15 @@ class Reached:
         assert self.forwards is not None  # or the logits are there
         return self.forwards.resume_from(self)
 
+    def keep(self, rows: Tensor, count: int) -> None:
+        """Forget all rows but these `(n,)`, and all positions but `count`, after an undivided forward."""
+        assert self.logits is not None
+        self.logits = self.logits[rows, :count]
+        self.features = self.features.each(lambda states: states[rows, :count])
+        for name in ("hidden_states", "attentions"):
+            if (states := getattr(self, name)) is not None:
+                setattr(self, name, tuple(each[rows] for each in states))
+
     def put(self, rows: Tensor, keep: Tensor, other: "Reached") -> None:
         """Overwrite rows `rows[keep]` by those of `other`, which has a row for each of `rows` `(n,)`."""
         pairs = [(mine, other.features[layer]) for layer, mine in self.features.items()]
@@ -82,9 +91,9 @@ class Forwards(Protocol):
 def choose_forwards(model: PreTrainedModel) -> Forwards:
     """[`Split`], or [`Undivided`] where it is not certain that a forward can be left in the middle."""
     split = Split(model)
-    stack, head = split.stack, split.point.module
+    stack, head = split.stack.module, split.point.module
     ours = all(type(each).__module__.startswith("transformers.") for each in (model, stack))
-    compiled = any(map(_compiled, (model, stack)))
+    compiled = any(map(is_compiled, (model, stack)))
     plain = all(map(is_plain, head.parameters()))
     # The output embedding is called in both parts, once without a position: its hooks run as they are.
     inside = {*stack.modules(), *head.modules()} - {stack}
@@ -97,7 +106,7 @@ def is_plain(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and type(parameter.data) is Tensor
 
 
-def _compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
     """Whether the user has compiled it: a graph does not see that a module is stood in for."""
     return hasattr(module.forward, "_torchdynamo_orig_callable") or module._compiled_call_impl is not None
 
@@ -120,11 +129,12 @@ class Split:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.point, self.stack = model, feature_point(model), layer_stack(model)
-        self.point.open()
+        self.model, self.point, self.stack = model, feature_point(model), Point(layer_stack(model), "output")
+        for point in (self.point, self.stack):
+            point.open()
 
     def run_to(self, points: Points, inputs: dict[str, Any]) -> Reached:
-        stand_in = _StandIn(self.stack.forward)
+        stand_in = _StandIn()
         with reading(points) as features, self.point.shown_to(leave), standing_in([self.stack], stand_in):
             outputs = self.model(**{**inputs, "return_dict": True})
         return _reached(self, features, outputs, rest=(inputs, stand_in))
@@ -223,27 +233,9 @@ def require_all(features: Features) -> Features:
 class _StandIn:
     """Returns what a module returned the first time, without running it again."""
 
-    def __init__(self, forward: Callable[..., Any]):
-        self.forward, self.output = forward, None
+    output: Any = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.output is None:
-            self.output = self.forward(*args, **kwargs)
+            self.output = forward(*args, **kwargs)
         return self.output
-
-
-@contextmanager
-def standing_in(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Let `forward` stand in for that of modules, of a shadow, inside the `with` block."""
-    tables = [vars(module) for module in modules]
-    before = [table.get("forward") for table in tables]
-    for table in tables:
-        table["forward"] = forward
-    try:
-        yield
-    finally:
-        for table, own in zip(tables, before, strict=True):
-            if own is None:
-                del table["forward"]
-            else:
-                table["forward"] = own

@@ -1,7 +1,7 @@
 """How K candidates go through the backbone in one forward."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -118,6 +118,25 @@ def rows_of(name: str, value: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None or _dimension(name) == 0:
         return select_rows(value, rows)
     return value.index_select(_dimension(name), rows.to(value.device))
+
+
+def begin_of_rows(model_kwargs: Mapping[str, Any], rows: Tensor, length: int) -> dict[str, Any]:
+    """Arguments of a forward for the first `length` tokens of some rows."""
+    return {
+        name: rows_of(name, value, rows)[..., :length] if name in BY_ROW and value is not None else value
+        for name, value in model_kwargs.items()
+    }
+
+
+def padding_of(mask: Tensor | None, rows: int) -> list[int]:
+    """Number of padded positions to the left of each text of a batch; the host waits for it."""
+    return [0] * rows if mask is None else (mask == 0).sum(dim=-1).tolist()
+
+
+def without_last(model_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Mask and positions of a prompt without its last token."""
+    given = {name: model_kwargs.get(name) for name in ("attention_mask", "position_ids")}
+    return {name: tensor[:, :-1] for name, tensor in given.items() if tensor is not None}
 
 
 def _dimension(name: str) -> int:

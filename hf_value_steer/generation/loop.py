@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from hf_value_steer.backbone.features import FINAL, deepest
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
-from hf_value_steer.generation.depth import can_judge_at_depth
+from hf_value_steer.generation.costs import costs_of
+from hf_value_steer.generation.decode_tap import refuse_watching
+from hf_value_steer.generation.depth import judged_at
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.history import History
 from hf_value_steer.generation.kernels import choose_kernel
@@ -77,8 +78,12 @@ class Loop:
         self.reporter = judge or next((method for method in methods if method.values_texts), None)
         self.back = max(method.back for method in methods)
         self._refuse_going_back()
-        self.engine = self._engine()
-        self.step = choose_step(self.engine, judge, self.reporter)
+        if judge is not None:
+            refuse_watching(processors)
+        depth = judged_at(call, methods)
+        self.engine = self._engine(depth)
+        how = (costs_of(call, judge, depth).break_even,) if judge is not None and judge.evaluation == "auto" else ()
+        self.step = choose_step(self.engine, judge, self.reporter, *how)
         self.record = Record(call.config)
         self.history = History(methods, call.stops, self.back)
         self.stream = LaggingStream(streamer, self.back)
@@ -97,7 +102,7 @@ class Loop:
             if not method.follows:
                 raise UnsupportedError(f"Tokens cannot be taken back beside {type(method).__name__}.")
 
-    def _engine(self) -> Engine:
+    def _engine(self, depth: int | None) -> Engine:
         model_kwargs, model = self.call.model_kwargs, self.call.model
         lookahead = next((each.lookahead for each in self.methods[::-1] if each.lookahead != "auto"), "auto")
         make_room(model_kwargs[cache_name(model_kwargs)], model.config)
@@ -105,18 +110,8 @@ class Loop:
         kernel = choose_kernel(lookahead, model, mask, bool(self.config.output_attentions))
         compilable = lookahead in ("auto", "masked")
         reads = [layer for method in self.methods for layer in method.reads]
-        how = (partial(around, self.methods), compilable, self.back, reads, self._depth())
+        how = (partial(around, self.methods), compilable, self.back, reads, depth)
         return Engine(self.call.prepared, model_kwargs, kernel, *how)
-
-    def _depth(self) -> int | None:
-        """The layer at which tokens are judged; `None` if it is behind the last one."""
-        layer = FINAL if self.judge is None else deepest(self.judge.reads)
-        if layer == FINAL or not can_judge_at_depth(self.call.prepared):
-            return None
-        if self.config.output_hidden_states or self.config.output_attentions:  # of a forward that is in one piece
-            return None
-        inside = [method for method in self.methods if type(method).around_forward is not Method.around_forward]
-        return layer if all(method.nests for method in inside) else None
 
     def run(self) -> Tensor | ValueSteerDecoderOnlyOutput:
         """Generate."""

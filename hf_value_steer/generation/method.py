@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_value_steer.backbone.features import ONLY_FINAL, Features, Layer
+from hf_value_steer.choices import Evaluation
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
@@ -82,8 +83,8 @@ class Method:
             what the output embedding consumes.
         judges (`bool`): whether it decides which tokens are kept, by [`acting`], [`accepts`], [`propose`] and
             [`decide`]. One method may.
-        eager (`bool`): of a judge: `True` to see all candidates of every token, `False` to see them only where the
-            natural sample is not acceptable.
+        evaluation (`str`): of a judge: `"eager"` to see all candidates of every token, `"lazy"` to see them only where
+            the natural sample is not acceptable, `"auto"` for what is cheaper.
         most (`int`): the most candidates that it proposes, an ending token included.
         lookahead (`str`): how candidates are to be forwarded, or `"auto"`.
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
@@ -98,7 +99,7 @@ class Method:
     values_texts: bool = False
     reads: tuple[Layer, ...] = ONLY_FINAL
     judges: bool = False
-    eager: bool = False
+    evaluation: Evaluation = "lazy"
     most: int = 1
     lookahead: str = "auto"
     last_token_apart: bool = False

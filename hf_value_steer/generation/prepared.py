@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.backbone.features import FINAL, Layer, points_of
 from hf_value_steer.backbone.shadow import shadow
-from hf_value_steer.generation.adapters import AdaptersOfRows
+from hf_value_steer.generation.adapters import AdaptersOfRows, unmerge_what_is_off
 from hf_value_steer.generation.forwards import Points, choose_forwards
 from hf_value_steer.generation.rope import LongestRow
 
@@ -29,6 +29,7 @@ class PreparedModel:
     """
 
     def __init__(self, model: PreTrainedModel):
+        unmerge_what_is_off(model)
         self.model: PreTrainedModel = shadow(model).eval()
         self.forwards = choose_forwards(self.model)
         self.longest_row, self.adapters = LongestRow(self.model), AdaptersOfRows(self.model)

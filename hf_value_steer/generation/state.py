@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import Cache
 
 from hf_value_steer.backbone.features import Features
+from hf_value_steer.policy import Decision
 
 
 @dataclass
@@ -83,6 +85,30 @@ class Draw:
     def text(self) -> Tensor:
         """The text with the drawn tokens, `(batch, length + 1)`."""
         return torch.cat([self.input_ids, self.tokens[:, None]], dim=-1)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which candidate each row goes on with, of those that were forwarded.
+
+    Args:
+        slots (`torch.LongTensor` of shape `(rows,)`): where it stands among them.
+        tokens (`torch.LongTensor` of shape `(rows,)`): it.
+        decision ([`~hf_value_steer.policy.Decision`]): what the judge has said.
+    """
+
+    slots: Tensor
+    tokens: Tensor
+    decision: Decision
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Chosen":
+        """The same after `function` of every tensor."""
+        decision = Decision(**{name: function(tensor) for name, tensor in vars(self.decision).items()})
+        return Chosen(function(self.slots), function(self.tokens), decision)
+
+
+# Chooses by the features of the candidates, `(rows, K, width)` by layer. A step gives it to the engine.
+Choose: TypeAlias = Callable[[Features], Chosen]
 
 
 @dataclass

@@ -10,13 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hf_value_steer.generation.branches import Alternatives
+from hf_value_steer.backbone.features import Features
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.forwards import Reached
 from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.scorer import refuse_broken, require_finite
-from hf_value_steer.generation.state import Draw, Outcome, State
+from hf_value_steer.generation.state import Chosen, Draw, Outcome, State
 from hf_value_steer.policy import Candidates, Decision
+
+
+# Before a text has shown how much is rejected: this share of natural samples, which counts as so many steps.
+EXPECTED_RATE, EXPECTED_FOR = 0.05, 16
 
 
 class Step(Protocol):
@@ -25,17 +29,20 @@ class Step(Protocol):
     def __call__(self, draw: Draw) -> tuple[State, Outcome]: ...
 
 
-def choose_step(engine: Engine, judge: Method | None, reporter: Method | None) -> Step:
+def choose_step(engine: Engine, judge: Method | None, reporter: Method | None, break_even: float = 1.0) -> Step:
     """The way in which this call takes its steps.
 
     Args:
         engine: forward passes and cache.
         judge (*optional*): the method that decides which tokens are kept.
         reporter (*optional*): the method whose values are reported.
+        break_even (`float`): for `evaluation="auto"`, see [`Cheaper`].
     """
     if judge is None:
         return Plain(engine, reporter)
-    return Eager(engine, judge) if judge.eager else Lazy(engine, judge)
+    if judge.evaluation == "auto":
+        return Cheaper(Lazy(engine, judge), Eager(engine, judge), break_even)
+    return Eager(engine, judge) if judge.evaluation == "eager" else Lazy(engine, judge)
 
 
 class Plain:
@@ -80,8 +87,11 @@ class Lazy:
         """Look ahead in rows `(n,)`, and let them go on with the candidates that are chosen."""
         everywhere = torch.ones_like(rows, dtype=torch.bool)
         candidates = self.judge.propose(draw, rows, known=everywhere, acting=everywhere)
-        ahead = _forward(self.engine, draw, candidates, rows, self.judge.most)
-        decision = _decide(self.judge, draw, rows, candidates, ahead, outcome.values[rows], everywhere)
+        ahead, width = None, _width(candidates, asked=True)
+        if width > 0:  # some candidate has no value yet
+            ahead = self.engine.look_ahead(draw.input_ids, candidates.to_forward(width), rows, self.judge.most)
+        features = None if ahead is None else ahead.features
+        decision = _decide(self.judge, draw, rows, candidates, features, outcome.values[rows], everywhere)
         refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
         column = _committed_columns(candidates, decision)
         if ahead is not None:
@@ -104,19 +114,47 @@ class Eager:
         acting = _acting(self.judge, draw)
         rows = torch.arange(len(acting), device=acting.device)
         candidates = self.judge.propose(draw, rows, known=torch.zeros_like(acting), acting=acting)
-        ahead = _forward(self.engine, draw, candidates, None, self.judge.most)
-        assert ahead is not None  # no value is known, so that all candidates are forwarded
-        unknown = torch.full(rows.shape, torch.nan, device=rows.device)
-        decision = _decide(self.judge, draw, rows, candidates, ahead, unknown, acting)
-        slot = candidates.slot(_committed_columns(candidates, decision))
+        tokens = candidates.to_forward(_width(candidates, draw.tokens.device.type == "cpu"))
+        choose = partial(self._choose, draw, rows, candidates, acting)
+        reached, chosen = self.engine.go_on(draw.input_ids, tokens, self.judge.most, choose)
+        decision = chosen.decision
         outcome, broken = _natural(draw, decision.values[:, 0]), decision.broken & draw.live
         outcome.refusals = [
             (draw.impossible.any(), draw.refuse_impossible),
             (broken.any(), partial(refuse_broken, broken, rows, draw.step)),
         ]
         _write(outcome, draw, rows, candidates, decision, self.judge.most)
-        text = torch.cat([draw.input_ids, outcome.tokens[:, None]], dim=-1)
-        return self.engine.compute_state(self.engine.append(ahead, slot, text), draw.tokens.device), outcome
+        return self.engine.compute_state(reached, draw.tokens.device), outcome
+
+    def _choose(self, draw: Draw, rows: Tensor, candidates: Candidates, acting: Tensor, features: Features) -> Chosen:
+        """The judge's choice. It may be a part of a graph: nothing here depends on what is on the device."""
+        unknown = torch.full(rows.shape, torch.nan, device=rows.device)
+        decision = _decide(self.judge, draw, rows, candidates, features, unknown, acting)
+        column = _committed_columns(candidates, decision)
+        return Chosen(candidates.slot(column), candidates.tokens.gather(1, column[:, None]).squeeze(1), decision)
+
+
+class Cheaper:
+    """Takes lazy steps, and eager ones from the moment on when they are expected to be cheaper.
+
+    What is expected follows the steps so far, the more the longer the text is.
+
+    Args:
+        lazy, eager: the two kinds.
+        break_even (`float`): the share of lazy steps that look at alternatives from which on eager ones are cheaper.
+    """
+
+    def __init__(self, lazy: Lazy, eager: Eager, break_even: float):
+        self.lazy, self.eager, self.break_even = lazy, eager, break_even
+        self.steps, self.looks = 0, 0
+
+    def __call__(self, draw: Draw) -> tuple[State, Outcome]:
+        unseen = EXPECTED_FOR * (1 - (1 - EXPECTED_RATE) ** len(draw.tokens))
+        if self.looks + unseen > self.break_even * (self.steps + EXPECTED_FOR):
+            return self.eager(draw)  # which counts nothing: it stays so
+        state, outcome = self.lazy(draw)
+        self.steps, self.looks = self.steps + 1, self.looks + (outcome.candidates is not None)
+        return state, outcome
 
 
 def _acting(judge: Method, draw: Draw) -> Tensor:
@@ -124,16 +162,9 @@ def _acting(judge: Method, draw: Draw) -> Tensor:
     return judge.acting(draw) & draw.live & ~draw.forced
 
 
-def _forward(
-    engine: Engine, draw: Draw, candidates: Candidates, rows: Tensor | None, most: int
-) -> Alternatives | None:
-    """Forward the candidates that have no value yet; `None` if there are none."""
-    width = candidates.tokens.shape[1]
-    if rows is not None or candidates.tokens.device.type == "cpu":  # else the host would wait, for next to nothing
-        width = int(candidates.needed.sum(dim=-1).max())
-    if width == 0:
-        return None
-    return engine.look_ahead(draw.input_ids, candidates.to_forward(width), rows, most)
+def _width(candidates: Candidates, asked: bool) -> int:
+    """How many tokens of each row are forwarded: all columns, or as few as may be if the host is `asked` to wait."""
+    return int(candidates.needed.sum(dim=-1).max()) if asked else candidates.tokens.shape[1]
 
 
 def _decide(
@@ -141,18 +172,18 @@ def _decide(
     draw: Draw,
     rows: Tensor,
     candidates: Candidates,
-    ahead: Alternatives | None,
+    features: Features | None,
     natural: Tensor,
     acting: Tensor,
 ) -> Decision:
     """The judge's decision in rows `(n,)`.
 
     Args:
-        ahead (*optional*): the forwarded candidates, if there are any.
+        features (*optional*): of the forwarded candidates, if there are any.
         natural (`torch.FloatTensor` of shape `(n,)`): values of natural samples that were not forwarded.
     """
     nothing = natural.new_empty(len(rows), 0)
-    forwarded = nothing if ahead is None else judge.values(ahead.features.of(judge.reads), rows)
+    forwarded = nothing if features is None else judge.values(features.of(judge.reads), rows)
     return judge.decide(draw, rows, candidates, candidates.spread(forwarded, natural), acting)
 
 

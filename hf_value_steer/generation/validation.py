@@ -1,18 +1,19 @@
 """What a steered generation refuses, by name and before the first token."""
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from packaging.version import Version
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.generation import GenerationMode
 
 from hf_value_steer.backbone.parts import vocabulary_size
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.methods import SteeringConfig
-from hf_value_steer.errors import UnsupportedError
+from hf_value_steer.errors import ScoringError, UnsupportedError
 from hf_value_steer.generation.block_cache import BlockCache
 from hf_value_steer.generation.cache import SUPPORTED_LAYERS
 from hf_value_steer.generation.families import NEEDS, VERIFIED
@@ -117,6 +118,16 @@ def refuse_cache(cache: Any, max_length: int) -> None:
                 f"The StaticCache of this call holds {layer.max_cache_len} tokens, but the text may get {max_length} "
                 "long: steering forwards the last token, too, so give it one slot more than plain generate needs."
             )
+
+
+def require_kept(model: PreTrainedModel, inputs: Mapping[str, Any], cache: Cache, length: int) -> None:
+    """Raise a `ScoringError` if the model goes on without the `cache` that it was given, after `length` tokens."""
+    if cache_of(inputs) is not cache:
+        raise ScoringError(
+            f"{type(model).__name__} has dropped its cache after {length} tokens, where it changes "
+            "its position embedding: a text cannot be steered across this length. Keep it shorter, or begin with "
+            "a longer prompt."
+        )
 
 
 def refuse_unguidable(

@@ -52,6 +52,8 @@ class FromProbes(Artefact):
             raise ValueError("`weight` is zero: such a head gives all tokens one value.")
         if config.get("attributes") is not None:
             raise ValueError("`attributes` are for heads of several, a probe is of one: pass its name as `attribute`.")
+        if taken := sorted({"hidden_size", "architecture", "feature_layers"} & config.keys()):
+            raise ValueError(f"`{taken[0]}` follows from the weights and `layer`: leave it out.")
         places = as_python(layer, list)
         head = cls(
             ValueHeadConfig(
@@ -79,7 +81,8 @@ class FromProbes(Artefact):
 
         Raises:
             ValueError: if it is not fitted, is of more than two classes or none of the class `positive`, or has a step
-                of another kind. Other classifiers have no log odds.
+                of another kind. Other classifiers have no log odds. Also if float32 cannot hold the weights exactly
+                enough: where a feature that hardly varies was divided by how much it does.
         """
         weight, bias = _of_sklearn(probe, positive)
         config = _recorded(config, source="scikit-learn")
@@ -111,6 +114,8 @@ class FromProbes(Artefact):
             raise ValueError(f"`scale` has to be a finite number above 0, got {scale!r}.")
         if type(offset) not in (int, float) or not math.isfinite(offset):
             raise ValueError(f"`offset` has to be a finite number, got {offset!r}.")
+        if "layer" in config:
+            raise ValueError("`layer` is not for TRL's head, which reads the final state.")
         weight, bias = _of_trl(model)
         config = _recorded(config, source="trl", scale=scale, offset=offset)
         return cls.from_linear(weight / scale, (bias - offset) / scale, layer="final", polarity=polarity, **config)
@@ -130,6 +135,8 @@ def _numbers(values: Any, name: str) -> Tensor:
 
 def _recorded(config: Mapping[str, Any], **origin: Any) -> dict[str, Any]:
     """Fields of a config that also say where the head comes from."""
+    if not isinstance(config.get("training"), Mapping | None):
+        raise ValueError(f"`training` has to be a dict, got {config['training']!r}.")
     return {**config, "training": {**origin, **(config.get("training") or {})}}
 
 
@@ -148,12 +155,27 @@ def _of_sklearn(probe: Any, positive: Any) -> tuple[Tensor, Tensor]:
     bias = sign * _numbers(classifier.intercept_, "intercept_")
     for step in reversed(steps):
         weight, bias = _before(step, weight, bias)
+    means = [mean for step in steps if (mean := getattr(step, "mean_", None)) is not None]
+    if means:
+        _require_exact(weight, _numbers(means[0], "mean_"))
     return weight, bias
+
+
+def _require_exact(weight: Tensor, mean: Tensor) -> None:
+    """Raise a `ValueError` if rounding moves the log odds of the mean feature `(width,)` by more than a hundredth."""
+    rounding = float(weight.abs() @ mean.abs()) * torch.finfo(torch.float32).eps
+    if not rounding <= 0.01:
+        raise ValueError(
+            f"`probe` has weights that float32 holds to {rounding:.2g} in the log odds only: it divides by how much "
+            "something varies that hardly does. Leave those features or components out, or do not whiten."
+        )
 
 
 def _require_log_odds(classifier: Any) -> None:
     """Raise a `ValueError` unless `predict_proba` of this classifier is the sigmoid of its decision function."""
     kind = _kind(classifier)
+    if hasattr(classifier, "best_estimator_"):
+        raise ValueError(f"`probe` ends in a {kind}: pass its `best_estimator_`.")
     said = {name: getattr(classifier, name, None) for name in ("loss", "multi_class")}
     if kind == "SGDClassifier" and said["loss"] != "log_loss":
         kind += f"(loss={said['loss']!r})"

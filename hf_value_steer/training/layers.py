@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_value_steer.arguments.train import SplitArguments
 from hf_value_steer.backbone.features import FINAL, Layer
+from hf_value_steer.checks import check_choice
 from hf_value_steer.choices import Target, Temporal
 from hf_value_steer.files.markup import table
 from hf_value_steer.heads.over_time import empty_memory, over_time
@@ -53,14 +54,23 @@ class LayerSuggestion:
     Args:
         probes (`list` of [`LayerProbe`]): the cheapest first of those that may be as good as the best one, whose
             intervals reach its AUROC; then the others, the cheapest first.
+        tokens, positive (`int`): the tokens that were scored, and those above one half among them.
     """
 
     probes: list[LayerProbe]
+    tokens: int
+    positive: int
 
     @property
     def best(self) -> LayerProbe:
         """The probe to go by: none that is cheaper may be as good as the best one."""
         return self.probes[0]
+
+    @property
+    def reaching(self) -> int:
+        """How many of them, the first ones, may be as good as the best."""
+        best = max(probe.auroc for probe in self.probes)
+        return sum(probe.upper >= best for probe in self.probes)
 
     def __str__(self) -> str:
         rows = [
@@ -73,7 +83,9 @@ class LayerSuggestion:
             ]
             for each in self.probes
         ]
-        return table(["layer", "temporal", "AUROC", "95 % interval", "depth of a look-ahead"], rows)
+        said = f"{self.positive} of {self.tokens} tokens are positive."
+        said += f" The first {self.reaching} rows may be as good as the best."
+        return f"{table(['layer', 'temporal', 'AUROC', '95 % interval', 'depth of a look-ahead'], rows)}\n\n{said}"
 
 
 @torch.no_grad()
@@ -100,11 +112,12 @@ def suggest_feature_layers(
     Raises:
         ValueError: if the tokens that were read are all of one class, or all of one prompt.
     """
-    if folds < 2:
-        raise ValueError(f"`folds` has to be at least 2, got {folds}.")
+    _check(folds, limit, target)
     if rows is None:
         split = split_rows(collection, SplitArguments())
         rows = [*split["train"], *split["validation"]]
+    if not rows:
+        raise ValueError("`rows` has to name at least one row of the collection.")
     rows = sorted(random.Random(0).sample(list(rows), min(limit, len(rows))))
     targets = Targets(collection, [judge], target)
     labels = [targets.of(row) > 0.5 for row in rows]
@@ -126,7 +139,15 @@ def suggest_feature_layers(
             lower, upper = interval(draws) or [0.0, 1.0]
             probes.append(LayerProbe(layer, temporal, round(auroc, 4), lower, upper, _price(layer, collection)))
     best = max(probe.auroc for probe in probes)
-    return LayerSuggestion(sorted(probes, key=lambda probe: (probe.upper < best, probe.price, -probe.auroc)))
+    ordered = sorted(probes, key=lambda probe: (probe.upper < best, probe.price, -probe.auroc))
+    return LayerSuggestion(ordered, len(label), int(label.sum()))
+
+
+def _check(folds: int, limit: int, target: str) -> None:
+    for name, given, least in (("folds", folds, 2), ("limit", limit, 1)):
+        if given < least:
+            raise ValueError(f"`{name}` has to be at least {least}, got {given}.")
+    check_choice(target, Target, "target")
 
 
 def _owners(collection: Collection, rows: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 import vllm
 from packaging.version import Version
 
-from hf_value_steer.doctor.checks import Check
+from hf_value_steer.doctor.context import Check
 from hf_value_steer.hosts.bindings import Problems, Table, attributes, differences, fields, parameters, size
 from hf_value_steer.vllm.refusals import VALIDATED
 

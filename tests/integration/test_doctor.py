@@ -17,7 +17,7 @@ from hf_value_steer.generation.shared_prefix import SharedPrefixLayer
 from tests.families import FAMILIES, accepting_head, build, layered_head, random_head
 
 
-NAMES = ["host", "feature", "head", "kernel", "identity", "layers", "cache", "drift", "padding", "speed"]
+NAMES = ["host", "feature", "head", "kernel", "identity", "layers", "cache", "drift", "padding", "evaluation", "speed"]
 
 
 def failed(checks):
@@ -37,7 +37,7 @@ def test_a_healthy_model_passes_every_check(family):
     checks = diagnose(model, own_head(model))
     assert [check.name for check in checks] == NAMES
     assert {check.name: check.status for check in checks} == {
-        name: "info" if name in ("kernel", "drift", "speed") else "ok" for name in NAMES
+        name: "info" if name in ("kernel", "drift", "speed", "evaluation") else "ok" for name in NAMES
     }
 
 
@@ -230,10 +230,11 @@ def test_a_planted_fault_ends_the_command_with_an_error(capsys, monkeypatch, fol
     with monkeypatch.context() as patch:
         patch.setattr(DynamicLayer, "crop", lambda *_: None)
         status, out = run(capsys, folders / "model")
-    assert status == 1 and "cache     FAIL    RuntimeError: the cache of 27 tokens holds 28: rollback fails" in out
+    out = " ".join(out.split())
+    assert status == 1 and "cache FAIL RuntimeError: the cache of 27 tokens holds 28: rollback fails" in out
     monkeypatch.setattr("hf_value_steer.cli.doctor.AutoModelForCausalLM.from_pretrained", lambda *_, **__: with_tap())
     status, out = run(capsys, folders / "model")
-    assert status == 1 and "feature   FAIL    the output embedding does not consume" in out
+    assert status == 1 and "feature     FAIL    the output embedding does not consume" in out
 
 
 def test_a_model_that_does_not_load(capsys, tmp_path):

@@ -256,7 +256,10 @@ def test_the_cheapest_layer_that_may_be_the_best(sampled, judge, capsys):
     cheaper = [each for each in found.probes if each.price < found.best.price]
     assert all(each.upper < best for each in cheaper)
     lines = str(found).splitlines()
-    assert len(lines) == 8 and lines[2].startswith(f"| {found.best.layer} | {found.best.temporal} | ")
+    said = f"{found.positive} of {found.tokens} tokens are positive. The first {found.reaching} rows may be"
+    assert len(lines) == 10 and lines[-1].startswith(said) and 0 < found.positive < found.tokens
+    assert [each.upper >= best for each in found.probes] == [place < found.reaching for place in range(6)]
+    assert lines[2].startswith(f"| {found.best.layer} | {found.best.temporal} | ")
     assert found == suggest_feature_layers(sampled, judge, target="prefix", folds=3)
     words = ["layers", "--collection", str(sampled.folder), "--judge", judge, "--target", "prefix", "--folds", "3"]
     assert main(words) == 0
@@ -273,3 +276,9 @@ def test_a_layer_is_not_chosen_on_prompts_that_calibrate(sampled, judge, monkeyp
         suggest_feature_layers(sampled, judge, [0, 1])
     with pytest.raises(ValueError, match="`folds` has to be at least 2, got 1"):
         suggest_feature_layers(sampled, judge, folds=1)
+    with pytest.raises(ValueError, match="`limit` has to be at least 1, got 0"):
+        suggest_feature_layers(sampled, judge, limit=0)
+    with pytest.raises(ValueError, match="`rows` has to name at least one row"):
+        suggest_feature_layers(sampled, judge, [])
+    with pytest.raises(ValueError, match="`target` has to be one of"):
+        suggest_feature_layers(sampled, judge, target="x")

@@ -42,8 +42,9 @@ def test_lines_are_what_the_library_says(world, capsys, prompted):
     assert len(lines) == len(known) == 2
     for number, (line, each) in enumerate(zip(lines, known, strict=True)):
         assert (line["text"], line["first_unacceptable"]) == (number, each.first_unacceptable)
-        assert [value for _, value in line["values"]] == pytest.approx(each.values)
-        assert line["worst_value"] == max(value for _, value in line["values"])
+        values = [value for _, value in line["values"]]
+        assert prompted or values.pop(0) is None  # the very first token has none, which JSON has no NaN for
+        assert values == pytest.approx(each.values[-len(values) :]) and line["worst_value"] == max(values)
         assert "".join(piece for piece, _ in line["values"]).split() == texts[number].split()
         assert line["acceptable"] == (each.first_unacceptable is None) == ("token" not in line)
     assert "values" not in scored(world, capsys, *words)[0]
@@ -80,5 +81,8 @@ def test_a_missing_column_is_named(world, capsys, tmp_path):
         "--texts",
         f"{world}/texts.jsonl",
     ]
+    (tmp_path / "texts.txt").write_text("goodak goodbl\n")
+    assert main(["score", *said[:-1], f"{tmp_path}/texts.txt", "--prompt-column", "before"]) == 2
+    assert "texts.txt, line 1 is a text without the column 'before'" in capsys.readouterr().err
     assert main([*command, "--prompt-column", "befor"]) == 2
     assert "the record has no column 'befor', only ['before', 'text']" in capsys.readouterr().err

@@ -6,9 +6,13 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_value_steer import AbstentionConfig, ValueFilterConfig, value_steer_generate
+from hf_value_steer.errors import ScoringError
+from hf_value_steer.generation.depth_graph import DepthGraph
 from hf_value_steer.generation.kernels import Whole
+from hf_value_steer.hosts.transformers import CACHE
 from tests.families import accepting_head, build, layered_head, prompts, random_head
 from tests.steer import rejecting, steer
+from tests.tiny_models import build_tiny
 
 
 @pytest.fixture
@@ -146,3 +150,67 @@ def test_heads_on_layers_commit_the_same(temporal, evaluation, compile_config):
     )
     ordinary, compiled = generate(model, None, on_a_layer), generate(model, compile_config, on_a_layer)
     assert compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
+
+
+DEPTH_FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "mixtral", "phi3")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """How often an eager step at a layer ran as one graph."""
+    calls, own = [], DepthGraph.__call__
+    monkeypatch.setattr(DepthGraph, "__call__", lambda self, *given: calls.append(1) or own(self, *given))
+    return calls
+
+
+@pytest.mark.parametrize("fallback", ["argmin", "abstain"])
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+@pytest.mark.parametrize("family", DEPTH_FAMILIES)
+def test_an_eager_step_at_a_layer_is_one_graph(family, temporal, fallback, compile_config, graphs):
+    """Sliding windows too; and the graph serves the calls after it."""
+    model, steps = build_tiny(family, 4), 20
+    options = {"value_head": layered_head(model, [1], temporal), "threshold": 0.45, "fallback": fallback}
+    config = ValueFilterConfig(**options, num_candidates=4, evaluation="eager")
+    call = {"do_sample": True, "max_new_tokens": steps, "cache_implementation": "static", "output_logits": True}
+    ordinary = steer(model, config, 3, **call)
+    compile_config.fullgraph = True
+    counters.clear()
+    compiled = steer(model, config, 3, **call, compile_config=compile_config)
+    assert compiled.token_values.isfinite().any() and torch.equal(compiled.sequences, ordinary.sequences)
+    torch.testing.assert_close(compiled.token_values, ordinary.token_values, equal_nan=True, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(compiled.logits), torch.stack(ordinary.logits), rtol=1e-3, atol=1e-3)
+    filling = family in ("gemma3_text", "phi3", "mixtral", "qwen3")  # a window that fills up makes another graph
+    assert 1 <= counters["stats"]["unique_graphs"] <= 1 + filling
+    assert len(graphs) == len(compiled.logits)
+    counters.clear()
+    again = steer(model, config, 4, **call, compile_config=compile_config)
+    assert len(graphs) == len(compiled.logits) + len(again.logits)
+    assert counters["stats"]["unique_graphs"] == 0 and not counters["graph_break"]
+
+
+def test_the_cache_of_compiled_steps_at_a_layer_goes_on(compile_config, graphs):
+    model = build_tiny("gemma3_text", 4)
+    head = layered_head(model, [1])
+    for reads in ([0, 1], [2, 3]):  # and another method reads layers below and above
+        abstain = AbstentionConfig(value_head=layered_head(model, reads), threshold=0.99, patience=9)
+        config = [ValueFilterConfig(value_head=head, threshold=0.45, evaluation="eager", num_candidates=4), abstain]
+        call = {"max_new_tokens": 12, "cache_implementation": "static", "eos_token_id": 2}
+        ordinary = steer(model, config, **call)
+        compiled = steer(model, config, **call, compile_config=compile_config)
+        assert graphs and compiled.interventions.any() and torch.equal(compiled.sequences, ordinary.sequences)
+        assert torch.equal(compiled.abstention_step, ordinary.abstention_step)
+        for mine, theirs in zip(compiled[CACHE].layers, ordinary[CACHE].layers, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-3, atol=1e-4)
+
+
+def test_a_value_that_is_no_number_ends_a_compiled_step_at_a_layer(compile_config, graphs):
+    model = build_tiny("llama", 4)
+    head = layered_head(model, [1])
+    config = ValueFilterConfig(value_head=head, threshold=0.45, evaluation="eager")
+    call = {"max_new_tokens": 6, "cache_implementation": "static", "compile_config": compile_config}
+    steer(model, config, **call)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(ScoringError):
+        steer(model, config, **call)
+    assert graphs

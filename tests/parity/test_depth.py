@@ -7,8 +7,16 @@ import pytest
 import torch
 from transformers import set_seed
 
-from hf_value_steer import AbstentionConfig, ActivationConfig, GuidanceConfig, ValueFilterConfig, value_steer_generate
+from hf_value_steer import (
+    AbstentionConfig,
+    AbstentionLogitsProcessor,
+    ActivationConfig,
+    GuidanceConfig,
+    ValueFilterConfig,
+    value_steer_generate,
+)
 from hf_value_steer.activation.apply import steered
+from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation import depth
 from hf_value_steer.generation.families import MASKED, SHARED_PREFIX
 from hf_value_steer.generation.method import Method
@@ -17,6 +25,8 @@ from tests.layers import CANDIDATES, model_of
 from tests.layers import FAMILIES as TWELVE
 from tests.oracle import states
 from tests.parity.test_guidance import make_module
+from tests.steer import steer
+from tests.tiny_models import build_tiny
 from tests.unit.test_steering_vectors import random_vectors
 
 
@@ -183,3 +193,30 @@ def test_heads_on_layers_that_do_not_fit_are_refused():
         head.config.feature_layers = layers
         with pytest.raises(ValueError, match=message):
             generate(model, ValueFilterConfig(value_head=head))
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+def test_layers_that_the_user_compiled(evaluation):
+    """A graph would take in what is done between the layers: it is judged behind the last one."""
+    model = build_tiny("llama", 4)
+    options = {"value_head": layered_head(model, [1]), "threshold": 0.45, "evaluation": evaluation}
+    call = {"do_sample": True, "max_new_tokens": 10}
+    expected = steer(model, ValueFilterConfig(**options), 2, **call)
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    out = steer(model, ValueFilterConfig(**options), 2, **call)
+    torch._dynamo.reset()
+    assert expected.interventions.any() and torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("layers", [[0], ["final"]], ids=str)
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+def test_a_processor_of_ours_beside_a_judge_is_refused(evaluation, layers):
+    """The last forward that it would read may be a look-ahead."""
+    model = build_tiny("llama", 4)
+    abstain = AbstentionConfig(value_head=layered_head(model, layers), threshold=0.9)
+    config = ValueFilterConfig(value_head=layered_head(model, [1]), threshold=0.45, evaluation=evaluation)
+    with pytest.raises(UnsupportedError, match="in the list of `value_steer`"):
+        steer(model, config, logits_processor=[AbstentionLogitsProcessor(model, abstain)], eos_token_id=2)
+    assert steer(model, [config, abstain], eos_token_id=2).sequences.shape[0] == 3

@@ -248,12 +248,12 @@ class Sixth(Rewriter):
         super().undo(rows, snapshot)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_a_sixth_method_is_an_object(eager):
+@pytest.mark.parametrize("evaluation", ["lazy", "eager", "auto"])
+def test_a_sixth_method_is_an_object(evaluation):
     model, outs = build("llama"), []
     for steps in ((), (6,)):
         sixth = Sixth(random_head(model), steps=steps)
-        sixth.eager = eager
+        sixth.evaluation = evaluation
         outs.append(steer(model, sixth, output_logits=True, eos_token_id=None))
         assert sixth.called["undo"] == (4 if steps else 0)
     one, other = outs

@@ -1,15 +1,22 @@
 """Values of texts that are there already: those of decode time, whatever the batch, the padding and the chunks."""
 
+import copy
+import math
+
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
 
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig, score_text
-from hf_value_steer.backbone.points import layer_point
 from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 from tests.families import FAMILIES, build, layered_head, prompts, random_head
 from tests.steer import steer
 
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of PEFT
 
 NEW = 14
 HEADS = [(layers, temporal) for layers in ([0], ["final"], [0, -1]) for temporal in ("none", "mean", "ema")]
@@ -97,18 +104,6 @@ def test_texts_and_token_ids_are_the_same(smollm2, tokenizer):
     )
 
 
-@pytest.mark.parametrize("temporal", ["mean", "ema"])
-def test_without_a_prompt_the_first_token_is_remembered(temporal):
-    model = build("llama")
-    head, text = layered_head(model, [0], temporal), [5, 6, 7, 8]
-    states = []
-    with layer_point(model, 0).watched(states.append):
-        model(torch.tensor([text]))
-    found = next(score_text(model, head, [text], threshold=0.5))
-    assert found.prompt_value is None
-    assert found.values == pytest.approx(head(states[0][0]).value.tolist(), abs=1e-5)
-
-
 def test_texts_are_read_as_they_are_asked_for():
     model = build("llama")
     asked = []
@@ -160,3 +155,71 @@ def test_what_cannot_be_done_is_refused():
     head.net[-1].bias.data.fill_(torch.nan)
     with pytest.raises((ScoringError, ValueError), match="finite|no number"):
         list(score_text(model, head, [[5, 6]], threshold=0.5))
+
+
+def test_the_first_token_of_a_text_without_a_prompt_has_no_value():
+    """No head has learned from one, and a mean would never forget its state, which is like no other."""
+    model, text = build("llama"), [5, 9, 33, 7, 12, 40]
+    for temporal in ("none", "mean", "ema"):
+        head = layered_head(model, [0], temporal)
+        (alone,) = score_text(model, head, [text], threshold=0.5)
+        (behind,) = score_text(model, head, [text[2:]], [text[:2]], threshold=0.5)
+        assert math.isnan(alone.values[0]) and alone.values[1:] == [
+            pytest.approx(value, abs=1e-5) for value in [behind.prompt_value, *behind.values]
+        ]
+        bad = [place for place, value in enumerate(alone.values) if value >= 0.5]
+        assert alone.first_unacceptable == (bad[0] if bad else None)
+    (single,) = score_text(model, head, [[5]], threshold=0.5)
+    assert math.isnan(single.values[0]) and single.first_unacceptable is None
+
+
+def test_an_adapter_that_is_merged_and_off_is_not_damaged():
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(build("llama"), lora).eval()
+    head, text = layered_head(build("llama"), [0]), [5, 9, 33, 7, 12]
+    before = model(torch.tensor([text])).logits
+    model.merge_adapter()
+    with model.disable_adapter():
+        found = [next(score_text(model, head, [text], threshold=0.5)).values[1:] for _ in range(2)]
+        expected = next(score_text(build("llama"), head, [text], threshold=0.5)).values[1:]
+    assert found[0] == found[1] == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(model(torch.tensor([text])).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_virtual_tokens_are_refused():
+    tuned = get_peft_model(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    with pytest.raises(UnsupportedError, match="virtual tokens"):
+        score_text(tuned, random_head(build("llama")), [[5, 9, 33]])
+
+
+def test_an_offloaded_model_has_the_same_values():
+    model, text = build("llama"), [5, 9, 33, 7, 12]
+    head = layered_head(model, [0])
+    (expected,) = score_text(model, head, [text], threshold=0.5)
+    (found,) = score_text(cpu_offload(model, execution_device="cpu"), head, [text], threshold=0.5)
+    assert found.values[1:] == pytest.approx(expected.values[1:], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_longer_text_beside_it_changes_nothing(kind):
+    config = copy.deepcopy(FAMILIES["llama"])
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        factors = {"long_factor": [2.0] * 4, "short_factor": [1.0] * 4, "original_max_position_embeddings": 16}
+        config.rope_parameters |= factors
+        config.original_max_position_embeddings = 16
+    config.max_position_embeddings = 64 if kind == "longrope" else 16
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    config.max_position_embeddings = 64
+    head, short, long = random_head(model), [5, 9, 33, 7, 12], list(range(3, 33))
+    (alone,) = score_text(model, head, [short], threshold=0.5)
+    beside, _ = score_text(model, head, [short, long], threshold=0.5)
+    assert beside.values[1:] == pytest.approx(alone.values[1:], abs=1e-6)
+
+
+@pytest.mark.parametrize("text", [[5.7, 1], b"abc", [{"role": "user", "content": "hi"}], [5, 101], [-1]], ids=str)
+def test_what_is_no_text_is_said(text):
+    model = build("llama")
+    with pytest.raises(ValueError, match="sequence of token ids below 101"):
+        list(score_text(model, random_head(model), [text], threshold=0.5))

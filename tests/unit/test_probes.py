@@ -6,13 +6,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeClassifier, SGDClassifier
+from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from hf_value_steer import AbstentionConfig, ValueFilterConfig, ValueHead
-from hf_value_steer.backbone.parts import fingerprint
+from hf_value_steer import AbstentionConfig, ValueFilterConfig, ValueHead, fingerprint
 from tests.families import FAMILIES, build, prompts
 from tests.steer import steer
 from tests.tiny_models import build_tiny
@@ -274,3 +274,38 @@ def test_a_probe_abstains_and_belongs_to_its_model(steered_by):
     assert out.abstained.any()
     with pytest.raises(ValueError, match="fingerprint"):
         steer(build_tiny("llama", 3), ValueFilterConfig(value_head=head), **prompts(1), max_new_tokens=2)
+
+
+def test_what_hardly_varies_is_refused():
+    """Weights that float32 cannot hold: a whitened direction without variance, a feature that is almost constant."""
+    doubled = np.c_[FEATURES, FEATURES[:, :3] * 2]
+    constant = FEATURES.copy()
+    constant[:, 0] = 1e3 + 1e-6 * RANDOM.normal(size=len(FEATURES))
+    for step, features in ((PCA(whiten=True), doubled), (StandardScaler(), constant)):
+        probe = make_pipeline(step, LogisticRegression(max_iter=10_000)).fit(features, LABELS)
+        with pytest.raises(ValueError, match="float32 holds to .* in the log odds only"):
+            ValueHead.from_sklearn(probe, **PLACE)
+
+
+def test_a_search_is_sent_to_its_best_probe():
+    search = GridSearchCV(LogisticRegression(max_iter=10_000), {"C": [0.1, 1.0]}, cv=2).fit(FEATURES, LABELS)
+    with pytest.raises(ValueError, match="best_estimator_"):
+        ValueHead.from_sklearn(search, **PLACE)
+    np.testing.assert_allclose(
+        values(ValueHead.from_sklearn(search.best_estimator_, **PLACE)),
+        search.predict_proba(FEATURES)[:, 1],
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "architecture", "feature_layers"])
+def test_what_follows_from_the_weights_is_not_given(field):
+    with pytest.raises(ValueError, match=f"`{field}` follows from"):
+        ValueHead.from_linear(np.ones(WIDTH), **PLACE, **{field: 1})
+
+
+def test_the_record_of_a_training_is_a_dict():
+    with pytest.raises(ValueError, match="`training` has to be a dict"):
+        ValueHead.from_sklearn(fitted(LogisticRegression()), **PLACE, training="x")
+    with pytest.raises(ValueError, match="`layer` is not for TRL"):
+        ValueHead.from_trl(TheirValueHead(), scale=1.0, offset=0.0, layer=3)

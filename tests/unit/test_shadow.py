@@ -335,3 +335,17 @@ def test_a_module_that_was_copied_in_the_middle_of_a_change_can_be_watched(missi
     detach()
     model(IDS)
     assert len(seen) == 1 and type(model.model.layers[0]) is kind
+
+
+def test_a_function_that_keeps_a_module_in_a_default_of_a_keyword():
+    model = build("gpt2").train()
+    block = model.transformer.h[0]
+
+    def forward(*args, _own=block.forward, **kwargs):
+        return _own(*args, **kwargs)
+
+    block.forward = forward
+    twin = shadow(model).eval()
+    inside = twin.transformer.h[0].forward.__kwdefaults__["_own"].__self__
+    assert inside is not block and not inside.training and block.training
+    assert torch.equal(twin(IDS).logits, twin(IDS).logits)

@@ -1,0 +1,114 @@
+"""What lazy and eager steps of a call cost: steps of both kinds are timed once, and the cheaper kind is taken.
+
+`evaluation="auto"` asks for it. Lazy and eager steps keep the same tokens, so this decides about time alone.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from hf_value_steer.generation.engine import Engine
+from hf_value_steer.generation.kernels import choose_kernel
+from hf_value_steer.generation.method import Call, Method
+from hf_value_steer.generation.state import Draw
+from hf_value_steer.generation.steps import Eager, Lazy, Step
+from hf_value_steer.hosts.transformers import cache_name
+
+
+STEPS = 4  # of each kind that are timed, behind one that is not
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a step.
+
+    Args:
+        lazy (`float`): of a lazy one that keeps all natural samples.
+        look (`float`): of a lazy one that looks at alternatives in one row.
+        eager (`float`): of an eager one.
+    """
+
+    lazy: float
+    look: float
+    eager: float
+
+    @property
+    def break_even(self) -> float:
+        """The share of steps with a look at alternatives from which on eager steps are cheaper."""
+        return (self.eager - self.lazy) / max(self.look - self.lazy, 1e-9)
+
+
+_measured: dict[tuple[Any, ...], Costs] = {}
+
+
+def costs_of(call: Call, judge: Method, depth: int | None) -> Costs:
+    """The costs of steps of a call, measured at the first call of its kind in a process.
+
+    They are those of short texts, of the same batch size, with the call's own model, head and number of candidates.
+
+    Args:
+        judge: the method that decides which tokens are kept.
+        depth (*optional*): the layer at which it does so.
+    """
+    model = call.model
+    size = (type(model).__name__, model.num_parameters(), model.dtype, model.device)
+    kind = (*size, call.rows, judge.most, judge.lookahead, depth)
+    if kind not in _measured:
+        _measured[kind] = _measure(call, judge, depth)
+    return _measured[kind]
+
+
+def _measure(call: Call, judge: Method, depth: int | None) -> Costs:
+    """The least of some steps of each kind, which take turns."""
+    rejecting, accepting = (_Prescribed(judge, rejects) for rejects in (True, False))
+    engines = [_engine(call, judge, depth) for _ in range(3)]
+    steps: tuple[Step, ...] = (Lazy(engines[0], accepting), Lazy(engines[1], rejecting), Eager(engines[2], accepting))
+    turns = list(zip(*(_times(call, *each) for each in zip(engines, steps, strict=True)), strict=True))
+    return Costs(*map(min, zip(*turns[1:], strict=True)))
+
+
+def _engine(call: Call, judge: Method, depth: int | None) -> Engine:
+    """One without a text, beside that of the call."""
+    kwargs = {name: each for name, each in call.model_kwargs.items() if not isinstance(each, Tensor)}
+    kwargs[cache_name(kwargs)] = DynamicCache(config=call.model.config.get_text_config(decoder=True))
+    return Engine(call.prepared, kwargs, choose_kernel(judge.lookahead, call.model), reads=judge.reads, depth=depth)
+
+
+def _times(call: Call, engine: Engine, step: Step) -> Iterator[float]:
+    """Seconds of each of some steps of a text that begins with one token."""
+    vocabulary = call.model.config.get_text_config(decoder=True).vocab_size
+    text = torch.full((call.rows, 1), vocabulary // 2, device=call.device)
+    engine.model_kwargs["attention_mask"] = torch.ones_like(text)
+    state, live = engine.prefill(text, call.config), torch.ones_like(text[:, 0], dtype=torch.bool)
+    for number in range(1 + STEPS):
+        start = time.perf_counter()
+        state, outcome = step(Draw(number, text, *(state.logits,) * 3, text[:, 0], live, ~live, ~live))
+        outcome.tokens.tolist()  # the host waits for the device
+        yield time.perf_counter() - start
+        text = torch.cat([text, outcome.tokens[:, None]], dim=-1)
+        engine.commit()
+
+
+class _Prescribed(Method):
+    """A judge that rejects nothing, or the natural samples of the first row; else it is as `judge`."""
+
+    def __init__(self, judge: Method, rejects: bool):
+        self.judge, self.rejects = judge, rejects
+        self.reads, self.most = judge.reads, judge.most
+        self.propose, self.decide = judge.propose, judge.decide  # type: ignore[method-assign]
+
+    def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.judge.values(features, rows).nan_to_num(0.5)
+
+    def acting(self, draw: Draw) -> Tensor:
+        return torch.ones_like(draw.live)
+
+    def accepts(self, values: Tensor) -> Tensor:
+        accepted = torch.ones_like(values, dtype=torch.bool)
+        accepted[0] = not self.rejects
+        return accepted
