@@ -6,7 +6,7 @@ A step reads from top to bottom, see [`hf_value_steer.generation.steps`]: the en
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ from hf_value_steer.generation.kernels import (
     Expanded,
     Kernel,
     LookAhead,
+    Padding,
     Whole,
     begin_of_rows,
     compilable_kernel,
-    padding_of,
     without_last,
 )
 from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache
@@ -77,7 +77,7 @@ class Engine:
         self.points = prepared.points(reads)
         self.at_depth = None if depth is None else AtDepth(self.model, self.points, depth)
         self.graph: DepthGraph | None = None
-        self.padding = cache(lambda rows: padding_of(self.model_kwargs.get("attention_mask"), rows))
+        self.padding = Padding()
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
         self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
 
@@ -253,7 +253,7 @@ class Engine:
     def _new_look_ahead(self, input_ids: Tensor, candidates: Tensor, rows: Tensor | None) -> LookAhead:
         cache = LookaheadCache(self.live, candidates.shape[1], self.kernel.layer, rows)
         cache.partial = self.at_depth is not None
-        padding = partial(self.padding, len(input_ids))
+        padding = partial(self.padding, self.model_kwargs.get("attention_mask"), len(input_ids))
         return LookAhead(self.model, self.model_kwargs, cache, input_ids, candidates, rows, padding)
 
     def _forward(self, look: LookAhead, reading: Reading) -> Reached:

@@ -128,9 +128,15 @@ def begin_of_rows(model_kwargs: Mapping[str, Any], rows: Tensor, length: int) ->
     }
 
 
-def padding_of(mask: Tensor | None, rows: int) -> list[int]:
-    """Number of padded positions to the left of each text of a batch; the host waits for it."""
-    return [0] * rows if mask is None else (mask == 0).sum(dim=-1).tolist()
+class Padding:
+    """Number of padded positions to the left of each text of a batch, for which the host waits once."""
+
+    known: list[int] | None = None
+
+    def __call__(self, mask: Tensor | None, rows: int) -> list[int]:
+        if self.known is None:
+            self.known = [0] * rows if mask is None else (mask == 0).sum(dim=-1).tolist()
+        return self.known
 
 
 def without_last(model_kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

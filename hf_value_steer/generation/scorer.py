@@ -192,8 +192,8 @@ def require_fit(head: ValueHead, model: PreTrainedModel, allow_backbone_mismatch
     if head.config.hidden_size != width:
         raise MismatchError(
             f"`value_head` was trained on hidden_size={head.config.hidden_size} (backbone {head.config.backbone!r}), "
-            f"but the feature of this {type(model).__name__} has width {width} (layers {list(layers)}); load the "
-            "matching head, or name the layers that it reads."
+            f"but the feature of this {type(model).__name__} has width {width}; load the matching head. It "
+            f"reads the layers {list(layers)}."
         )
     head.require_finite()
     if not allow_backbone_mismatch:

@@ -8,7 +8,7 @@ from hf_value_steer import AbstentionConfig, BlockCache, ValueFilterConfig, enab
 from hf_value_steer.generation.kernels import KERNELS
 from hf_value_steer.generation.shared_prefix import attend
 from hf_value_steer.hosts.transformers import CACHE
-from tests.families import FAMILIES, accepting_head, build, prompts, random_head
+from tests.families import FAMILIES, accepting_head, build, layered_head, prompts, random_head
 
 
 pytestmark = pytest.mark.gpu
@@ -72,3 +72,14 @@ def test_abstention():
     model = enable_value_steer(build("llama").cuda())
     out = run(model, AbstentionConfig(value_head=random_head(model), threshold=0.5, patience=2))
     assert out.abstained.any()
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager", "auto"])
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+def test_heads_on_a_layer_in_compiled_steps(temporal, evaluation):
+    """Eager ones are one CUDA graph."""
+    model = enable_value_steer(build("qwen3").cuda())
+    options = {"value_head": layered_head(build("qwen3"), [0], temporal).cuda(), "threshold": 0.45}
+    expected = run(model, ValueFilterConfig(**options))
+    out = run(model, ValueFilterConfig(**options, evaluation=evaluation), cache_implementation="static")
+    assert expected.interventions.any() and torch.equal(out.sequences, expected.sequences)
