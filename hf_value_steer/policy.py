@@ -26,6 +26,26 @@ def acceptable(values: Tensor, threshold: Tensor, polarity: Polarity) -> Tensor:
     return values < threshold if polarity == "undesirable" else values > threshold
 
 
+def soft_thresholds(threshold: Tensor, luck: Tensor, beta: float, polarity: Polarity) -> Tensor:
+    """Thresholds that make [`acceptable`] a draw, for `selection="soft"`.
+
+    A value passes with probability `min(1, exp(-beta * excess))`. The excess is how far its log odds are beyond those
+    of `threshold`, on the side that is not acceptable. What is acceptable passes for certain.
+
+    Args:
+        threshold (`torch.FloatTensor` of shape `(rows,)`): in (0, 1).
+        luck (`torch.Tensor` of shape `(rows, K)`): uniform numbers in [0, 1), one a candidate.
+        beta (`float`): above 0; the larger, the nearer to the hard threshold.
+        polarity (`str`): meaning of a high value.
+
+    Returns:
+        `torch.FloatTensor` of shape `(rows, K)`.
+    """
+    excess = luck.to(threshold.dtype).log() / beta
+    sign = 1 if polarity == "desirable" else -1
+    return (threshold.logit()[:, None] + sign * excess).sigmoid()
+
+
 def answered(values: Tensor) -> Tensor:
     """Values as they are, of any shape, but NaN for what is no probability: an infinity, or a number beyond [0, 1]."""
     return values.masked_fill(~((values >= 0) & (values <= 1)), torch.nan)
@@ -51,7 +71,7 @@ def select(
     Args:
         values (`torch.FloatTensor` of shape `(rows, K)`): value of each candidate, in draw order.
         drawn (`torch.BoolTensor` of shape `(rows, K)`): which columns hold a candidate; column 0 always does.
-        threshold (`torch.FloatTensor` of shape `(rows, 1)`): acceptance threshold.
+        threshold (`torch.FloatTensor` of shape `(rows, 1)` or `(rows, K)`): acceptance threshold.
         polarity (`str`): meaning of a high value.
         fallback (`str`): `"argmin"` takes the most acceptable candidate, `"args"` the one with the lowest
             `u - prob_weight * probability`, where `u` is the undesirability. `"abstain"` answers like `"argmin"`:
@@ -121,6 +141,8 @@ class Candidates:
         known (`torch.BoolTensor` of shape `(rows,)`): rows in which the value of column 0 is known already.
         ending (`int`, *optional*): the token that ends a row; it is forwarded as a further column, K, which is no
             candidate, so that a row that ends has the cache of what it says.
+        thresholds (`torch.FloatTensor` of shape `(rows, K)`, *optional*): what the value of each has to pass, where
+            that is not one threshold for all of a row.
 
     Attributes:
         tokens (`torch.LongTensor` of shape `(rows, columns)`): the ending included, if there is one.
@@ -131,8 +153,8 @@ class Candidates:
         slots (`torch.LongTensor` of shape `(rows, columns)`): where a needed column stands among the needed ones.
     """
 
-    def __init__(self, tokens: Tensor, known: Tensor, ending: int | None = None):
-        self.drawn = tokens >= 0
+    def __init__(self, tokens: Tensor, known: Tensor, ending: int | None = None, thresholds: Tensor | None = None):
+        self.drawn, self.thresholds = tokens >= 0, thresholds
         if ending is not None:
             tokens = torch.nn.functional.pad(tokens, (0, 1), value=ending)
         self.tokens = tokens
@@ -206,7 +228,8 @@ def decide(
     Args:
         candidates: of n rows.
         values (`torch.FloatTensor` of shape `(rows, columns)`): from [`Candidates.spread`].
-        threshold (`torch.FloatTensor` of shape `(rows,)`), polarity, fallback, prob_weight: as in [`select`].
+        threshold (`torch.FloatTensor` of shape `(rows,)`): for candidates that bring none of their own.
+        polarity, fallback, prob_weight: as in [`select`].
         may_end (`torch.BoolTensor` of shape `(rows,)`): where `fallback="abstain"` may end a row.
         probabilities (`torch.FloatTensor` of shape `(rows, vocab)`): processed probabilities, needed by `"args"`.
     """
@@ -214,10 +237,11 @@ def decide(
     own = values[:, : drawn.shape[1]]
     if probabilities is not None:
         probabilities = probabilities.gather(1, candidates.tokens[:, : drawn.shape[1]].clamp(min=0))
-    column, found = select(own, drawn, threshold[:, None], polarity, fallback, probabilities, prob_weight)
+    thresholds = threshold[:, None] if candidates.thresholds is None else candidates.thresholds
+    column, found = select(own, drawn, thresholds, polarity, fallback, probabilities, prob_weight)
     return Decision(
         values,
-        acceptable(own, threshold[:, None], polarity) & drawn,
+        acceptable(own, thresholds, polarity) & drawn,
         column,
         found,
         ends=~found & may_end if fallback == "abstain" else torch.zeros_like(found),

@@ -4,12 +4,13 @@ A `custom_generate` callable with the same arguments as `value_steer_generate`. 
 numbers of the alternatives, and nothing else.
 """
 
+import math
 from typing import Any
 
 import torch
 
 from hf_value_steer.backbone.parts import decoder_layers
-from hf_value_steer.generation.candidates import random_key, uniforms
+from hf_value_steer.generation.candidates import another_key, random_key, uniforms
 
 
 def states(model: Any, tokens: list[int], layers: Any) -> torch.Tensor:
@@ -56,9 +57,14 @@ class Oracle:
                 mean = head.temporal_decay * mean + (1 - head.temporal_decay) * each
         return float(torch.sigmoid(torch.nn.Sequential(*rest)(mean.float())))
 
-    def accepts(self, value: float) -> bool:
+    def accepts(self, value: float, luck: float) -> bool:
+        """By `luck`, uniform in [0, 1), under soft selection."""
         threshold = self.config.threshold
-        return value < threshold if self.head.config.polarity == "undesirable" else value > threshold
+        sign = 1 if self.head.config.polarity == "undesirable" else -1
+        excess = sign * (math.log(value / (1 - value)) - math.log(threshold / (1 - threshold)))
+        if self.config.selection == "first":
+            return excess < 0
+        return luck < math.exp(min(0.0, -self.config.beta * excess))
 
     def badness(self, value: float, probability: float) -> float:
         base = value if self.head.config.polarity == "undesirable" else 1 - value
@@ -81,11 +87,17 @@ class Oracle:
         return allowed[: self.config.num_candidates - 1]
 
     def commit(
-        self, model: Any, prefix: list[int], prompt: int, scores: torch.Tensor, candidates: list[int]
+        self,
+        model: Any,
+        prefix: list[int],
+        prompt: int,
+        scores: torch.Tensor,
+        candidates: list[int],
+        luck: list[float],
     ) -> tuple[int, float]:
         values = [self.value(model, [*prefix, candidate], prompt) for candidate in candidates]
-        for candidate, value in zip(candidates, values, strict=True):
-            if self.accepts(value):
+        for candidate, value, own in zip(candidates, values, luck, strict=False):
+            if self.accepts(value, own):
                 return candidate, value
         if self.config.fallback == "abstain":
             return 2, self.value(model, [*prefix, 2], prompt)
@@ -119,7 +131,8 @@ class Oracle:
                 uniform = uniforms(key, [row], step, self.config.num_candidates - 1)[0]
                 own = natural[row].item()
                 others = self.alternatives(scores[row], own, uniform, generation_config.do_sample)
-                token, value = self.commit(model, prefix, prompts[row], scores[row], [own, *others])
+                luck = uniforms(another_key(key), [row], step, self.config.num_candidates)[0].tolist()
+                token, value = self.commit(model, prefix, prompts[row], scores[row], [own, *others], luck)
                 tokens.append(token)
                 self.values[row].append(value)
                 self.interventions[row].append(token != own)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from hf_value_steer.checks import MOST_CANDIDATES
-from hf_value_steer.choices import Evaluation, Fallback
+from hf_value_steer.choices import Evaluation, Fallback, Selection
 from hf_value_steer.configuration.methods import SteeringConfig
 
 
@@ -23,6 +23,11 @@ class ValueFilterConfig(SteeringConfig):
             all candidates in one pass. Both commit the same tokens (in half precision, up to rounding). `"auto"` times
             some steps of both at the first call of its kind, begins with what is cheaper if 5 % of the natural samples
             are rejected, and changes to eager steps where a text rejects so many that they are cheaper.
+        selection (`str`): `"first"` commits the first candidate that is acceptable. `"soft"` commits the first one
+            that a draw accepts: for certain what is acceptable, else with probability `exp(-beta * excess)`. The
+            excess is how far the log odds of a value are beyond those of the threshold. So fewer tokens are replaced,
+            the worst ones most often. It needs sampling, and `proposal="sample"`.
+        beta (`float`): of `"soft"`, above 0; the larger it is, the nearer to `"first"`.
         fallback (`str`): if no candidate is acceptable: `"argmin"` commits the most acceptable one, `"args"` the one
             with the lowest `u - prob_weight * probability` (ARGS, arXiv 2402.01694; `u` = undesirability), and
             `"abstain"` ends the row.
@@ -41,6 +46,8 @@ class ValueFilterConfig(SteeringConfig):
     num_candidates: int = 8
     proposal: Literal["sample", "topk"] = "sample"
     evaluation: Evaluation = "lazy"
+    selection: Selection = "first"
+    beta: float = 1.0
     fallback: Fallback = "argmin"
     prob_weight: float = 1.0
     max_interventions: int | None = None
@@ -55,6 +62,10 @@ class ValueFilterConfig(SteeringConfig):
             raise ValueError(f"`num_candidates` has to be at most {MOST_CANDIDATES}, got {self.num_candidates}.")
         if type(self.prob_weight) not in (int, float) or not 0 <= self.prob_weight < math.inf:
             raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
+        if type(self.beta) not in (int, float) or not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` has to be a finite number above 0, got {self.beta!r}.")
+        if self.selection == "soft" and self.proposal != "sample":
+            raise ValueError('`selection="soft"` accepts draws: it needs `proposal="sample"`.')
         if self.max_interventions is not None:
             self._check_integer("max_interventions", 0)
         if self.seed is not None:

@@ -40,6 +40,11 @@ def random_key(device: torch.device, seed: int | None) -> bytes:
     return hashlib.blake2b(str(seed).encode(), digest_size=16).digest()
 
 
+def another_key(key: bytes) -> bytes:
+    """The key of a second stream, which tells nothing of the first."""
+    return hashlib.blake2b(key, digest_size=16, person=b"selection").digest()
+
+
 def _generator_state(device: torch.device) -> Tensor:
     """State of the generator from which `generate` draws on this device."""
     if device.type == "cpu":

@@ -108,7 +108,7 @@ class _Prescribed(Method):
     def acting(self, draw: Draw) -> Tensor:
         return torch.ones_like(draw.live)
 
-    def accepts(self, values: Tensor) -> Tensor:
+    def accepts(self, values: Tensor, draw: Draw) -> Tensor:  # noqa: ARG002
         accepted = torch.ones_like(values, dtype=torch.bool)
         accepted[0] = not self.rejects
         return accepted

@@ -160,8 +160,8 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     Args:
         model: the model that will generate.
-        config: head, threshold, K, proposal and fallback. `max_interventions` and `output_candidates` need
-            [`value_steer_generate`].
+        config: head, threshold, K, proposal and fallback. `max_interventions`, `output_candidates` and
+            `selection="soft"` need [`value_steer_generate`].
 
     Raises:
         TypeError: if `config` is no [`ValueFilterConfig`].
@@ -170,8 +170,9 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel, config: ValueFilterConfig):
         refuse_other_kind(config, ValueFilterConfig)
-        if config.max_interventions is not None or config.output_candidates:
-            raise ValueError("`max_interventions` and `output_candidates` need `model.generate(value_steer=...)`.")
+        if config.max_interventions is not None or config.output_candidates or config.selection != "first":
+            needed = '`max_interventions`, `output_candidates` and `selection="soft"`'
+            raise UnsupportedError(f"{needed} need `model.generate(value_steer=...)`.")
         outside, model = model, underlying(model)
         refuse_adapters(outside)
         refuse_model(model)

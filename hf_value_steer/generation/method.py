@@ -136,7 +136,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def accepts(self, values: Tensor) -> Tensor:
+    def accepts(self, values: Tensor, draw: Draw) -> Tensor:
         """Which natural samples of these values `(batch,)` are kept; NaN is not. Asked by a lazy step."""
         raise NotImplementedError
 

@@ -75,7 +75,7 @@ class Lazy:
         """Keep the natural samples, or let rows go on with others."""
         values = self.judge.values(reached.features.of(self.judge.reads)[:, -1])
         outcome = _natural(draw, values)
-        rejected = _acting(self.judge, draw) & ~self.judge.accepts(values)
+        rejected = _acting(self.judge, draw) & ~self.judge.accepts(values, draw)
         # Here the host waits for the device. All that is rare is behind this test.
         if bool((rejected | draw.impossible | (draw.live & values.isnan())).any()):
             draw.refuse_impossible()

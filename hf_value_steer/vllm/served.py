@@ -88,6 +88,10 @@ def _head_name(config: SteeringConfig) -> str:
     if isinstance(config, ValueFilterConfig):
         if config.output_candidates or config.lookahead != "auto":
             raise ValueError("`output_candidates` and `lookahead` are for `generate`: leave them out under vLLM.")
+        if config.selection != "first":
+            raise UnsupportedError(
+                '`selection="soft"` is for `generate`: under vLLM the first acceptable one is taken.'
+            )
         if config.num_candidates > MOST_CANDIDATES:
             raise ValueError(f"`num_candidates` is at most {MOST_CANDIDATES} under vLLM, got {config.num_candidates}.")
     name = config.to_dict().get("value_head")

@@ -223,7 +223,7 @@ class Sixth(Rewriter):
     def acting(self, draw):
         return draw.live & ~draw.forced
 
-    def accepts(self, values):
+    def accepts(self, values, draw):
         return values < 0.6
 
     def propose(self, draw, rows, known, acting):

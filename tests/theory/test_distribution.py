@@ -34,6 +34,20 @@ def toy():
     return enable_value_steer(model), head, prompt, probabilities, values
 
 
+def soft_law(probabilities, values, threshold, num_candidates, beta):
+    """P(committed token): each of K i.i.d. candidates in turn is accepted by a draw; else the best of them."""
+    odds = np.log(values / (1 - values)) - np.log(threshold / (1 - threshold))
+    accepted = np.minimum(1.0, np.exp(-beta * odds))
+    committed = np.zeros(VOCABULARY)
+    for candidates in itertools.product(range(VOCABULARY), repeat=num_candidates):
+        left = probabilities[list(candidates)].prod()
+        for token in candidates:
+            committed[token] += left * accepted[token]
+            left *= 1 - accepted[token]
+        committed[min(candidates, key=values.__getitem__)] += left
+    return committed
+
+
 def law(probabilities, values, threshold, num_candidates, prob_weight=None):
     """P(committed token): over all tuples of K i.i.d. candidates the first acceptable one, else the fallback."""
     score = values if prob_weight is None else values - prob_weight * probabilities
@@ -75,6 +89,25 @@ def test_first_acceptable_of_k(toy, num_candidates, evaluation):
     if num_candidates > 1:  # and the test can tell it from the law of one candidate fewer
         other = law(probabilities, values, threshold, num_candidates - 1)
         assert chisquare(counts, other * DRAWS).pvalue < 0.001
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("beta", [0.3, 2.0])
+@pytest.mark.parametrize("num_candidates", [1, 3])
+def test_soft_selection(toy, num_candidates, beta, evaluation):
+    _, _, _, probabilities, values = toy
+    threshold = float(np.sort(values)[1:3].mean())
+    expected = soft_law(probabilities, values, threshold, num_candidates, beta)
+    options = {"threshold": threshold, "num_candidates": num_candidates, "evaluation": evaluation}
+    counts = empirical(toy, **options, selection="soft", beta=beta)
+    assert_follows(counts, expected)
+    if num_candidates > 1:  # and the test can tell it from the hard law, and from that of another beta
+        for other in (
+            law(probabilities, values, threshold, num_candidates),
+            soft_law(probabilities, values, threshold, num_candidates, 2 * beta),
+        ):
+            support = other > 1e-12
+            assert counts[~support].any() or chisquare(counts[support], other[support] * DRAWS).pvalue < 0.001
 
 
 def test_the_args_fallback(toy):
