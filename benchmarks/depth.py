@@ -179,7 +179,7 @@ def main() -> None:
     for dtype in ("float32", "bfloat16"):
         model, _ = load_backbone(getattr(torch, dtype))
         for batch in (1, 16):
-            cases = measure(model, batch, 200 if batch == 1 else 40, arguments.rounds)
+            cases = measure(model, batch, 120 if batch == 1 else 32, arguments.rounds)
             panels.append({"title": f"{dtype}, batch {batch}", "dtype": dtype, "batch": batch, "cases": cases})
             panels[-1]["interventions_at_layer_11"] = interventions_cost(cases, 11)
             for case in cases:

@@ -26,26 +26,6 @@ def acceptable(values: Tensor, threshold: Tensor, polarity: Polarity) -> Tensor:
     return values < threshold if polarity == "undesirable" else values > threshold
 
 
-def soft_thresholds(threshold: Tensor, luck: Tensor, beta: float, polarity: Polarity) -> Tensor:
-    """Thresholds that make [`acceptable`] a draw, for `selection="soft"`.
-
-    A value passes with probability `min(1, exp(-beta * excess))`. The excess is how far its log odds are beyond those
-    of `threshold`, on the side that is not acceptable. What is acceptable passes for certain.
-
-    Args:
-        threshold (`torch.FloatTensor` of shape `(rows,)`): in (0, 1).
-        luck (`torch.Tensor` of shape `(rows, K)`): uniform numbers in [0, 1), one a candidate.
-        beta (`float`): above 0; the larger, the nearer to the hard threshold.
-        polarity (`str`): meaning of a high value.
-
-    Returns:
-        `torch.FloatTensor` of shape `(rows, K)`.
-    """
-    excess = luck.to(threshold.dtype).log() / beta
-    sign = 1 if polarity == "desirable" else -1
-    return (threshold.logit()[:, None] + sign * excess).sigmoid()
-
-
 def answered(values: Tensor) -> Tensor:
     """Values as they are, of any shape, but NaN for what is no probability: an infinity, or a number beyond [0, 1]."""
     return values.masked_fill(~((values >= 0) & (values <= 1)), torch.nan)
@@ -141,8 +121,8 @@ class Candidates:
         known (`torch.BoolTensor` of shape `(rows,)`): rows in which the value of column 0 is known already.
         ending (`int`, *optional*): the token that ends a row; it is forwarded as a further column, K, which is no
             candidate, so that a row that ends has the cache of what it says.
-        thresholds (`torch.FloatTensor` of shape `(rows, K)`, *optional*): what the value of each has to pass, where
-            that is not one threshold for all of a row.
+        luck (`torch.Tensor` of shape `(rows, K)`, *optional*): uniform numbers in [0, 1), one a candidate, for judges
+            that draw.
 
     Attributes:
         tokens (`torch.LongTensor` of shape `(rows, columns)`): the ending included, if there is one.
@@ -153,8 +133,8 @@ class Candidates:
         slots (`torch.LongTensor` of shape `(rows, columns)`): where a needed column stands among the needed ones.
     """
 
-    def __init__(self, tokens: Tensor, known: Tensor, ending: int | None = None, thresholds: Tensor | None = None):
-        self.drawn, self.thresholds = tokens >= 0, thresholds
+    def __init__(self, tokens: Tensor, known: Tensor, ending: int | None = None, luck: Tensor | None = None):
+        self.drawn, self.luck = tokens >= 0, luck
         if ending is not None:
             tokens = torch.nn.functional.pad(tokens, (0, 1), value=ending)
         self.tokens = tokens
@@ -228,8 +208,8 @@ def decide(
     Args:
         candidates: of n rows.
         values (`torch.FloatTensor` of shape `(rows, columns)`): from [`Candidates.spread`].
-        threshold (`torch.FloatTensor` of shape `(rows,)`): for candidates that bring none of their own.
-        polarity, fallback, prob_weight: as in [`select`].
+        threshold (`torch.FloatTensor` of shape `(rows,)`, or `(rows, K)`), polarity, fallback, prob_weight: as in
+            [`select`].
         may_end (`torch.BoolTensor` of shape `(rows,)`): where `fallback="abstain"` may end a row.
         probabilities (`torch.FloatTensor` of shape `(rows, vocab)`): processed probabilities, needed by `"args"`.
     """
@@ -237,7 +217,7 @@ def decide(
     own = values[:, : drawn.shape[1]]
     if probabilities is not None:
         probabilities = probabilities.gather(1, candidates.tokens[:, : drawn.shape[1]].clamp(min=0))
-    thresholds = threshold[:, None] if candidates.thresholds is None else candidates.thresholds
+    thresholds = threshold[:, None] if threshold.dim() == 1 else threshold
     column, found = select(own, drawn, thresholds, polarity, fallback, probabilities, prob_weight)
     return Decision(
         values,

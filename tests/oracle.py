@@ -86,6 +86,22 @@ class Oracle:
         allowed = [token for token in order if token != natural and scores[token] > -torch.inf]
         return allowed[: self.config.num_candidates - 1]
 
+    def reweighed(
+        self, model: Any, prefix: list[int], prompt: int, scores: torch.Tensor, natural: int, luck: list[float] | None
+    ) -> tuple[int, float]:
+        """One of the most likely tokens, by probability and value; the first number is the natural one's."""
+        order = sorted(range(len(scores)), key=lambda token: -scores[token].item())
+        tokens = [token for token in order if scores[token] > -torch.inf][: self.config.num_candidates]
+        values = [self.value(model, [*prefix, token], prompt) for token in tokens]
+        sign = 1 if self.head.config.polarity == "undesirable" else -1
+        odds = [sign * math.log(value / (1 - value)) for value in values]
+        weights = [scores[token].item() - self.config.beta * each for token, each in zip(tokens, odds, strict=True)]
+        if luck is not None:
+            own = [luck[0] if token == natural else luck[1 + place] for place, token in enumerate(tokens)]
+            weights = [each - math.log(-math.log(number)) for each, number in zip(weights, own, strict=True)]
+        best = max(range(len(tokens)), key=weights.__getitem__)
+        return tokens[best], values[best]
+
     def commit(
         self,
         model: Any,
@@ -131,8 +147,13 @@ class Oracle:
                 uniform = uniforms(key, [row], step, self.config.num_candidates - 1)[0]
                 own = natural[row].item()
                 others = self.alternatives(scores[row], own, uniform, generation_config.do_sample)
-                luck = uniforms(another_key(key), [row], step, self.config.num_candidates)[0].tolist()
-                token, value = self.commit(model, prefix, prompts[row], scores[row], [own, *others], luck)
+                luck = uniforms(another_key(key), [row], step, self.config.num_candidates + 1)[0].tolist()
+                draws = generation_config.do_sample
+                if self.config.selection == "soft" and not (draws and self.config.proposal == "sample"):
+                    numbers = luck if draws else None
+                    token, value = self.reweighed(model, prefix, prompts[row], scores[row], own, numbers)
+                else:
+                    token, value = self.commit(model, prefix, prompts[row], scores[row], [own, *others], luck)
                 tokens.append(token)
                 self.values[row].append(value)
                 self.interventions[row].append(token != own)

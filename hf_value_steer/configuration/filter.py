@@ -26,7 +26,9 @@ class ValueFilterConfig(SteeringConfig):
         selection (`str`): `"first"` commits the first candidate that is acceptable. `"soft"` commits the first one
             that a draw accepts: for certain what is acceptable, else with probability `exp(-beta * excess)`. The
             excess is how far the log odds of a value are beyond those of the threshold. So fewer tokens are replaced,
-            the worst ones most often. It needs sampling, and `proposal="sample"`.
+            the worst ones most often. With `proposal="topk"` it draws one of the K most likely tokens, by
+            `probability * exp(-beta * odds)`; the odds are the log odds of not being acceptable, and no threshold
+            counts (as FUDGE, arXiv 2104.05218). Greedy search takes the largest of these.
         beta (`float`): of `"soft"`, above 0; the larger it is, the nearer to `"first"`.
         fallback (`str`): if no candidate is acceptable: `"argmin"` commits the most acceptable one, `"args"` the one
             with the lowest `u - prob_weight * probability` (ARGS, arXiv 2402.01694; `u` = undesirability), and
@@ -64,8 +66,10 @@ class ValueFilterConfig(SteeringConfig):
             raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
         if type(self.beta) not in (int, float) or not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` has to be a finite number above 0, got {self.beta!r}.")
-        if self.selection == "soft" and self.proposal != "sample":
-            raise ValueError('`selection="soft"` accepts draws: it needs `proposal="sample"`.')
+        if self.selection == "soft" and self.proposal == "topk" and self.fallback != "argmin":
+            raise ValueError(
+                'With `selection="soft"` and `proposal="topk"` no step is a dead end: leave out `fallback`.'
+            )
         if self.max_interventions is not None:
             self._check_integer("max_interventions", 0)
         if self.seed is not None:

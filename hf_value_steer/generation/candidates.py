@@ -81,7 +81,11 @@ def sampled_alternatives(scores: Tensor, uniform: Tensor) -> Tensor:
 
 def likely_alternatives(scores: Tensor, natural: Tensor, count: int) -> Tensor:
     """The next most likely tokens after the natural one, shape `(rows, count)`, -1 where no token is left."""
-    others = scores.scatter(1, natural[:, None], -torch.inf)
-    top, ids = others.topk(min(count, scores.shape[-1] - 1), dim=-1)
+    return most_likely(scores.scatter(1, natural[:, None], -torch.inf), count)
+
+
+def most_likely(scores: Tensor, count: int) -> Tensor:
+    """The most likely tokens, shape `(rows, count)`, -1 where no token is left."""
+    top, ids = scores.topk(min(count, scores.shape[-1]), dim=-1)
     ids = ids.masked_fill(top == -torch.inf, -1)
     return torch.nn.functional.pad(ids, (0, count - ids.shape[1]), value=-1)

@@ -29,7 +29,8 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
         guided (`torch.BoolTensor` of shape `(batch, new_tokens)`, *optional*): with guidance, whether the committed
             token was shown a bridge when it was read, and so the one after it was guided.
         candidates (`torch.LongTensor` of shape `(batch, new_tokens, K)`, *optional*): with `output_candidates`; -1
-            where none was drawn.
+            where none was drawn. Where one of the most likely tokens is drawn (`selection="soft"` and
+            `proposal="topk"`) K + 1: the natural sample, and the others.
         candidate_values (`torch.FloatTensor` of the same shape, *optional*): their values, NaN where not evaluated.
     """
 

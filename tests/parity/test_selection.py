@@ -6,7 +6,8 @@ from transformers import set_seed
 
 from hf_value_steer import ValueFilterConfig, ValueFilterLogitsProcessor
 from hf_value_steer.errors import UnsupportedError
-from hf_value_steer.policy import acceptable, soft_thresholds
+from hf_value_steer.generation.soft_selection import soft_thresholds
+from hf_value_steer.policy import acceptable
 from tests.families import accepting_head, build, layered_head, prompts, random_head
 from tests.oracle import Oracle
 from tests.steer import rejecting, steer
@@ -33,6 +34,38 @@ def test_every_token_is_the_oracles(layers, fallback, polarity, evaluation, cach
     assert torch.equal(out.sequences, expected) and out.interventions.any()
     kept = out.token_values[~out.token_values.isnan() & ~out.interventions]
     assert not acceptable(kept, torch.tensor(0.5), head.config.polarity).all()  # some by luck
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+@pytest.mark.parametrize("evaluation", ["lazy", "eager", "auto"])
+@pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
+@pytest.mark.parametrize("layers", [["final"], [0]], ids=str)
+def test_the_most_likely_tokens_are_reweighed_as_by_the_oracle(layers, polarity, evaluation, do_sample):
+    model = build("llama")
+    head = random_head(model, polarity) if layers == ["final"] else layered_head(model, layers)
+    options = {"value_head": head, "threshold": 0.5, "num_candidates": 4, "proposal": "topk"}
+    config = ValueFilterConfig(**options, evaluation=evaluation, selection="soft", beta=0.5, output_candidates=True)
+    oracle, call = Oracle(config), {"max_new_tokens": 14, "do_sample": do_sample}
+    set_seed(3)
+    expected = model.generate(**prompts(3), **call, custom_generate=oracle)
+    out = steer(model, config, 3, **call)
+    assert torch.equal(out.sequences, expected) and out.interventions.any() and not out.interventions.all()
+    assert out.candidates.shape[-1] == 5 and (out.candidates[..., 1:] >= 0).sum(-1).max() == (4 if do_sample else 3)
+    for row, values in enumerate(oracle.values):
+        torch.testing.assert_close(out.token_values[row, : len(values)], torch.tensor(values), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"min_new_tokens": 5}, {"max_interventions": 1}], ids=str)
+def test_where_it_does_not_act_the_natural_sample_is_kept(how):
+    model = build("llama")
+    call = {"do_sample": True, "max_new_tokens": 10, "eos_token_id": None}
+    soft = rejecting(model, selection="soft", proposal="topk", beta=4.0, num_candidates=2, **how)
+    out, plain = steer(model, soft, 1, **call), steer(model, None, 1, **call)
+    assert out.interventions.any()
+    if "min_new_tokens" in how:
+        assert torch.equal(out.sequences[:, :-5], plain.sequences[:, :-5])
+    else:
+        assert (out.interventions.sum(dim=1) <= 1).all()
 
 
 def test_what_is_acceptable_is_plain_generate():
@@ -75,10 +108,10 @@ def test_thresholds_are_a_draw():
 
 def test_where_nothing_is_drawn_it_is_refused():
     model = build("llama")
-    with pytest.raises(UnsupportedError, match="needs `do_sample=True`"):
+    with pytest.raises(UnsupportedError, match="it needs `do_sample=True`, or"):
         steer(model, rejecting(model, selection="soft"))
-    with pytest.raises(ValueError, match='needs `proposal="sample"`'):
-        rejecting(model, selection="soft", proposal="topk")
+    with pytest.raises(ValueError, match="no step is a dead end"):
+        rejecting(model, selection="soft", proposal="topk", fallback="abstain")
     with pytest.raises(ValueError, match="`beta` has to be a finite number above 0"):
         rejecting(model, selection="soft", beta=0.0)
     with pytest.raises(ValueError, match="selection"):

@@ -92,7 +92,7 @@ def test_first_acceptable_of_k(toy, num_candidates, evaluation):
 
 
 @pytest.mark.parametrize("evaluation", ["lazy", "eager"])
-@pytest.mark.parametrize("beta", [0.3, 2.0])
+@pytest.mark.parametrize("beta", [0.3, 1.0])
 @pytest.mark.parametrize("num_candidates", [1, 3])
 def test_soft_selection(toy, num_candidates, beta, evaluation):
     _, _, _, probabilities, values = toy
@@ -104,10 +104,28 @@ def test_soft_selection(toy, num_candidates, beta, evaluation):
     if num_candidates > 1:  # and the test can tell it from the hard law, and from that of another beta
         for other in (
             law(probabilities, values, threshold, num_candidates),
-            soft_law(probabilities, values, threshold, num_candidates, 2 * beta),
+            soft_law(probabilities, values, threshold, num_candidates, beta / 3),
         ):
             support = other > 1e-12
             assert counts[~support].any() or chisquare(counts[support], other[support] * DRAWS).pvalue < 0.001
+
+
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+@pytest.mark.parametrize("num_candidates", [2, 4])
+def test_soft_selection_among_the_most_likely(toy, num_candidates, evaluation):
+    _, _, _, probabilities, values = toy
+    options = {"threshold": 0.5, "num_candidates": num_candidates, "evaluation": evaluation}
+    counts = empirical(toy, **options, selection="soft", beta=0.7, proposal="topk")
+
+    def reweighed(beta):
+        likely = np.argsort(-probabilities)[:num_candidates]
+        weights = np.zeros(VOCABULARY)
+        weights[likely] = probabilities[likely] * (values[likely] / (1 - values[likely])) ** -beta
+        return weights / weights.sum()
+
+    assert_follows(counts, reweighed(0.7))
+    support = reweighed(0.7) > 0
+    assert chisquare(counts[support], reweighed(0.5)[support] * DRAWS).pvalue < 0.001
 
 
 def test_the_args_fallback(toy):
