@@ -101,7 +101,7 @@ def timed(config: ValueFilterConfig) -> Callable[..., Costs]:
             asked = parse_value_steer(config)
             call = Call(prepared, generation_config, input_ids, _forward_arguments(kwargs), asked, stops, contexts)
             methods = bind_methods(call)
-            return costs_of(call, methods[0], judged_at(call, methods))
+            return costs_of(call, methods, choose_kernel("auto", prepared.model), judged_at(call, methods))
 
     return measure
 

@@ -76,7 +76,7 @@ def sampled_alternatives(scores: Tensor, uniform: Tensor) -> Tensor:
     exact = scores.cpu() if scores.device.type == "mps" else scores  # MPS has no float64
     cumulative = exact.double().softmax(dim=-1).cumsum(dim=-1)
     tokens = torch.searchsorted(cumulative, uniform.to(cumulative.device) * cumulative[:, -1:], right=True)
-    return tokens.to(scores.device)
+    return tokens.clamp(max=scores.shape[-1] - 1).to(scores.device)  # a row without a law has none that fits
 
 
 def likely_alternatives(scores: Tensor, natural: Tensor, count: int) -> Tensor:

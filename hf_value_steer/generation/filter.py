@@ -51,6 +51,7 @@ class ValueFilter(ScoredMethod):
     def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
         super().__init__(scorer)
         self.config, self.sampled, self.eos = config, sampled, eos
+        self.ending = torch.tensor([eos or 0], device=scorer.threshold.device)  # a graph would keep the number itself
         self.evaluation, self.lookahead = config.evaluation, config.lookahead
         self.most = config.num_candidates + (eos is not None)  # the ending is forwarded beside the candidates
         device = scorer.threshold.device
@@ -82,7 +83,9 @@ class ValueFilter(ScoredMethod):
 
     def _luck(self, draw: Draw, rows: Sequence[int], count: int) -> Tensor | None:
         """Uniform numbers of the first `count` candidates of some rows in this step, `(rows, count)`."""
-        return None if self.luck is None else uniforms(self.luck, rows, draw.step, count).to(draw.tokens.device)
+        return (
+            None if self.luck is None else uniforms(self.luck, rows, draw.step, count).float().to(draw.tokens.device)
+        )
 
     def _soft(self, threshold: Tensor, luck: Tensor | None) -> Tensor:
         """What values have to pass: one threshold a row, or one a candidate."""
@@ -104,7 +107,9 @@ class ValueFilter(ScoredMethod):
 
     def decide(self, draw: Draw, rows: Tensor, candidates: Candidates, values: Tensor, acting: Tensor) -> Decision:
         config, scorer = self.config, self.scorer
-        may_end = acting if self.eos is None else acting & may_insert(draw.permitted[rows, self.eos, None])
+        may_end = (
+            acting if self.eos is None else acting & may_insert(draw.permitted[rows].index_select(1, self.ending))
+        )
         probabilities = draw.scores[rows].softmax(dim=-1) if config.fallback == "args" else None
         threshold = self._soft(scorer.threshold[rows], candidates.luck)
         rule = (threshold, scorer.polarity, config.fallback)

@@ -1,8 +1,8 @@
 """The loop of steered generation: draw, let the methods act, commit, stop. It knows methods by their protocol only."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,16 +12,16 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.cache import make_room
 from hf_value_steer.generation.candidates import natural_sample
-from hf_value_steer.generation.costs import costs_of
+from hf_value_steer.generation.costs import break_even
 from hf_value_steer.generation.decode_tap import refuse_watching
 from hf_value_steer.generation.depth import judged_at
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.history import History
 from hf_value_steer.generation.kernels import choose_kernel
-from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.method import Call, Method, Moment, around
 from hf_value_steer.generation.output import Record, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.rewriting import Rewriting
-from hf_value_steer.generation.state import Draw, Outcome, Reading, State
+from hf_value_steer.generation.state import Draw, Outcome, State
 from hf_value_steer.generation.steps import choose_step
 from hf_value_steer.generation.streaming import LaggingStream, Streaming
 from hf_value_steer.hosts.transformers import CACHE, bans_and_warpers, cache_name, pad_token, rows_can_end
@@ -42,15 +42,6 @@ class Scores:
         permitted = self.bans(input_ids, logits)
         scores = self.warpers(input_ids, permitted)
         return self.late(input_ids, permitted), scores
-
-
-@contextmanager
-def around(methods: Sequence[Method], reading: Reading) -> Iterator[None]:
-    """What all methods do around a forward. The engine enters it: it may not lead back to the loop, which holds it."""
-    with ExitStack() as stack:
-        for method in methods:
-            stack.enter_context(method.around_forward(reading))
-        yield
 
 
 class Loop:
@@ -82,8 +73,9 @@ class Loop:
             refuse_watching(processors)
         depth = judged_at(call, methods)
         self.engine = self._engine(depth)
-        how = (costs_of(call, judge, depth).break_even,) if judge is not None and judge.evaluation == "auto" else ()
-        self.step = choose_step(self.engine, judge, self.reporter, *how)
+        auto = judge is not None and judge.evaluation == "auto"
+        changes_at = break_even(call, methods, self.engine.kernel, depth) if auto else math.inf
+        self.step = choose_step(self.engine, judge, self.reporter, changes_at)
         self.record = Record(call.config)
         self.history = History(methods, call.stops, self.back)
         self.stream = LaggingStream(streamer, self.back)

@@ -1,7 +1,7 @@
 """The protocol of methods: what the loop asks of a way to steer. The loop knows no method, only this."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -184,6 +184,15 @@ class Method:
             now = getattr(self, name).clone()
             now[rows] = before[rows]
             setattr(self, name, now)
+
+
+@contextmanager
+def around(methods: Sequence[Method], reading: Reading) -> Iterator[None]:
+    """What all methods do around a forward. The engine enters it: it may not lead back to the loop, which holds it."""
+    with ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(method.around_forward(reading))
+        yield
 
 
 class ScoredMethod(Method):

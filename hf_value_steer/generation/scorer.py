@@ -131,7 +131,10 @@ def bind(
         if calibration.mode == "martingale":
             threshold, least_growth = math.nan, threshold
     if threshold is None:
-        raise ValueError("`threshold` is missing: this value head has no default threshold, so pass one in (0, 1).")
+        raise ValueError(
+            "`threshold` is missing: this value head has no default threshold, so pass one in (0, 1), or set it with "
+            "`hf-value-steer calibrate`."
+        )
     if isinstance(threshold, tuple) and len(threshold) != batch_size:
         raise ValueError(f"`threshold` holds {len(threshold)} numbers, but the batch has {batch_size} rows.")
     rows = torch.tensor(threshold, dtype=torch.float32, device=device).expand(batch_size)

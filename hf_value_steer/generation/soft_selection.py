@@ -20,11 +20,11 @@ def soft_thresholds(threshold: Tensor, luck: Tensor, beta: float, polarity: Pola
         polarity (`str`): meaning of a high value.
 
     Returns:
-        `torch.FloatTensor` of shape `(rows, K)`.
+        `torch.DoubleTensor` of shape `(rows, K)`.
     """
-    excess = luck.to(threshold.dtype).log() / beta
+    excess = _exact(luck.to(threshold.device)).log() / beta
     sign = 1 if polarity == "desirable" else -1
-    return (threshold.logit()[:, None] + sign * excess).sigmoid()
+    return (_exact(threshold).logit()[:, None] + sign * excess).sigmoid()
 
 
 def reweigh(
@@ -44,7 +44,14 @@ def reweigh(
     Returns:
         `torch.LongTensor` of shape `(rows,)`: columns.
     """
-    weights = scores - beta * undesirability(values, polarity).logit(eps=1e-7)
+    odds = undesirability(_exact(values), polarity).logit(eps=1e-12)
+    least = odds.masked_fill(~drawn, torch.inf).amin(dim=-1, keepdim=True)
+    weights = _exact(scores) - beta * (odds - least)  # so that a large `beta` leaves the scores of the best ones
     if luck is not None:
-        weights = weights - (-luck.to(weights.dtype).log()).log()  # the largest of these follows the law
+        weights = weights - (-_exact(luck.to(weights.device)).log()).log()  # the largest of these follows the law
     return weights.masked_fill(~drawn | values.isnan(), -torch.inf).argmax(dim=-1)
+
+
+def _exact(numbers: Tensor) -> Tensor:
+    """In float64, where there is: MPS has none."""
+    return numbers if numbers.device.type == "mps" else numbers.double()

@@ -183,7 +183,8 @@ def test_an_eager_step_at_a_layer_is_one_graph(family, temporal, fallback, compi
     assert 1 <= counters["stats"]["unique_graphs"] <= 1 + filling
     assert len(graphs) == len(compiled.logits)
     counters.clear()
-    again = steer(model, config, 4, **call, compile_config=compile_config)
+    ending = {"eos_token_id": 5} if fallback == "abstain" else {}
+    again = steer(model, config, 4, **call, **ending, compile_config=compile_config)
     assert len(graphs) == len(compiled.logits) + len(again.logits)
     assert counters["stats"]["unique_graphs"] == 0 and not counters["graph_break"]
 

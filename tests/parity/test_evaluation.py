@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hf_value_steer import ValueFilterConfig
+from hf_value_steer import ActivationConfig, ValueFilterConfig
 from hf_value_steer.generation import costs
 from hf_value_steer.generation.costs import Costs
 from hf_value_steer.generation.steps import Cheaper, Eager, Lazy
 from tests.families import accepting_head, build, layered_head, random_head
 from tests.steer import rejecting, steer
+from tests.unit.test_steering_vectors import random_vectors
 
 
 @pytest.fixture
@@ -82,6 +83,48 @@ def test_a_broken_head_is_told_by_the_text_and_not_by_the_measuring(taken):
     head.forward = broken
     with pytest.raises(RuntimeError, match="not finite at new token 0"):
         steer(model, ValueFilterConfig(value_head=head, evaluation="auto"))
+
+
+@pytest.mark.parametrize("layers", [["final"], [0]], ids=str)
+@pytest.mark.parametrize(
+    "how", [{"multiplier": (2.0, 1.0, -1.0)}, {"multiplier": 2.0, "tokens": "generated"}], ids=str
+)
+def test_beside_vectors(how, layers, taken):
+    model = build("llama")
+    vectors = random_vectors(model)
+    options = {"value_head": layered_head(model, layers), "threshold": 0.45, "num_candidates": 4}
+    call = {"do_sample": True, "max_new_tokens": 10}
+    outs = [
+        steer(
+            model, [ValueFilterConfig(**options, evaluation=each), ActivationConfig(vectors=vectors, **how)], 3, **call
+        )
+        for each in ("lazy", "auto")
+    ]
+    assert outs[0].interventions.any() and torch.equal(outs[1].sequences, outs[0].sequences)
+    assert len(costs._measured) == 1
+
+
+def test_with_returned_attentions(taken):
+    model = build("llama", "eager")
+    for call in ({"output_attentions": True}, {}):
+        expected = steer(model, rejecting(model), 1, max_new_tokens=6, **call)
+        out = steer(model, rejecting(model, evaluation="auto"), 1, max_new_tokens=6, **call)
+        assert torch.equal(out.sequences, expected.sequences)
+    assert len(costs._measured) == 2  # by what candidates are forwarded with
+
+
+def test_where_nothing_can_be_timed_steps_are_lazy(taken, monkeypatch):
+    model, calls = build("llama"), []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    expected = steer(model, rejecting(model))
+    times = len(calls)
+    out = steer(model, rejecting(model, evaluation="auto"))
+    assert torch.equal(out.sequences, expected.sequences) and len(calls) == 2 * times and not costs._measured
+    handle.remove()
+    monkeypatch.setattr(costs, "_measure", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+    taken.clear()
+    assert torch.equal(steer(model, rejecting(model, evaluation="auto")).sequences, expected.sequences)
+    assert set(taken) == {"Lazy"}
 
 
 def test_what_is_cheaper():

@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from hf_value_steer import ValueFilterConfig, ValueFilterLogitsProcessor
 from hf_value_steer.errors import UnsupportedError
-from hf_value_steer.generation.soft_selection import soft_thresholds
+from hf_value_steer.generation.soft_selection import reweigh, soft_thresholds
 from hf_value_steer.policy import acceptable
 from tests.families import accepting_head, build, layered_head, prompts, random_head
 from tests.oracle import Oracle
@@ -104,6 +104,43 @@ def test_thresholds_are_a_draw():
             excess = sign * (torch.tensor(value).logit() - threshold.logit())
             torch.testing.assert_close(share, (-0.8 * excess).exp().clamp(max=1).double(), rtol=0, atol=0.03)
         assert not acceptable(torch.tensor(torch.nan), drawn, polarity).any()
+
+
+def test_the_law_holds_in_the_tails():
+    """Values next to 0 and 1, and a large `beta`: float32 would lose the scores beside them."""
+    luck = torch.rand(40_000, 4, generator=torch.Generator().manual_seed(0))
+
+    def shares(values, scores, beta, polarity):
+        rows = [torch.tensor(each).expand(len(luck), -1) for each in (values, scores)]
+        columns = reweigh(rows[0], torch.ones_like(rows[0], dtype=torch.bool), rows[1], beta, polarity, luck)
+        return columns.bincount(minlength=4) / len(luck)
+
+    scores = [-1.0, -1.5, -2.0, -3.0]
+    torch.testing.assert_close(
+        shares([0.3] * 4, scores, 1e9, "undesirable"), torch.tensor(scores).softmax(-1), rtol=0, atol=0.01
+    )
+    values = [1e-9, 1e-7, 1e-5, 1e-4]
+    for polarity, sign in (("undesirable", 1), ("desirable", -1)):
+        weights = torch.tensor(scores).double() - 0.5 * sign * torch.tensor(values).double().logit()
+        torch.testing.assert_close(
+            shares(values, scores, 0.5, polarity), weights.softmax(-1).float(), rtol=0, atol=0.01
+        )
+    thresholds = soft_thresholds(torch.tensor([0.999999]), luck[:, 0][None], 1.0, "undesirable")
+    accepted = acceptable(torch.tensor(0.9999999), thresholds, "undesirable").double().mean()
+    assert abs(float(accepted) - 0.118) < 0.01
+
+
+@pytest.mark.parametrize("selection", [{}, {"selection": "soft"}, {"selection": "soft", "proposal": "topk"}], ids=str)
+@pytest.mark.parametrize("evaluation", ["lazy", "eager"])
+def test_a_call_that_bans_everything_says_so(evaluation, selection):
+    model = build("llama")
+
+    def ban(input_ids, scores):
+        return scores.fill_(-torch.inf) if input_ids.shape[1] > 12 else scores
+
+    config = rejecting(model, evaluation=evaluation, **selection)
+    with pytest.raises(ValueError, match="allow no token at new token"):
+        steer(model, config, do_sample=True, max_new_tokens=8, logits_processor=[ban])
 
 
 def test_where_nothing_is_drawn_it_is_refused():
