@@ -107,9 +107,8 @@ class ValueFilter(ScoredMethod):
 
     def decide(self, draw: Draw, rows: Tensor, candidates: Candidates, values: Tensor, acting: Tensor) -> Decision:
         config, scorer = self.config, self.scorer
-        may_end = (
-            acting if self.eos is None else acting & may_insert(draw.permitted[rows].index_select(1, self.ending))
-        )
+        ends = config.fallback == "abstain"
+        may_end = acting & may_insert(draw.permitted[rows].index_select(1, self.ending)) if ends else acting
         probabilities = draw.scores[rows].softmax(dim=-1) if config.fallback == "args" else None
         threshold = self._soft(scorer.threshold[rows], candidates.luck)
         rule = (threshold, scorer.polarity, config.fallback)
