@@ -109,7 +109,7 @@ def test_tables_say_that_they_scroll(browser: Page, report: Path) -> None:
     shown = "(each => getComputedStyle(each, '::before').display)(document.querySelector('.scroll'))"
     for width in (360, 1280):
         browser.open(report, width)
-        assert browser.evaluate(shown) == "table"
+        browser.wait(f"{shown} === 'table'")  # it follows the scrolling, a frame later
     page = report.with_name("narrow.html")
     few = ("name", "method", "num_candidates", "threshold", "judges", "perplexity_ratio", "perplexity_ratio_interval")
     runs = [{key: run[key] for key in few} for run in documents.runs()]
