@@ -45,6 +45,9 @@ def _texts(arguments: ScoreArguments) -> Iterator[str]:
     """The texts as they are, white space and all."""
     column = arguments.text_column
     for place, record in read_records(arguments.texts, arguments.split, "texts"):
+        if arguments.prompt_column is not None and isinstance(record, str):
+            asked = arguments.prompt_column
+            raise FieldError("prompt_column", f"`prompt_column`: {place} is a text without the column {asked!r}.")
         text = record.get(column) if isinstance(record, Mapping) else record
         if not isinstance(text, str):
             held = sorted(map(str, record)) if isinstance(record, Mapping) else type(record).__name__
@@ -58,10 +61,6 @@ def _prompts(arguments: ScoreArguments, head: ValueHead, tokenizer: PreTrainedTo
     """Token ids of what stands before the texts, in the form in which the head has learned, if there is anything."""
     if arguments.prompt_column is None:
         return None
-    for place, record in read_records(arguments.texts, arguments.split, "texts"):
-        if isinstance(record, str):
-            column = arguments.prompt_column
-            raise FieldError("prompt_column", f"`prompt_column`: {place} is a text without the column {column!r}.")
     prompts = load_prompts(
         arguments.texts, arguments.prompt_column, arguments.split, arguments.limit, argument="texts"
     )

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.forwards import any_hooked
 from hf_value_steer.generation.kernels import Kernel
-from hf_value_steer.generation.method import Call, Method, around
+from hf_value_steer.generation.method import Call, Method, all_nest, around
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.steps import Eager, Lazy, Step
 from hf_value_steer.hosts.transformers import attention_of, cache_name
@@ -57,8 +57,7 @@ def break_even(call: Call, methods: Sequence[Method], kernel: Kernel, depth: int
     It is infinite where nothing can be timed without a trace: where hooks of the user would run, or methods that keep
     count of forwards; and where timing fails, for want of memory say.
     """
-    inside = [method for method in methods if type(method).around_forward is not Method.around_forward]
-    if any_hooked(call.model.modules()) or not all(method.nests for method in inside):
+    if any_hooked(call.model.modules()) or not all_nest(methods):
         return math.inf
     try:
         return costs_of(call, methods, kernel, depth).break_even

@@ -27,7 +27,7 @@ from hf_value_steer.generation.forwards import (
     reading,
     require_all,
 )
-from hf_value_steer.generation.method import Call, Method
+from hf_value_steer.generation.method import Call, Method, all_nest
 from hf_value_steer.generation.prepared import PreparedModel
 
 
@@ -52,8 +52,7 @@ def judged_at(call: Call, methods: Sequence[Method]) -> int | None:
         return None
     if call.config.output_hidden_states or call.config.output_attentions:  # of a forward that is in one piece
         return None
-    inside = [method for method in methods if type(method).around_forward is not Method.around_forward]
-    return layer if all(method.nests for method in inside) else None
+    return layer if all_nest(methods) else None
 
 
 class AtDepth:

@@ -186,6 +186,12 @@ class Method:
             setattr(self, name, now)
 
 
+def all_nest(methods: Sequence[Method]) -> bool:
+    """Whether what the methods do around a forward may be entered again inside it; see [`Method`]."""
+    inside = [method for method in methods if type(method).around_forward is not Method.around_forward]
+    return all(method.nests for method in inside)
+
+
 @contextmanager
 def around(methods: Sequence[Method], reading: Reading) -> Iterator[None]:
     """What all methods do around a forward. The engine enters it: it may not lead back to the loop, which holds it."""
