@@ -52,6 +52,7 @@ class ValueFilterConfig(SteeringConfig):
     beta: float = 1.0
     fallback: Fallback = "argmin"
     prob_weight: float = 1.0
+    rollback: int = 0
     max_interventions: int | None = None
     output_candidates: bool = False
     lookahead: Literal["auto", "shared_prefix", "masked", "expanded"] = "auto"

@@ -14,11 +14,11 @@ from hf_value_steer.backbone.features import Layer
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.parse import parse_value_steer
 from hf_value_steer.generation.binding import bind_methods
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.costs import Costs, costs_of
 from hf_value_steer.generation.depth import judged_at
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.kernels import choose_kernel
-from hf_value_steer.generation.method import Call
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.validation import refuse_unsupported

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
 from hf_value_steer.evaluation.trace import Colours, Pieces, TokenTrace
 from hf_value_steer.generate import generate
-from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.call import Call
+from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.scorer import Scorer
 
 

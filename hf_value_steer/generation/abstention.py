@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.configuration.abstain import AbstentionConfig
-from hf_value_steer.generation.method import Call, Method, Moment, ScoredMethod
+from hf_value_steer.generation.call import Call
+from hf_value_steer.generation.method import Method, Moment, ScoredMethod
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.generation.state import Draw
@@ -32,9 +33,10 @@ class Abstention(ScoredMethod):
         streak (`torch.LongTensor`): consecutive unacceptable values.
         written (`torch.LongTensor`): tokens of the ending that are there, -1 before it has begun.
         due (`torch.BoolTensor`): rows that are to end.
+        latest (`torch.FloatTensor`): values that were observed last.
     """
 
-    rowwise: ClassVar[tuple[str, ...]] = ("memory", "streak", "written", "due")
+    rowwise: ClassVar[tuple[str, ...]] = ("memory", "streak", "written", "due", "latest")
 
     def __init__(self, config: AbstentionConfig, scorer: Scorer, stops: Stops, ending: Sequence[int]):
         super().__init__(scorer)
@@ -44,6 +46,7 @@ class Abstention(ScoredMethod):
         self.streak = torch.zeros(len(threshold), dtype=torch.long, device=threshold.device)
         self.written = torch.full_like(self.streak, -1)
         self.due = torch.zeros_like(self.streak, dtype=torch.bool)
+        self.latest = torch.full_like(threshold, torch.nan)
 
     @classmethod
     def bind(cls, config: AbstentionConfig, call: Call) -> list[Method]:
@@ -51,6 +54,10 @@ class Abstention(ScoredMethod):
         scorer = call.bind(config)
         ending = ending_tokens(config, eos_token(call.config, "Abstention"), call.model)
         return [cls(config, scorer, call.stops, ending)]
+
+    def separate(self, row: int, stops: Stops) -> None:
+        super().separate(row, stops)
+        self.stops = stops
 
     def observe(self, moment: Moment) -> None:
         """Decide which rows are to stop."""

@@ -46,13 +46,17 @@ class AdaptersOfRows:
 
     @contextmanager
     def reading(self, rows: Tensor | None, copies: int) -> Iterator[None]:
-        """A forward inside the `with` block has `copies` batch rows for each of `rows`; `None` means all rows."""
-        chosen = range(len(self.names)) if rows is None or not self.names else rows.tolist()
-        self.present = [self.names[row] for row in chosen for _ in range(copies)]
+        """A forward inside the `with` block has `copies` batch rows for each of `rows`; `None` means all rows.
+
+        Blocks nest: the rows of an inner one are counted in the outer one.
+        """
+        outer = self.present
+        chosen = range(len(outer)) if rows is None or not outer else rows.tolist()
+        self.present = [outer[row] for row in chosen for _ in range(copies)]
         try:
             yield
         finally:
-            self.present = self.names
+            self.present = outer
 
     def _give(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], **_: Any

@@ -9,9 +9,10 @@ from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.guide import GuidanceConfig
 from hf_value_steer.configuration.methods import MethodConfig
 from hf_value_steer.generation.abstention import Abstention
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.filter import ValueFilter
 from hf_value_steer.generation.guidance import Guidance
-from hf_value_steer.generation.method import Bindable, Call, Method
+from hf_value_steer.generation.method import Bindable, Method
 from hf_value_steer.generation.vectors import Vectors
 
 

@@ -4,6 +4,7 @@ Keys and values grow by one slot a token: a step is undone by dropping the slot.
 spaces, linear attention) are overwritten by each step: a step is undone by putting back a copy of what was before.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,41 +84,60 @@ class LiveCache:
     Args:
         cache (`transformers.Cache`): a cache with one slot a token, all rows in step.
         config (`PreTrainedConfig`): config of the model, for the sliding windows.
-        back (`int`): how many tokens may be taken back; sliding windows keep this many slots more.
+        back (`int`): how many tokens may be taken back, beside the last one. Sliding windows keep so many slots more,
+            and recurrent layers so many copies of their states.
+
+    Attributes:
+        pasts (`deque`): by layer the recurrent states before each of the last tokens; the last one, or the last
+            `1 + back`.
+        dropped (`dict`): by layer the slots that have left its window last, as many as may be taken back.
     """
 
     def __init__(self, cache: Cache, config: PreTrainedConfig, back: int = 0):
         self.cache, self.back = cache, back
         self.windows = sliding_windows(config)
-        self.before: list[States] = []
-        self.dropped: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: the last slots that have left its window
+        self.pasts = deque[list[States]](maxlen=1 + back)
+        self.dropped: dict[int, tuple[Tensor, Tensor]] = {}
         self.measure()
+
+    @property
+    def before(self) -> list[States]:
+        """The recurrent states before the last token, by layer."""
+        return self.pasts[-1]
 
     def measure(self) -> None:
         """Learn how many tokens the cache holds; recurrent states alone do not tell."""
         has_slots = any(isinstance(layer, CacheLayerMixin) for layer in self.cache.layers)
         self.length = int(self.cache.get_seq_length()) if has_slots else 0
 
-    def start(self) -> None:
-        """The prompt is in: from now on each step can be undone."""
+    def start(self, max_length: int | None = None) -> None:
+        """The prompt is in: from now on each step can be undone.
+
+        Args:
+            max_length (`int`, *optional*): of the text.
+        """
         self.measure()
-        self._refuse_going_back()
+        if self.back:
+            self._refuse_going_back(max_length)
         for layer in self._sliding():  # else they drop the slots that leave the window in the forward itself
             layer.activate_past_recording()
 
-    def _refuse_going_back(self) -> None:
-        """Raise an `UnsupportedError` if tokens may be taken back, and a layer does not keep what was before them."""
-        for layer in self.cache.layers if self.back else []:
-            if isinstance(layer, LinearAttentionCacheLayerMixin | StaticSlidingWindowLayer):
+    def _refuse_going_back(self, max_length: int | None) -> None:
+        """Raise an `UnsupportedError` if a layer may overwrite what was before the tokens that are taken back."""
+        for layer in self.cache.layers:
+            if isinstance(layer, StaticSlidingWindowLayer) and (
+                max_length is None or max_length > layer.max_cache_len
+            ):
                 raise UnsupportedError(
-                    f"Tokens cannot be taken back in a cache with a {type(layer).__name__}, which overwrites its past."
+                    f"Tokens cannot be taken back in a cache with a {type(layer).__name__} of {layer.max_cache_len} "
+                    'tokens, since the text may get longer: pass cache_implementation="dynamic", or `rollback=0`.'
                 )
 
     def remember(self) -> None:
         """Begin a step: keep the recurrent states, which the step overwrites."""
-        self.before = [
-            {name: state.clone() for name, state in recurrent_states(layer).items()} for layer in self.cache.layers
-        ]
+        self.pasts.append(
+            [{name: state.clone() for name, state in recurrent_states(layer).items()} for layer in self.cache.layers]
+        )
 
     def advance(self) -> None:
         """Every row has taken in one token."""
@@ -133,11 +153,17 @@ class LiveCache:
         for index, layer in enumerate(self.cache.layers):
             if isinstance(layer, DynamicSlidingWindowLayer):
                 if self.back:
-                    keys, values = self.held(index)
-                    end = max(keys.shape[2] - layer.sliding_window + 1, 0)
-                    leaving = slice(max(end - self.back, 0), end)
-                    self.dropped[index] = keys[:, :, leaving], values[:, :, leaving]
+                    self._keep_what_leaves(index, layer)
                 layer.crop(0)
+
+    def _keep_what_leaves(self, index: int, layer: DynamicSlidingWindowLayer) -> None:
+        leaving = max(layer.keys.shape[2] - layer.sliding_window + 1, 0)
+        keys, values = layer.keys[:, :, :leaving], layer.values[:, :, :leaving]
+        if index in self.dropped:
+            dropped_keys, dropped_values = self.dropped[index]
+            keys, values = torch.cat([dropped_keys, keys], dim=2), torch.cat([dropped_values, values], dim=2)
+        first = max(keys.shape[2] - self.back, 0)
+        self.dropped[index] = keys[:, :, first:], values[:, :, first:]
 
     def held(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of layer `index`, `(batch, heads, slots, dim)`, with what its window has dropped last."""
@@ -147,16 +173,19 @@ class LiveCache:
         keys, values = self.dropped[index]
         return torch.cat([keys, layer.keys], dim=2), torch.cat([values, layer.values], dim=2)
 
-    def remove_last(self) -> None:
-        """Undo the last step, and give the layers back their ordinary behaviour."""
+    def remove_last(self, count: int = 1) -> None:
+        """Undo the last steps, and give the layers back their ordinary behaviour."""
         for index, layer in enumerate(self.cache.layers):
+            if index in self.dropped:
+                layer.keys, layer.values = self.held(index)
             if isinstance(layer, CacheLayerMixin):
-                _remove_last_slot(layer)
-            self.overwrite_states(index, slice(None), self.before[index])
+                _remove_last_slots(layer, count)
+            self.overwrite_states(index, slice(None), self.pasts[-count][index])
+        self.dropped.clear()
         for layer in self._sliding():
             layer.crop(0)
             layer.record_past = False
-        self.length -= 1
+        self.length -= count
 
     def overwrite_last(self, index: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put other keys and values `(rows, heads, n, dim)` into the last n slots of some rows of layer `index`."""
@@ -176,17 +205,17 @@ class LiveCache:
         return (layer for layer in self.cache.layers if isinstance(layer, DynamicSlidingWindowLayer))
 
 
-def _remove_last_slot(layer: CacheLayerMixin) -> None:
+def _remove_last_slots(layer: CacheLayerMixin, count: int) -> None:
     if isinstance(layer, DynamicSlidingWindowLayer):
-        DynamicSlidingWindowLayer.crop(layer, -1)
+        DynamicSlidingWindowLayer.crop(layer, -count)
     elif isinstance(layer, DynamicLayer):
-        DynamicLayer.crop(layer, -1)
+        DynamicLayer.crop(layer, -count)
     elif isinstance(layer, StaticSlidingWindowLayer) and layer.cumulative_length_int > layer.max_cache_len:
         # A full window shifts to the left at each step. Shifted back, its first slot is one that no later step reads.
         layer.keys.copy_(layer.keys.roll(1, dims=-2))
         layer.values.copy_(layer.values.roll(1, dims=-2))
         layer.cumulative_length_int -= 1
     else:
-        layer.cumulative_length.sub_(1)
+        layer.cumulative_length.sub_(count)
         if isinstance(layer, StaticSlidingWindowLayer):
-            layer.cumulative_length_int -= 1
+            layer.cumulative_length_int -= count

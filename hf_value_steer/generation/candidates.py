@@ -55,14 +55,14 @@ def _generator_state(device: torch.device) -> Tensor:
     return state
 
 
-def uniforms(key: bytes, rows: Sequence[int], step: int, count: int) -> Tensor:
-    """Uniform numbers in [0, 1) that depend on `(key, row, step)` alone, float64, shape `(len(rows), count)`.
+def uniforms(key: bytes, rows: Sequence[int], step: int, count: int, visit: int = 0) -> Tensor:
+    """Uniform numbers in [0, 1) that depend on `(key, row, step, visit)` alone, float64, shape `(len(rows), count)`.
 
     A counter-based generator (Philox): the numbers of a row are the same whatever happens in other rows, in which
     order steps ask for them, or on which device the model runs; more of them never changes the first ones.
     """
     words = np.frombuffer(key, dtype=np.uint64)
-    streams = (np.random.Generator(np.random.Philox(key=words, counter=[0, 0, row, step])) for row in rows)
+    streams = (np.random.Generator(np.random.Philox(key=words, counter=[0, visit, row, step])) for row in rows)
     return torch.from_numpy(np.stack([stream.random(count, dtype=np.float32) for stream in streams])).double()
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.engine import Engine
 from hf_value_steer.generation.forwards import any_hooked
 from hf_value_steer.generation.kernels import Kernel
-from hf_value_steer.generation.method import Call, Method, all_nest, around
+from hf_value_steer.generation.method import Method, all_nest, around
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.steps import Eager, Lazy, Step
 from hf_value_steer.hosts.transformers import attention_of, cache_name

@@ -11,8 +11,8 @@ from transformers.generation import BaseStreamer
 from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
 from hf_value_steer.generation.attention import tidied
 from hf_value_steer.generation.binding import bind_methods
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.loop import Loop
-from hf_value_steer.generation.method import Call
 from hf_value_steer.generation.output import Stops, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.streaming import streaming

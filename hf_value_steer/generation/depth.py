@@ -15,6 +15,7 @@ from hf_value_steer.backbone.features import FINAL, Features, deepest
 from hf_value_steer.backbone.parts import decoder_layers
 from hf_value_steer.backbone.points import layer_points, standing_in
 from hf_value_steer.errors import ScoringError
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.families import AT_DEPTH
 from hf_value_steer.generation.forwards import (
     Outer,
@@ -27,7 +28,7 @@ from hf_value_steer.generation.forwards import (
     reading,
     require_all,
 )
-from hf_value_steer.generation.method import Call, Method, all_nest
+from hf_value_steer.generation.method import Method, all_nest
 from hf_value_steer.generation.prepared import PreparedModel
 
 

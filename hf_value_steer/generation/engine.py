@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 
 from hf_value_steer.backbone.features import Layer
-from hf_value_steer.generation.branches import Alternatives, Chain
+from hf_value_steer.generation.alternatives import Alternatives
 from hf_value_steer.generation.cache import LiveCache
 from hf_value_steer.generation.compiled import compiled_forwards
 from hf_value_steer.generation.depth import AtDepth
@@ -27,11 +27,10 @@ from hf_value_steer.generation.kernels import (
     LookAhead,
     Padding,
     Whole,
-    begin_of_rows,
     compilable_kernel,
     without_last,
 )
-from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache
+from hf_value_steer.generation.lookahead import LookaheadCache
 from hf_value_steer.generation.prepared import PreparedModel
 from hf_value_steer.generation.state import Choose, Chosen, Reading, State
 from hf_value_steer.generation.validation import refuse_cache, require_kept
@@ -54,7 +53,7 @@ class Engine:
         kernel: how candidates are forwarded.
         around (*optional*): what the methods of the call do around each forward.
         compilable (`bool`): whether `kernel` may give way to one that can be compiled, where the step is.
-        back (`int`): how many tokens a [`chain`] may take the place of.
+        back (`int`): how many tokens may be taken back, beside the last one.
         reads: the layers whose states are wanted, beside what the output embedding consumes.
         depth (`int`, *optional*): the one of them at which tokens are judged; by default behind the last layer.
     """
@@ -79,7 +78,8 @@ class Engine:
         self.graph: DepthGraph | None = None
         self.padding = Padding()
         # Ordinary steps and look-ahead forwards may be compiled; what has another shape each time runs as it is.
-        self.step_forwards = self.look_forwards = self.chain_forwards = prepared.forwards
+        self.step_forwards = self.look_forwards = prepared.forwards
+        self.uncompiled = prepared.forwards, self.kernel, self.at_depth
 
     # The prompt.
 
@@ -114,7 +114,7 @@ class Engine:
         refuse_cache(left, config.max_length)
         if left is not self.live.cache:
             self.live = LiveCache(left, self.model.config, self.live.back)
-        self.live.start()
+        self.live.start(config.max_length)
 
     def _compile(self, config: GenerationConfig) -> None:
         """Compile where plain `generate` would; a graph returns no attentions."""
@@ -202,9 +202,13 @@ class Engine:
         self.live.settle()
         self.model_kwargs = next_kwargs(self.model, ModelOutput(), self.model_kwargs)
 
-    def finish(self) -> None:
-        """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token."""
-        self.live.remove_last()
+    def finish(self, dropped: int = 0) -> None:
+        """Instead of the last `commit`: leave the cache as plain `generate` does, without the last token.
+
+        Args:
+            dropped (`int`): how many tokens at the end are no part of the text any more.
+        """
+        self.live.remove_last(1 + dropped)
 
     # Tokens beside the text.
 
@@ -263,25 +267,6 @@ class Engine:
             if self.at_depth is not None:
                 return self.at_depth.run_below(inputs)
             return self.look_forwards.run_to(self.points, inputs)
-
-    def chain(self, input_ids: Tensor, row: int, count: int) -> Chain:
-        """Forward the last `count` tokens of one row after what stands before them, between two steps.
-
-        The live cache holds as many tokens in their place, which they do not see.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch, length)`): the text, those tokens included.
-        """
-        rows = torch.tensor([row], device=input_ids.device)
-        cache = LookaheadCache(self.live, 1, ChainLayer, rows, count)
-        of_row = begin_of_rows(self.model_kwargs, rows, input_ids.shape[1]) | {cache_name(self.model_kwargs): cache}
-        inputs = self.model.prepare_inputs_for_generation(input_ids[rows], next_sequence_length=count, **of_row)
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = count
-        with self.adapters.reading(rows, 1), self.around(Reading(cache, rows)):
-            reached = self.chain_forwards.run_to(self.points, inputs)
-            reached.logits = reached.compute_logits()
-        return Chain(reached, cache, row)
 
     def put(self, reached: Reached, rows: Tensor, keep: Tensor, other: Reached) -> None:
         """Let some rows go on with what another forward has left: it overwrites their part of `reached`.

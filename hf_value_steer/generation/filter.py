@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.errors import UnsupportedError
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.candidates import (
     another_key,
     likely_alternatives,
@@ -17,7 +18,8 @@ from hf_value_steer.generation.candidates import (
     sampled_alternatives,
     uniforms,
 )
-from hf_value_steer.generation.method import Call, Method, Moment, ScoredMethod
+from hf_value_steer.generation.method import Method, Moment, ScoredMethod
+from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.generation.soft_selection import reweigh, soft_thresholds
 from hf_value_steer.generation.state import Draw
@@ -41,16 +43,18 @@ class ValueFilter(ScoredMethod):
     Args:
         config: runtime configuration.
         scorer: head and thresholds, bound to the model.
-        sampled: whether alternatives are drawn, or the next most likely tokens.
+        draws: whether natural samples are drawn. If not, or with `proposal="topk"`, alternatives are the next most
+            likely tokens.
         eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
     """
 
     judges = True
     rowwise: ClassVar[tuple[str, ...]] = ("memory", "interventions")
 
-    def __init__(self, config: ValueFilterConfig, scorer: Scorer, sampled: bool, eos: int | None):
+    def __init__(self, config: ValueFilterConfig, scorer: Scorer, draws: bool, eos: int | None):
         super().__init__(scorer)
-        self.config, self.sampled, self.eos = config, sampled, eos
+        self.config, self.draws, self.eos = config, draws, eos
+        self.sampled, self.back = draws and config.proposal == "sample", config.rollback
         self.ending = torch.tensor([eos or 0], device=scorer.threshold.device)  # a graph would keep the number itself
         self.evaluation, self.lookahead = config.evaluation, config.lookahead
         self.most = config.num_candidates + (eos is not None)  # the ending is forwarded beside the candidates
@@ -58,18 +62,22 @@ class ValueFilter(ScoredMethod):
         self.key = random_key(device, config.seed)
         self.luck = None if config.selection == "first" else another_key(self.key)
         self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)
+        self.numbers: Sequence[int] = range(len(scorer.threshold))  # of its rows in the batch
+
+    def separate(self, row: int, stops: Stops) -> None:
+        super().separate(row, stops)
+        self.numbers = [row]
 
     @classmethod
     def bind(cls, config: ValueFilterConfig, call: Call) -> list[Method]:
         """The filter that `config` asks for."""
-        sampled = call.config.do_sample and config.proposal == "sample"
-        if config.selection == "soft" and not sampled:
-            if config.proposal == "sample":
-                raise UnsupportedError('`selection="soft"` draws: it needs `do_sample=True`, or `proposal="topk"`.')
-            return [Reweighing(config, call.bind(config), call.config.do_sample)]
-        scorer = call.bind(config)
+        draws = call.config.do_sample
+        if config.selection == "soft" and config.proposal == "topk":
+            return [Reweighing(config, call.bind(config), draws, None)]
+        if config.selection == "soft" and not draws:
+            raise UnsupportedError('`selection="soft"` draws: it needs `do_sample=True`, or `proposal="topk"`.')
         eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
-        return [cls(config, scorer, sampled, eos)]
+        return [cls(config, call.bind(config), draws, eos)]
 
     def acting(self, draw: Draw) -> Tensor:
         config = self.config
@@ -78,14 +86,14 @@ class ValueFilter(ScoredMethod):
     def accepts(self, values: Tensor, draw: Draw) -> Tensor:
         if self.luck is None:
             return self.scorer.accepts(values)
-        threshold = self._soft(self.scorer.threshold, self._luck(draw, range(len(values)), 1))
+        threshold = self._soft(self.scorer.threshold, self._luck(draw, self.numbers, 1))
         return acceptable(values, threshold[:, 0], self.scorer.polarity)
 
     def _luck(self, draw: Draw, rows: Sequence[int], count: int) -> Tensor | None:
         """Uniform numbers of the first `count` candidates of some rows in this step, `(rows, count)`."""
-        return (
-            None if self.luck is None else uniforms(self.luck, rows, draw.step, count).float().to(draw.tokens.device)
-        )
+        if self.luck is None:
+            return None
+        return uniforms(self.luck, rows, draw.step, count, draw.visit).float().to(draw.tokens.device)
 
     def _soft(self, threshold: Tensor, luck: Tensor | None) -> Tensor:
         """What values have to pass: one threshold a row, or one a candidate."""
@@ -94,16 +102,33 @@ class ValueFilter(ScoredMethod):
         return soft_thresholds(threshold, luck, self.config.beta, self.scorer.polarity)
 
     def propose(self, draw: Draw, rows: Tensor, known: Tensor, acting: Tensor) -> Candidates:
+        numbers = self._numbers(draw, rows)
+        tokens = self._draw(draw, rows, numbers) if draw.candidates is None else draw.candidates[rows]
+        tokens = torch.cat([tokens[:, :1], tokens[:, 1:].masked_fill(~acting[:, None], -1)], dim=1)
+        return Candidates(tokens, known, self.eos, self._luck(draw, numbers, tokens.shape[1]))
+
+    def _draw(self, draw: Draw, rows: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The natural samples of some rows, and their alternatives, `(rows, K)`."""
         natural, count, scores = draw.tokens[rows], self.config.num_candidates - 1, draw.scores[rows]
-        luck = None
         if self.sampled:
-            numbers = _numbers(draw, rows)
             others = sampled_alternatives(scores, uniforms(self.key, numbers, draw.step, count))
-            luck = self._luck(draw, numbers, 1 + count)
         else:
             others = likely_alternatives(scores, natural, count)
-        others = others.masked_fill(~acting[:, None], -1)
-        return Candidates(torch.cat([natural[:, None], others], dim=1), known, self.eos, luck)
+        return torch.cat([natural[:, None], others], dim=1)
+
+    def _numbers(self, draw: Draw, rows: Tensor) -> Sequence[int]:
+        """The numbers of these rows in the batch. All are in order; of some the host waits for them."""
+        return self.numbers if len(rows) == len(draw.tokens) else [self.numbers[row] for row in rows.tolist()]
+
+    def visit(self, draw: Draw) -> Tensor:
+        count = self.config.num_candidates
+        numbers = uniforms(self.key, self.numbers, draw.step, count if self.sampled else 1, draw.visit)
+        if self.sampled:
+            return sampled_alternatives(draw.scores, numbers)
+        if not self.draws:
+            return most_likely(draw.scores, count)
+        natural = sampled_alternatives(draw.scores, numbers)
+        return torch.cat([natural, likely_alternatives(draw.scores, natural[:, 0], count - 1)], dim=1)
 
     def decide(self, draw: Draw, rows: Tensor, candidates: Candidates, values: Tensor, acting: Tensor) -> Decision:
         config, scorer = self.config, self.scorer
@@ -120,24 +145,25 @@ class ValueFilter(ScoredMethod):
             self.interventions = self.interventions + (moment.outcome.tokens != moment.draw.tokens)
 
     def record(self, moment: Moment) -> Mapping[str, Tensor]:
-        if not self.config.output_candidates or moment.outcome is None or moment.draw is None:
-            return {}
-        candidates, values, _ = moment.outcome.make_room(moment.draw, self.most)
+        assert moment.draw is not None and moment.outcome is not None  # of a prompt there is no record
+        dead_ends = moment.outcome.dead_ends
+        if dead_ends is None:
+            dead_ends = torch.zeros_like(moment.live)
+        if not self.config.output_candidates:
+            return {"dead_ends": dead_ends}
+        candidates, values, *_ = moment.outcome.make_room(moment.draw, self.most)
         count = self.most - (self.eos is not None)
-        return {"candidates": candidates[:, :count], "candidate_values": values[:, :count]}
+        return {"dead_ends": dead_ends, "candidates": candidates[:, :count], "candidate_values": values[:, :count]}
 
 
 class Reweighing(ValueFilter):
     """Soft selection among the most likely tokens: one of them is drawn by its probability and its value.
 
     A natural sample is nothing special here: it is kept if it is drawn once more. So every step looks ahead.
-
-    Args:
-        draws: whether a token is drawn, or the best one taken.
     """
 
-    def __init__(self, config: ValueFilterConfig, scorer: Scorer, draws: bool):
-        super().__init__(config, scorer, sampled=False, eos=None)
+    def __init__(self, config: ValueFilterConfig, scorer: Scorer, draws: bool, eos: int | None):
+        super().__init__(config, scorer, draws, eos)
         self.most = config.num_candidates + 1  # the natural sample may be none of them
         self.luck = self.luck if draws else None
 
@@ -151,7 +177,7 @@ class Reweighing(ValueFilter):
         natural, acting = draw.tokens[rows, None], acting[:, None]
         likely = most_likely(draw.scores[rows], self.config.num_candidates)
         again = likely == natural
-        luck = None if self.luck is None else self._luck(draw, _numbers(draw, rows), self.most)
+        luck = self._luck(draw, self._numbers(draw, rows), self.most)
         tokens = torch.cat([natural, likely.masked_fill(again | ~acting, -1)], dim=1)
         candidates = Candidates(tokens, known, luck=luck)
         candidates.drawn[:, :1] = again.any(dim=1, keepdim=True) | ~acting
@@ -161,9 +187,5 @@ class Reweighing(ValueFilter):
         hard = super().decide(draw, rows, candidates, values, acting)
         scores = draw.scores[rows].gather(1, candidates.tokens.clamp(min=0))
         rule = (self.config.beta, self.scorer.polarity, candidates.luck)
-        return replace(hard, column=reweigh(values, candidates.drawn, scores, *rule))
-
-
-def _numbers(draw: Draw, rows: Tensor) -> Sequence[int]:
-    """The numbers of these rows. All are in order; of some the host waits for them."""
-    return range(len(rows)) if len(rows) == len(draw.tokens) else rows.tolist()
+        column = reweigh(values, candidates.drawn, scores, *rule)
+        return replace(hard, column=column, found=torch.ones_like(hard.found))

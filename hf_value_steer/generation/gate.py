@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_value_steer.activation.apply import Injection
 from hf_value_steer.generation.method import Moment, ScoredMethod
+from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.policy import has_begun
 
@@ -22,23 +23,29 @@ class Gate(ScoredMethod):
         min_new_tokens (`int`): number of new tokens for which the gate stays closed.
     """
 
-    follows = False  # a chain of tokens is read in one forward, which has one gate a row
     rowwise: ClassVar[tuple[str, ...]] = ("memory", "open")
 
     def __init__(self, scorer: Scorer, injection: Injection, min_new_tokens: int):
         super().__init__(scorer)
-        self.injection, self.min_new_tokens = injection, min_new_tokens
-        self.open = torch.zeros_like(scorer.threshold, dtype=torch.bool)
+        self.injection, self.min_new_tokens, self.rows = injection, min_new_tokens, slice(None)
+        injection.gate = torch.zeros_like(scorer.threshold, dtype=torch.bool)
 
     @property
     def open(self) -> Tensor:
         """The rows `(batch,)` that are steered when their next token is read."""
         assert self.injection.gate is not None
-        return self.injection.gate
+        return self.injection.gate[self.rows]
 
     @open.setter
     def open(self, rows: Tensor) -> None:
-        self.injection.gate = rows
+        assert self.injection.gate is not None
+        gate = self.injection.gate.clone()
+        gate[self.rows] = rows
+        self.injection.gate = gate
+
+    def separate(self, row: int, stops: Stops) -> None:
+        super().separate(row, stops)
+        self.rows = slice(row, row + 1)
 
     def observe(self, moment: Moment) -> None:
         """Set thresholds by the prompts' values, and the gate by the values of the texts."""

@@ -17,8 +17,10 @@ from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.guide import GuidanceConfig
 from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 from hf_value_steer.files.kept import given_or_loaded
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.lookahead import LookaheadCache
-from hf_value_steer.generation.method import Call, Method, Moment
+from hf_value_steer.generation.method import Method, Moment
+from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.state import Reading
 from hf_value_steer.generation.validation import refuse_unguidable
 from hf_value_steer.guidance.module import GuidanceModule
@@ -89,7 +91,6 @@ class Guidance(Method):
 
     values_texts = True
     last_token_apart = True
-    follows = False  # the bridges of earlier tokens are not kept
 
     def __init__(self, model: PreTrainedModel, module: GuidanceModule, config: GuidanceConfig):
         self.layers, self.module, self.config = decoder_layers(model), module, config
@@ -98,6 +99,7 @@ class Guidance(Method):
         self.before: BridgeState | None = None
         self.step = -1
         self.read: list[Tensor] = []
+        self.prompt = self.prompt_mask = self.questions = torch.empty(0)  # once the prompt was read
         self.lookahead = "expanded"
 
     @classmethod
@@ -119,6 +121,21 @@ class Guidance(Method):
         if isinstance(reading.cache, LookaheadCache):
             return self._branching(reading.cache)
         return self._guiding(reading.cache)
+
+    def separate(self, row: int, stops: Stops) -> None:  # noqa: ARG002
+        assert self.state is not None  # the prompt's last token was a step
+        self.state = self.state.take(torch.tensor([row]))
+        self.prompt, self.prompt_mask = self.prompt[row : row + 1], self.prompt_mask[row : row + 1]
+
+    def snapshot(self) -> Mapping[str, Tensor]:
+        assert self.state is not None
+        return {"step": torch.full((len(self.state.shown),), self.step), **self.state.to_dict()}
+
+    def restore(self, rows: Tensor | slice, state: Mapping[str, Tensor]) -> None:
+        assert self.state is not None
+        other = BridgeState.from_dict(state)
+        self.step = int(state["step"][0])  # it is the same in all rows, whenever they are together
+        self.state = other if isinstance(rows, slice) else self.state.put(rows, other)
 
     def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The values that the module has given the last token that it has read."""

@@ -1,14 +1,16 @@
-"""The last steps of a generation, and how to take one row back to an earlier step."""
+"""The last steps of a generation: what the methods were told, and the state in which each of them left the methods."""
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hf_value_steer.backbone.features import Features
 from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.output import Stops
+from hf_value_steer.generation.state import Outcome, of_row, put_row, with_row
 
 
 @dataclass
@@ -17,7 +19,7 @@ class Past:
 
     Args:
         moment: what the methods were told.
-        states (`list` of `dict`): for each method its tensors, which have an entry a row.
+        states (`list` of `dict`): after that, for each method its tensors, which have an entry a row.
         stops: which rows had been ended then.
     """
 
@@ -25,66 +27,112 @@ class Past:
     states: list[Mapping[str, Tensor]]
     stops: Stops
 
+    def of_row(self, row: int) -> "Past":
+        """The same of one row."""
+        moment, draw, outcome = self.moment, self.moment.draw, self.moment.outcome
+        one = replace(
+            of_row(moment, row),
+            features=moment.features.each(lambda states: states[row : row + 1]),
+            draw=None if draw is None else of_row(draw, row),
+            outcome=None if outcome is None else of_row(outcome, row),
+        )
+        return Past(one, [entries(state, row) for state in self.states], of_row(self.stops, row))
+
+    def with_row(self, row: int, one: "Past") -> "Past":
+        """The same with one row as in `one`."""
+        moment, other = self.moment, one.moment
+        assert moment.draw is not None and moment.outcome is not None
+        assert other.draw is not None and other.outcome is not None
+        _make_alike(moment, other)
+        features = {layer: put_row(mine, row, other.features[layer]) for layer, mine in moment.features.items()}
+        merged = replace(
+            with_row(moment, row, other),
+            features=Features(features),
+            draw=with_row(moment.draw, row, other.draw),
+            outcome=with_row(moment.outcome, row, other.outcome),
+        )
+        pairs = zip(self.states, one.states, strict=True)
+        states = [_with_entries(mine, row, own, len(moment.live)) for mine, own in pairs]
+        return Past(merged, states, with_row(self.stops, row, one.stops))
+
 
 class History:
-    """Keeps the last steps, as many as may be taken back.
-
-    The loop calls [`keep`] after each step. The rewriting of tokens calls [`undo`] for a row, and then [`replay`] for
-    each of its new tokens.
+    """Keeps the last steps, as many as may be taken back. The loop calls [`keep`] after each step.
 
     Args:
         methods: whose state is kept.
         stops: which rows were ended.
-        back (`int`): how many steps can be taken back; with 0 nothing is kept.
+        back (`int`): how many tokens can be taken back, beside the last one; with 0 nothing is kept.
     """
 
     def __init__(self, methods: Sequence[Method], stops: Stops, back: int):
         self.methods, self.stops, self.back = methods, stops, back
-        self.pasts = deque[Past](maxlen=back + 1)
+        self.pasts = deque[Past](maxlen=back + 2)
 
     def keep(self, moment: Moment) -> None:
-        """Remember the present state, if steps may be taken back."""
+        """Remember the present state, if tokens may be taken back."""
         if self.back:
-            self.pasts.append(self._now(moment))
+            self.pasts.append(Past(moment, [method.snapshot() for method in self.methods], self.stops.copy()))
 
-    def _now(self, moment: Moment) -> Past:
-        return Past(moment, [method.snapshot() for method in self.methods], self.stops.copy())
+    def of_row(self, row: int, methods: Sequence[Method], stops: Stops) -> "History":
+        """That of one row alone, with copies of the methods."""
+        one = History(methods, stops, self.back)
+        one.pasts = deque(past.of_row(row) for past in self.pasts)
+        return one
 
-    def refuse_beyond(self, row: int, tokens: int) -> None:
-        """Raise a `ValueError` unless the last `tokens` tokens of a row can be taken back: drawn ones, which count."""
-        known = list(self.pasts)[-1 - tokens :]
-        if not 0 < tokens < len(self.pasts) or not all(_can_go(past.moment, row) for past in known[1:]):
-            raise ValueError(
-                f"{tokens} token(s) of row {row} cannot be taken back: of its text, the last {len(self.pasts) - 1} "
-                "are remembered; none after its end can, and none that a method has prescribed."
-            )
+    def take_back(self) -> Past:
+        """Take the last token back, in all rows, and return what was known of it."""
+        last = self.pasts.pop()
+        self.restore()
+        return last
 
-    def undo(self, row: int, tokens: int) -> None:
-        """Put one row of every method back to where it was `tokens` tokens ago."""
-        self._put(torch.tensor([row]), self.pasts[-1 - tokens])
+    def restore(self) -> None:
+        """Let the methods be as after the last token."""
+        for method, state in zip(self.methods, self.pasts[-1].states, strict=True):
+            method.restore(slice(None), state)
+        self.stops.become(self.pasts[-1].stops)
 
-    def replay(self, row: int, ago: int, moment: Moment) -> None:
-        """Tell the methods of another token in one row.
+    def over(self) -> int:
+        """How many of the last steps have no token that counts."""
+        steps = [bool(past.moment.live.any()) for past in self.pasts]
+        return steps[::-1].index(True) if True in steps else 0
 
-        Args:
-            ago (`int`): 1 is the last token, 2 the one before it.
-            moment: what there is to tell of it; its other rows do not count.
-        """
-        past = self.pasts[-ago]
-        others = torch.arange(len(moment.live)) != row
-        for method in self.methods:  # which observe the whole batch: the other rows are put back after it
-            method.observe(moment)
-        self._put(others.nonzero().squeeze(1), past)
-        self.pasts[-ago] = self._now(moment)
+    def put(self, row: int, one: "History") -> None:
+        """Let one row be as in a history of its own, which is as long."""
+        known = [(id(mine), id(own)) for mine, own in zip(self.methods, one.methods, strict=True)]
+        first = one.pasts[0].moment.step
+        for index, past in enumerate(self.pasts):
+            if past.moment.step > first:
+                other = one.pasts[past.moment.step - first]
+                merged = self.pasts[index] = past.with_row(row, other)
+                for mine, own in known:
+                    if mine in past.moment.known and own in other.moment.known:
+                        merged.moment.known[mine] = put_row(past.moment.known[mine], row, other.moment.known[own])
+        self.stops.become(with_row(self.stops, row, one.stops))
+        for method, copied in zip(self.methods, one.methods, strict=True):
+            method.restore(torch.tensor([row]), copied.snapshot())
 
-    def _put(self, rows: Tensor, past: Past) -> None:
-        for method, state in zip(self.methods, past.states, strict=True):
-            method.undo(rows, state)
-        self.stops.put(rows, past.stops)
+    def restore_row(self, row: int) -> None:
+        """The same in one row: a search may have moved what copies of the methods share with them."""
+        for method, state in zip(self.methods, self.pasts[-1].states, strict=True):
+            method.restore(torch.tensor([row]), entries(state, row))
 
 
-def _can_go(moment: Moment, row: int) -> bool:
-    """Whether the token of a row can be taken back."""
-    assert moment.draw is not None and moment.outcome is not None
-    ended = moment.outcome.ended
-    return bool(moment.live[row] & ~moment.draw.forced[row]) and not (ended is not None and bool(ended[row]))
+def entries(state: Mapping[str, Tensor], row: int) -> Mapping[str, Tensor]:
+    """Those of one row, `(1, ...)` each."""
+    return {name: each[row : row + 1] for name, each in state.items()}
+
+
+def _with_entries(state: Mapping[str, Tensor], row: int, one: Mapping[str, Tensor], rows: int) -> Mapping[str, Tensor]:
+    """A state with one row as in `one`; what only one of the two has was never used in the other."""
+    new = {name: torch.zeros_like(own).repeat(rows, *[1] * (own.dim() - 1)) for name, own in one.items()}
+    return {name: put_row(mine, row, one[name]) if name in one else mine for name, mine in {**new, **state}.items()}
+
+
+def _make_alike(moment: Moment, other: Moment) -> None:
+    """Give both outcomes room for candidates, if one has it."""
+    outcomes: list[tuple[Moment, Outcome]] = [(each, each.outcome) for each in (moment, other) if each.outcome]
+    widths = [outcome.candidates.shape[1] for _, outcome in outcomes if outcome.candidates is not None]
+    for each, outcome in outcomes:
+        if widths and each.draw is not None:
+            outcome.make_room(each.draw, max(widths))

@@ -1,4 +1,4 @@
-"""The cache of a forward beside the text: of K candidates a row, or of other last tokens of a row.
+"""The cache of a forward beside the text, of K candidates a row.
 
 The prefix is borrowed: views of the live cache, never K copies. The tokens' own keys and values lie beside it, and the
 live cache learns of them only when they are committed. Candidates stand either along the query dimension, `(rows, K)`
@@ -89,13 +89,6 @@ class ExpandedLayer(LookaheadLayer):
         return pick_row(self.keys, columns), pick_row(self.values, columns)
 
 
-class ChainLayer(LookaheadLayer):
-    """Tokens that follow one another: all of them are committed, `(rows, heads, tokens, dim)`."""
-
-    def own(self, _columns: Tensor) -> tuple[Tensor, Tensor]:
-        return self.keys, self.values
-
-
 class WholeLayer(LookaheadLayer):
     """The whole buffer of a static layer, empty slots too, so that a compiled graph always sees the same shapes."""
 
@@ -155,9 +148,8 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         live ([`LiveCache`]): the cache of the text.
         count (`int`): K.
         kind (`type`): class of the layers that hold keys and values.
-        rows (`torch.LongTensor`, *optional*): the rows to look ahead in, all if left out.
-        hidden (`int`, *optional*): number of tokens at the end of the live cache that are not seen. By default 1 with
-            `rows` (the natural sample of each), else 0.
+        rows (`torch.LongTensor`, *optional*): the rows to look ahead in, whose last token (the natural sample) is not
+            seen; all, in which every token is, if left out.
 
     Attributes:
         on_commit (`Callable`, *optional*): told which rows `(n,)` of the batch go on with which of the `rows * K`
@@ -175,10 +167,9 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         count: int,
         kind: type[LookaheadLayer] = LookaheadLayer,
         rows: Tensor | None = None,
-        hidden: int | None = None,
     ):
         self.live, self.count, self.kind, self.rows = live, count, kind, rows
-        self.hidden = int(rows is not None) if hidden is None else hidden
+        self.hidden = int(rows is not None)
         self.length = live.length - self.hidden
         self.on_commit: Callable[[Tensor, Tensor], None] | None = None
         self.partial = False
@@ -232,7 +223,7 @@ class LookaheadCache(Cache):  # type: ignore[misc]
         self.live.advance()
 
     def replace(self, keep: Tensor, columns: Tensor) -> None:
-        """Overwrite tokens at the end of the live cache with our own ones.
+        """Overwrite the last token of the live cache with our own ones.
 
         Args:
             keep (`torch.BoolTensor` of shape `(rows,)`): in which of the looked-at rows.

@@ -9,39 +9,25 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.cache import make_room
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.candidates import natural_sample
 from hf_value_steer.generation.costs import break_even
 from hf_value_steer.generation.decode_tap import refuse_watching
 from hf_value_steer.generation.depth import judged_at
 from hf_value_steer.generation.engine import Engine
+from hf_value_steer.generation.going_back import refuse_going_back
 from hf_value_steer.generation.history import History
 from hf_value_steer.generation.kernels import choose_kernel
-from hf_value_steer.generation.method import Call, Method, Moment, around
+from hf_value_steer.generation.method import Method, Moment, around, recorded
 from hf_value_steer.generation.output import Record, ValueSteerDecoderOnlyOutput
-from hf_value_steer.generation.rewriting import Rewriting
+from hf_value_steer.generation.rollback import Rollback
+from hf_value_steer.generation.scores import Scores
 from hf_value_steer.generation.state import Draw, Outcome, State
-from hf_value_steer.generation.steps import choose_step
+from hf_value_steer.generation.steps import Lazy, choose_step
 from hf_value_steer.generation.streaming import LaggingStream, Streaming
-from hf_value_steer.hosts.transformers import CACHE, bans_and_warpers, cache_name, pad_token, rows_can_end
-
-
-class Scores:
-    """From a text `(batch, length)` and its raw logits to what is drawn from. The loop and a rewriting call it.
-
-    Args:
-        processors: of the call.
-    """
-
-    def __init__(self, processors: LogitsProcessorList):
-        self.bans, self.warpers, self.late = bans_and_warpers(processors)
-
-    def __call__(self, input_ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What the call permits, and processed scores, `(batch, vocab)` each."""
-        permitted = self.bans(input_ids, logits)
-        scores = self.warpers(input_ids, permitted)
-        return self.late(input_ids, permitted), scores
+from hf_value_steer.generation.trail import Scene
+from hf_value_steer.hosts.transformers import CACHE, cache_name, pad_token, rows_can_end
 
 
 class Loop:
@@ -67,8 +53,9 @@ class Loop:
         self.criteria, self.pads = criteria, rows_can_end(criteria)
         self.judge = judge = next((method for method in methods if method.judges), None)
         self.reporter = judge or next((method for method in methods if method.values_texts), None)
-        self.back = max(method.back for method in methods)
-        self._refuse_going_back()
+        self.back = 0 if judge is None else judge.back
+        if self.back:
+            refuse_going_back(call, methods, processors)
         if judge is not None:
             refuse_watching(processors)
         depth = judged_at(call, methods)
@@ -79,20 +66,12 @@ class Loop:
         self.record = Record(call.config)
         self.history = History(methods, call.stops, self.back)
         self.stream = LaggingStream(streamer, self.back)
-        parts = (self.engine, self.history, self.record, self.stream, self.reporter)
-        self.rewriting = Rewriting(*parts, self.scores, criteria, self.pads)
+        self.rollback = self._rollback(judge) if judge is not None and self.back else None
 
-    def _refuse_going_back(self) -> None:
-        """Raise an `UnsupportedError` if tokens may be taken back, and something of this call cannot follow."""
-        if self.back and self.config.output_attentions:
-            raise UnsupportedError("`output_attentions` cannot be returned where tokens may be taken back.")
-        if self.back and self.call.model_kwargs.get("inputs_embeds") is not None:
-            raise UnsupportedError("Tokens cannot be taken back after `inputs_embeds`: pass `input_ids`.")
-        if self.back and self.call.prepared.longest_row.modules:
-            raise UnsupportedError("Tokens cannot be taken back where position embeddings follow the longest row.")
-        for method in self.methods if self.back else []:
-            if not method.follows:
-                raise UnsupportedError(f"Tokens cannot be taken back beside {type(method).__name__}.")
+    def _rollback(self, judge: Method) -> Rollback:
+        pad = pad_token(self.config) if self.pads else None
+        scene = Scene(self.engine, self.record, self.history, judge, self.scores, self.criteria, Lazy, pad)
+        return Rollback(scene, self.back, self.call.rows)
 
     def _engine(self, depth: int | None) -> Engine:
         model_kwargs, model = self.call.model_kwargs, self.call.model
@@ -118,20 +97,41 @@ class Loop:
             draw = self._draw(step, input_ids, state)
             state, outcome = self.step(draw)
             input_ids = torch.cat([input_ids, outcome.tokens[:, None]], dim=-1)
-            moment = self._commit(draw, outcome, state, input_ids)
-            going = self._goes_on(outcome)
-            self.stream.put(outcome.tokens)
-            for method in self.methods:
-                for row, tokens in method.rewrite(moment).items():
-                    input_ids, moment = self.rewriting(row, tokens, input_ids, state)
-                    self.unfinished = moment.unfinished
-                    going = bool(self.unfinished.any())
+            self._commit(draw, outcome, state, input_ids)
+            going, dead = self._goes_on(outcome)
+            over = 0
+            if dead and self.rollback is not None:
+                input_ids, state, over = self._go_back(self.rollback, input_ids, state)
+                going = bool(self.unfinished.any())
+            else:
+                self.stream.put(outcome.tokens)
             if not going:
                 break
             self.engine.commit()
-        self.engine.finish()
+        self.engine.finish(over)
         self.stream.end()
         return self._output(input_ids, prompt_values)
+
+    def _go_back(self, rollback: Rollback, input_ids: Tensor, state: State) -> tuple[Tensor, State, int]:
+        """Look for another way in rows that have come to a dead end.
+
+        Returns:
+            The text, the state after it, and how many tokens at the end of the text were left out, since every row has
+            ended before them.
+        """
+        for row in rollback.dead_ends():
+            found = rollback(row, input_ids, state)
+            if found is not None:
+                changed, input_ids, state = found
+                self.stream.rewrite(row, input_ids[row, -changed:-1])
+        self.unfinished = self.history.pasts[-1].moment.unfinished
+        over = 0 if bool(self.unfinished.any()) else self.history.over()
+        if over:
+            self.record.drop(over)
+            self.stream.drop(over - 1)
+            return input_ids[:, :-over], state, over
+        self.stream.put(input_ids[:, -1])
+        return input_ids, state, 0
 
     def _draw(self, step: int, input_ids: Tensor, state: State) -> Draw:
         """The natural samples, or what methods prescribe in their place."""
@@ -149,7 +149,7 @@ class Loop:
             draw.tokens = torch.where(live, draw.tokens, pad_token(self.config).to(tokens.device))
         return draw
 
-    def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> Moment:
+    def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> None:
         """The tokens of a step are part of the text: say so to criteria, methods and record."""
         if outcome.ended is not None:
             self.call.stops.mark(outcome.ended, draw.step, outcome.natural)
@@ -159,25 +159,24 @@ class Loop:
             moment.know(self.reporter, outcome.values)
         self._tell(moment)
         if self.record.wanted:
-            interventions = outcome.tokens != draw.tokens
-            self.record.add(
-                token_values=outcome.values, interventions=interventions, candidates_evaluated=outcome.evaluated
-            )
-            for method in self.methods:
-                self.record.add(**method.record(moment))
-        return moment
+            self.record.add(**recorded(self.methods, moment))
 
-    def _goes_on(self, outcome: Outcome) -> bool:
-        """Whether a row goes on; raises the error if a token of this step could not be checked.
+    def _goes_on(self, outcome: Outcome) -> tuple[bool, bool]:
+        """Whether a row goes on, and whether one has come to a dead end.
 
         Here the host waits for the device, once in each step.
+
+        Raises:
+            ScoringError, ValueError: if a token of this step could not be checked, or there was none.
         """
-        flags = [self.unfinished.any(), *(flag.to(self.unfinished.device) for flag, _ in outcome.refusals)]
-        going, *refused = torch.stack(flags).tolist()
+        dead = outcome.dead_ends
+        flags = [self.unfinished.any(), torch.zeros_like(self.unfinished[0]) if dead is None else dead.any()]
+        flags += [flag for flag, _ in outcome.refusals]
+        going, at_dead_end, *refused = torch.stack([flag.to(self.unfinished.device) for flag in flags]).tolist()
         for wrong, (_, refuse) in zip(refused, outcome.refusals, strict=True):
             if wrong:
                 refuse()
-        return bool(going)
+        return bool(going), bool(at_dead_end)
 
     def _tell(self, moment: Moment) -> None:
         for method in self.methods:
@@ -196,4 +195,5 @@ class Loop:
             abstention_value=stops.value,
             **{CACHE: self.engine.live.cache},
             **self.record.fields(),
+            **({} if self.rollback is None else self.rollback.fields()),
         )

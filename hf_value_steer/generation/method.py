@@ -1,5 +1,6 @@
 """The protocol of methods: what the loop asks of a way to steer. The loop knows no method, only this."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -7,59 +8,14 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 
 from hf_value_steer.backbone.features import ONLY_FINAL, Features, Layer
 from hf_value_steer.choices import Evaluation
-from hf_value_steer.configuration.methods import SteeringConfig
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.prepared import PreparedModel
-from hf_value_steer.generation.scorer import Scorer, bind, layers_read, load_head, require_finite
+from hf_value_steer.generation.scorer import Scorer, require_finite
 from hf_value_steer.generation.state import Draw, Outcome, Reading
 from hf_value_steer.policy import Candidates, Decision
-
-
-@dataclass
-class Call:
-    """One steered `generate` call, as methods see it when they are bound to it.
-
-    Args:
-        prepared: a shadow of the backbone, which belongs to this call.
-        config: the prepared generation config.
-        input_ids (`torch.LongTensor` of shape `(batch, length)`): prompt.
-        model_kwargs: what `generate` prepared for the model's forward.
-        asked (`dict`): everything that the call asks for, by name of the method.
-        stops: which rows were ended, when and why; methods note it.
-        contexts: what a method enters here is left when the call ends.
-    """
-
-    prepared: PreparedModel
-    config: GenerationConfig
-    input_ids: Tensor
-    model_kwargs: dict[str, Any]
-    asked: Mapping[str, Any]
-    stops: Stops
-    contexts: ExitStack
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The shadow itself."""
-        return self.prepared.model
-
-    @property
-    def rows(self) -> int:
-        """Rows of the returned batch."""
-        return len(self.input_ids)
-
-    @property
-    def device(self) -> torch.device:
-        """Where tokens are."""
-        return self.input_ids.device
-
-    def bind(self, config: SteeringConfig) -> Scorer:
-        """The head that a config names, loaded and bound to this call."""
-        head = load_head(config, self.model)
-        return bind(config, head, self.rows, self.device, layers_read(head, self.model))
 
 
 class Bindable(Protocol):
@@ -88,8 +44,10 @@ class Method:
         most (`int`): the most candidates that it proposes, an ending token included.
         lookahead (`str`): how candidates are to be forwarded, or `"auto"`.
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
-        back (`int`): how many tokens it may take back by [`rewrite`].
-        follows (`bool`): whether [`undo`] brings its state back to that of an earlier token.
+        back (`int`): of a judge: how many tokens may be taken back where it accepts no candidate. It has to know
+            [`visit`] then.
+        follows (`bool`): whether its state can be that of an earlier token again: it is in `rowwise`, or [`snapshot`],
+            [`restore`] and [`of_row`] know of it.
         nests (`bool`): whether [`around_forward`] may be entered in the middle of another forward, and twice for one
             in two parts. Else tokens are judged behind the last layer, whatever layers the judge reads.
         rowwise (`tuple` of `str`): its attributes that have one entry a row: its state, which can be taken back.
@@ -161,28 +119,53 @@ class Method:
         raise NotImplementedError
 
     def observe(self, moment: "Moment") -> None:
-        """Take notice of a prompt, or of the token that each row has committed. The loop calls this.
-
-        After other tokens were put in the place of the last ones, it is called for each of them again.
-        """
+        """Take notice of a prompt, or of the token that each row has committed. The loop calls this."""
 
     def record(self, moment: "Moment") -> Mapping[str, Tensor]:  # noqa: ARG002
         """Entries of this token for fields of [`ValueSteerDecoderOnlyOutput`], `(batch, ...)` each. The loop asks."""
         return {}
 
-    def rewrite(self, moment: "Moment") -> Mapping[int, Tensor]:  # noqa: ARG002
-        """Rows whose last tokens are to be others, and the tokens `(n,)` that take their place. The loop asks."""
-        return {}
+    def visit(self, draw: Draw) -> Tensor:
+        """Candidates of a place that a search comes to, `(1, K)`, -1 where there is none. The search asks a judge.
+
+        They are drawn as those of a step are, the natural sample first, but all from random numbers of the row's own.
+
+        Args:
+            draw: of the one row; its `scores` are `-inf` where a token was rejected at this place.
+        """
+        raise NotImplementedError
+
+    def rewritten(self, row: int, moments: Sequence["Moment"]) -> None:
+        """The last tokens of a row are others now: told once, with what there is to tell of each. The loop calls this.
+
+        The state of the row is that after these tokens already.
+        """
+
+    def of_row(self, row: int, stops: Stops) -> "Method":
+        """A copy for one row alone, which goes on from the present state, while this method stays as it is.
+
+        Args:
+            row (`int`): of the batch.
+            stops: of this row; what the copy notes, it notes there.
+        """
+        one = copy.copy(self)
+        one.separate(row, stops)
+        for name in self.rowwise:
+            setattr(one, name, getattr(self, name)[row : row + 1].clone())
+        return one
+
+    def separate(self, row: int, stops: Stops) -> None:
+        """Called on a copy that is to be of one row: let it have parts of its own where it would share them."""
 
     def snapshot(self) -> Mapping[str, Tensor]:
-        """The state of every row, as it is now."""
+        """The state of every row, as it is now, `(batch, ...)` each."""
         return {name: getattr(self, name).clone() for name in self.rowwise}
 
-    def undo(self, rows: Tensor, snapshot: Mapping[str, Tensor]) -> None:
-        """Go back to an earlier state in these rows `(n,)`."""
-        for name, before in snapshot.items():
+    def restore(self, rows: Tensor | slice, state: Mapping[str, Tensor]) -> None:
+        """Let these rows be in another state, which has an entry for each of them."""
+        for name, other in state.items():
             now = getattr(self, name).clone()
-            now[rows] = before[rows]
+            now[rows] = other
             setattr(self, name, now)
 
 
@@ -199,6 +182,20 @@ def around(methods: Sequence[Method], reading: Reading) -> Iterator[None]:
         for method in methods:
             stack.enter_context(method.around_forward(reading))
         yield
+
+
+def recorded(methods: Sequence[Method], moment: "Moment") -> dict[str, Tensor]:
+    """What goes into the record of the token that each row has committed, `(batch, ...)` each."""
+    draw, outcome = moment.draw, moment.outcome
+    assert draw is not None and outcome is not None  # of a prompt there is no record
+    fields = {
+        "token_values": outcome.values,
+        "interventions": outcome.tokens != draw.tokens,
+        "candidates_evaluated": outcome.evaluated,
+    }
+    for method in methods:
+        fields |= method.record(moment)
+    return fields
 
 
 class ScoredMethod(Method):
@@ -223,6 +220,9 @@ class ScoredMethod(Method):
     def memory(self, rows: Tensor) -> None:
         self.scorer.memory = rows
 
+    def separate(self, row: int, stops: Stops) -> None:  # noqa: ARG002
+        self.scorer = self.scorer.of_row(row)
+
     def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
         return self.scorer.values(features, rows)
 
@@ -240,7 +240,7 @@ class Moment:
     """Every row has committed a token, or its prompt was read.
 
     The loop makes one after the prompt and after each step, and gives it to every method: [`Method.observe`],
-    [`Method.record`], [`Method.rewrite`].
+    [`Method.record`].
 
     Args:
         step (`int`): number of new tokens; 0 is the prompt.

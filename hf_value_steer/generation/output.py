@@ -28,6 +28,14 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
         abstention_value (`torch.FloatTensor` of shape `(batch,)`): the value that decided it, NaN if not.
         guided (`torch.BoolTensor` of shape `(batch, new_tokens)`, *optional*): with guidance, whether the committed
             token was shown a bridge when it was read, and so the one after it was guided.
+        dead_ends (`torch.BoolTensor` of shape `(batch, new_tokens)`, *optional*): with a filter, where no candidate
+            was acceptable, and `fallback` has decided.
+        taken_back_steps (`torch.LongTensor` of shape `(batch, n)`, *optional*): with `rollback`, where tokens were
+            taken back, in order: numbers of new tokens before them; -1 where a row has fewer than `n`. Searches that
+            have failed do not count.
+        taken_back_tokens (`torch.LongTensor` of shape `(batch, n)`, *optional*): these tokens; -1 where there is none.
+        taken_back_values (`torch.FloatTensor` of shape `(batch, n)`, *optional*): their values; NaN where there is
+            none.
         candidates (`torch.LongTensor` of shape `(batch, new_tokens, K)`, *optional*): with `output_candidates`; -1
             where none was drawn. Where one of the most likely tokens is drawn (`selection="soft"` and
             `proposal="topk"`) K + 1: the natural sample, and the others.
@@ -42,6 +50,10 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
     abstention_step: Tensor | None = None
     abstention_value: Tensor | None = None
     guided: Tensor | None = None
+    dead_ends: Tensor | None = None
+    taken_back_steps: Tensor | None = None
+    taken_back_tokens: Tensor | None = None
+    taken_back_values: Tensor | None = None
     candidates: Tensor | None = None
     candidate_values: Tensor | None = None
 
@@ -78,13 +90,12 @@ class Stops:
         self.value = torch.where(rows, values, self.value)
 
     def copy(self) -> "Stops":
-        """The present state. The tensors are shared: nothing writes into them, [`mark`] and [`put`] make new ones."""
+        """The present state. The tensors are shared: nothing writes into them, [`mark`] and [`become`] get others."""
         return Stops(self.step, self.value)
 
-    def put(self, rows: Tensor, other: "Stops") -> None:
-        """Let `rows` (`torch.LongTensor` of shape `(n,)`) be as in `other`."""
-        self.step, self.value = self.step.clone(), self.value.clone()
-        self.step[rows], self.value[rows] = other.step[rows], other.value[rows]
+    def become(self, other: "Stops") -> None:
+        """Be as `other` is."""
+        self.step, self.value = other.step, other.value
 
 
 # Fields of the output that plain `generate` has: tuples of one entry a step. Ours are stacked along dimension 1.
@@ -119,6 +130,11 @@ class Record:
             if name in self.steps:
                 changed = self.steps[name][-ago] = self.steps[name][-ago].clone()
                 changed[row] = entry.to(changed)
+
+    def drop(self, count: int) -> None:
+        """Forget the last steps."""
+        for entries in self.steps.values():
+            del entries[-count:]
 
     def rewrite_states(self, row: int, ago: int, states: tuple[Tensor, ...]) -> None:
         """The same for hidden states, `(1, width)` of each layer."""

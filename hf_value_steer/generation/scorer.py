@@ -52,6 +52,12 @@ class Scorer:
     def polarity(self) -> Polarity:
         return self.head.config.polarity  # type: ignore[no-any-return]
 
+    def of_row(self, row: int) -> "Scorer":
+        """One for one row alone."""
+        one = copy.copy(self)
+        one.threshold, one.memory = self.threshold[row : row + 1], self.memory[row : row + 1]
+        return one
+
     def start(self, prompt_values: Tensor) -> None:
         """Set the thresholds that follow the values of the prompts, `(batch,)`."""
         if self.least_growth is not None:

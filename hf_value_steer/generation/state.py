@@ -1,8 +1,8 @@
 """What passes between the loop, the engine and the methods in one step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,33 @@ from transformers import Cache
 
 from hf_value_steer.backbone.features import Features
 from hf_value_steer.policy import Decision
+
+
+Batch = TypeVar("Batch")  # a dataclass of tensors `(rows, ...)`
+
+
+def of_row(batch: Batch, row: int) -> Batch:
+    """The same of one row alone: each of its tensors becomes `(1, ...)`."""
+    return _each(batch, lambda tensor, _: tensor[row : row + 1])
+
+
+def with_row(batch: Batch, row: int, one: Batch) -> Batch:
+    """The same with another entry in one row, that of `one`, which has no other."""
+
+    return _each(batch, lambda tensor, name: put_row(tensor, row, getattr(one, name)))
+
+
+def put_row(tensor: Tensor, row: int, one: Tensor) -> Tensor:
+    """`tensor` `(rows, ...)` with another entry in one row: `one` `(1, ...)`."""
+    changed = tensor.clone()
+    changed[row] = one[0].to(tensor)
+    return changed
+
+
+def _each(batch: Batch, function: Callable[[Tensor, str], Tensor]) -> Batch:
+    mine = {each.name: getattr(batch, each.name) for each in fields(batch)}  # type: ignore[arg-type]
+    changed = {name: function(it, name) for name, it in mine.items() if isinstance(it, Tensor)}
+    return replace(batch, **changed)  # type: ignore[type-var]
 
 
 @dataclass
@@ -64,6 +91,9 @@ class Draw:
         live (`torch.BoolTensor` of shape `(batch,)`): rows whose token counts.
         forced (`torch.BoolTensor` of shape `(batch,)`): rows whose token is prescribed by a method.
         impossible (`torch.BoolTensor` of shape `(batch,)`): live rows in which the processors allow no token.
+        visit (`int`): how often a search has come to this place before; part of the key of random numbers.
+        candidates (`torch.LongTensor` of shape `(batch, K)`, *optional*): in a search, what a judge is to choose from,
+            instead of what it would propose; -1 where there is none.
     """
 
     step: int
@@ -75,6 +105,8 @@ class Draw:
     live: Tensor
     forced: Tensor
     impossible: Tensor
+    visit: int = 0
+    candidates: Tensor | None = None
 
     def refuse_impossible(self) -> None:
         """Raise a `ValueError` if there is a row without any token to draw."""
@@ -121,6 +153,7 @@ class Outcome:
         natural (`torch.FloatTensor` of shape `(batch,)`): values of the natural samples.
         candidates, candidate_values (*optional*): see [`make_room`].
         ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): rows that the judge has ended.
+        dead_ends (`torch.BoolTensor` of shape `(batch,)`, *optional*): rows in which no candidate was acceptable.
         refusals (`list`): what nobody has waited for yet, a boolean `()` on the device each, and what raises the error
             if it is true. The loop asks before a token is shown.
     """
@@ -132,18 +165,19 @@ class Outcome:
     candidates: Tensor | None = None
     candidate_values: Tensor | None = None
     ended: Tensor | None = None
+    dead_ends: Tensor | None = None
     refusals: list[tuple[Tensor, Callable[[], None]]] = field(default_factory=list)
 
-    def make_room(self, draw: Draw, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidates and their values, `(batch, most)`, and ended rows, as if all natural samples were kept.
+    def make_room(self, draw: Draw, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Candidates and their values, `(batch, most)`, ended rows and dead ends, as if all natural samples were kept.
 
         Most steps of most calls need none of it, so it is made when it is asked for first.
         """
-        if self.candidates is None or self.candidate_values is None or self.ended is None:
+        if self.candidates is None or self.candidate_values is None or self.ended is None or self.dead_ends is None:
             shape, device = (len(draw.tokens), most), draw.tokens.device
             self.candidates = torch.full(shape, -1, device=device)
             self.candidate_values = torch.full(shape, torch.nan, device=device)
             self.candidates[:, 0] = draw.tokens.masked_fill(~draw.live, -1)
             self.candidate_values[:, 0] = self.natural
-            self.ended = torch.zeros_like(draw.live)
-        return self.candidates, self.candidate_values, self.ended
+            self.ended, self.dead_ends = torch.zeros_like(draw.live), torch.zeros_like(draw.live)
+        return self.candidates, self.candidate_values, self.ended, self.dead_ends

@@ -23,6 +23,10 @@ from hf_value_steer.policy import Candidates, Decision
 EXPECTED_RATE, EXPECTED_FOR = 0.05, 16
 
 
+class DeadEnd(Exception):
+    """No candidate is acceptable, where a search has asked for one: the step is left in the middle."""
+
+
 class Step(Protocol):
     """Takes the [`Draw`] of a step; returns the [`State`] after it and the [`Outcome`]. The loop calls it."""
 
@@ -93,12 +97,14 @@ class Lazy:
         features = None if ahead is None else ahead.features
         decision = _decide(self.judge, draw, rows, candidates, features, outcome.values[rows], everywhere)
         refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
+        if draw.candidates is not None and not bool(decision.found.all()):
+            raise DeadEnd
         column = _committed_columns(candidates, decision)
         if ahead is not None:
             changed, slot = candidates.first.gather(1, column[:, None]).squeeze(1) > 0, candidates.slot(column)
             ahead.replace(changed, slot)
             self.engine.put(reached, rows, changed, ahead.chosen(slot))
-        _write(outcome, draw, rows, candidates, decision, self.judge.most)
+        _write(outcome, draw, rows, candidates, decision, everywhere, self.judge.most)
 
 
 class Eager:
@@ -123,7 +129,7 @@ class Eager:
             (draw.impossible.any(), draw.refuse_impossible),
             (broken.any(), partial(refuse_broken, broken, rows, draw.step)),
         ]
-        _write(outcome, draw, rows, candidates, decision, self.judge.most)
+        _write(outcome, draw, rows, candidates, decision, acting, self.judge.most)
         return self.engine.compute_state(reached, draw.tokens.device), outcome
 
     def _choose(self, draw: Draw, rows: Tensor, candidates: Candidates, acting: Tensor, features: Features) -> Chosen:
@@ -198,12 +204,20 @@ def _natural(draw: Draw, values: Tensor) -> Outcome:
     return Outcome(draw.tokens, draw.live.long(), values, values)
 
 
-def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, decision: Decision, most: int) -> None:
+def _write(
+    outcome: Outcome,
+    draw: Draw,
+    rows: Tensor,
+    candidates: Candidates,
+    decision: Decision,
+    acting: Tensor,
+    most: int,
+) -> None:
     """Put what was decided in rows `(n,)` into the outcome, except in rows whose token does not count."""
     count, column = candidates.drawn.shape[1], _committed_columns(candidates, decision)[:, None]
     # Until now these are the natural samples, which stay as they are.
     outcome.tokens, outcome.values = outcome.tokens.clone(), outcome.values.clone()
-    shown, shown_values, ended = outcome.make_room(draw, most)
+    shown, shown_values, ended, dead_ends = outcome.make_room(draw, most)
     for mine, decided in (
         (outcome.tokens, candidates.tokens.gather(1, column).squeeze(1)),
         (outcome.values, decision.values.gather(1, column).squeeze(1)),
@@ -211,6 +225,7 @@ def _write(outcome: Outcome, draw: Draw, rows: Tensor, candidates: Candidates, d
         (shown[:, :count], candidates.tokens[:, :count]),
         (shown_values[:, :count], decision.values[:, :count]),
         (ended, decision.ends),
+        (dead_ends, acting & ~decision.found),
     ):
         live = draw.live[rows].view(-1, *[1] * (mine.dim() - 1))
         mine[rows] = torch.where(live, decided, mine[rows])

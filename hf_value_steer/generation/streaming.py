@@ -65,6 +65,11 @@ class LaggingStream:
             self.held[-ago] = self.held[-ago].clone()  # it is also part of the step's outcome
             self.held[-ago][row] = token
 
+    def drop(self, count: int) -> None:
+        """Forget the last tokens of all rows."""
+        for _ in range(count):
+            self.held.pop()
+
     def end(self) -> None:
         """Hand on what is held back, and end the stream."""
         while self.held:

@@ -3,11 +3,16 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor
+
 from hf_value_steer.activation.apply import Injection, injected
 from hf_value_steer.activation.steering_vectors import vectors_of
 from hf_value_steer.configuration.activate import ActivationConfig
+from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.gate import Gate
-from hf_value_steer.generation.method import Call, Method
+from hf_value_steer.generation.method import Method
+from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.state import Reading
 
 
@@ -26,6 +31,10 @@ class Vectors(Method):
 
     def __init__(self, injection: Injection):
         self.injection = injection
+        self.row: Tensor | None = None  # of a copy for one row
+
+    def separate(self, row: int, stops: Stops) -> None:  # noqa: ARG002
+        self.row = torch.tensor([row], device=self.injection.device)
 
     @classmethod
     def bind(cls, config: ActivationConfig, call: Call) -> list[Method]:
@@ -51,7 +60,7 @@ class Vectors(Method):
         if reading.prompt is not None:
             self.injection.read_prompt(reading.mask, reading.prompt)
         else:
-            self.injection.read_generated(reading.rows, reading.copies)
+            self.injection.read_generated(reading.rows if self.row is None else self.row, reading.copies)
         try:
             yield
         finally:  # the forward around this one goes on

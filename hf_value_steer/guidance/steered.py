@@ -6,7 +6,7 @@ the text so far, at the position of the token; after the last layer the token go
 bridges never enter the cache, which stays that of the text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +41,22 @@ class BridgeState:
         """The same with `function` applied to every tensor."""
         keys, contents = ({i: function(each) for i, each in kind.items()} for kind in (self.keys, self.contents))
         return BridgeState(function(self.bridge), function(self.shown), function(self.values), keys, contents)
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        kinds = [("keys", self.keys), ("contents", self.contents)]
+        layers = {f"{name}.{layer}": tensor for name, kind in kinds for layer, tensor in kind.items()}
+        return {"bridge": self.bridge, "shown": self.shown, "values": self.values, **layers}
+
+    @classmethod
+    def from_dict(cls, tensors: Mapping[str, Tensor]) -> "BridgeState":
+        """From what [`to_dict`] gives; other names do not matter."""
+        state = cls(tensors["bridge"], tensors["shown"], tensors["values"])
+        for name, tensor in tensors.items():
+            kind, _, layer = name.partition(".")
+            if layer:
+                getattr(state, kind)[int(layer)] = tensor
+        return state
 
     def take(self, rows: Tensor) -> "BridgeState":
         """These rows, which may repeat."""

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 from hf_value_steer.generation.cache import LiveCache
-from hf_value_steer.generation.lookahead import ChainLayer, LookaheadCache, pick
+from hf_value_steer.generation.lookahead import LookaheadCache, pick
 
 
 def filled(rows=3, length=5):
@@ -90,17 +90,3 @@ def test_layers_that_the_forward_did_not_come_to_have_nothing_to_commit(commit):
         lookahead.replace(torch.ones(3, dtype=torch.bool), columns)
     assert (cache.layers[0].keys[:, :, -1] == 7.0).all()
     assert torch.equal(cache.layers[1].keys, states)
-
-
-def test_a_chain_hides_and_overwrites_as_many_tokens_as_it_has():
-    cache = filled()
-    before = cache.layers[0].keys.clone()
-    live = LiveCache(cache, LlamaConfig(num_hidden_layers=1))
-    chain = LookaheadCache(live, 1, ChainLayer, torch.tensor([1]), hidden=3)
-    assert chain.get_seq_length() == 2
-    keys, _ = chain.update(torch.full((1, 2, 3, 4), 7.0), torch.zeros(1, 2, 3, 4), 0)
-    assert torch.equal(keys[:, :, :2], before[1:2, :, :2])
-    chain.replace(torch.ones(1, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
-    assert torch.equal(cache.layers[0].keys[[0, 2]], before[[0, 2]])
-    assert torch.equal(cache.layers[0].keys[1, :, :2], before[1, :, :2])
-    assert (cache.layers[0].keys[1, :, 2:] == 7.0).all()
