@@ -1,13 +1,14 @@
 """What `calibrate` is told."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from hf_value_steer.arguments.base import Arguments
-from hf_value_steer.arguments.kinds import Probability, Share
-from hf_value_steer.choices import HeadMethod, PromiseMode
+from hf_value_steer.arguments.kinds import Candidates, Probability, Rollback, Share
+from hf_value_steer.choices import HeadMethod, PromiseMode, Selection
+from hf_value_steer.configuration.operating_point import DEFAULTS
 
 
 @dataclass(kw_only=True)
@@ -34,6 +35,18 @@ class CalibrateArguments(Arguments):
     token_rate: Probability | None = field(
         default=None, metadata={"help": "make the default threshold one that this share of tokens fails; no promise"}
     )
+    num_candidates: Candidates | None = field(
+        default=None, metadata={"help": "the head's operating point: candidates of its filter"}
+    )
+    rollback: Rollback | None = field(
+        default=None, metadata={"help": "the head's operating point: tokens that its filter may take back"}
+    )
+    selection: Selection | None = field(
+        default=None, metadata={"help": "the head's operating point: first acceptable candidate, or a soft choice"}
+    )
+    beta: Annotated[float, Gt(0)] | None = field(
+        default=None, metadata={"help": "the head's operating point: sharpness of a soft choice"}
+    )
     group_column: str | None = field(
         default=None, metadata={"help": "column of the prompts: thresholds for each group"}
     )
@@ -41,7 +54,13 @@ class CalibrateArguments(Arguments):
         default=0, metadata={"help": "seed of the choice of one generation for each prompt"}
     )
 
+    def operating_point(self) -> dict[str, Any]:
+        """What is said of how a filter uses the head."""
+        return {name: choice for name in DEFAULTS if (choice := getattr(self, name)) is not None}
+
     def check(self) -> None:
+        if self.method != "filter" and (said := ", ".join(self.operating_point())):
+            raise ValueError(f"`{said}` is for a filter, this head is calibrated for {self.method!r}.")
         if self.alpha is not None and self.token_rate is not None:
             raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
         if (self.judge is None) != bool(self.attributes):

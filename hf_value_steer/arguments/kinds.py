@@ -17,6 +17,7 @@ Amount = Annotated[int, Ge(0), Le(MOST)]  # 0 is none at all
 Limit = Annotated[int, Ge(1)]  # of what there is: any that is higher takes all of it
 Folds = Annotated[int, Ge(2), Le(1000)]  # something is trained for each
 Candidates = Annotated[int, Ge(1), Le(MOST_CANDIDATES)]
+Rollback = Annotated[int, Ge(0), Le(MOST_CANDIDATES)]
 Seed = Annotated[int, Ge(-(2**63)), Le(2**63 - 1)]  # what torch takes
 NumpySeed = Annotated[int, Ge(0), Le(2**32 - 1)]
 NotNegative = Annotated[float, Ge(0)]

@@ -180,12 +180,20 @@ def _described(facts: Facts) -> dict[str, Any]:
         "feature": _feature(config.get("feature_layers", _UNSAID["feature_layers"])),
         "memory": _memory(config),
         "polarity": config["polarity"],
-        "threshold": f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.",
+        "threshold": (f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.")
+        + _operating_point(config.get("operating_point")),
         "attributes": _attributes_markdown(config) if config.get("attributes") else "",
         "chat_template": recorded(config["chat_template"]),
         "feature_dtype": recorded(config["feature_dtype"]),
         "training": training_markdown(config["training"]),
     }
+
+
+def _operating_point(point: Mapping[str, Any] | None) -> str:
+    """How a filter uses the head, in a sentence."""
+    return (
+        f" A filter uses it with {', '.join(f'{name}={choice}' for name, choice in point.items())}." if point else ""
+    )
 
 
 def _feature(layers: Sequence[int | float | str]) -> str:

@@ -1,12 +1,13 @@
 """`ValueFilterConfig`: value-filtered decoding as a method of `generate(..., value_steer=...)`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from hf_value_steer.checks import MOST_CANDIDATES
 from hf_value_steer.choices import Evaluation, Fallback, Selection
 from hf_value_steer.configuration.methods import SteeringConfig
+from hf_value_steer.configuration.operating_point import DEFAULTS, check_choices
+from hf_value_steer.configuration.value_head import ValueHeadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,21 +16,29 @@ class ValueFilterConfig(SteeringConfig):
 
     Takes the arguments of [`SteeringConfig`] and:
 
+    `num_candidates`, `rollback`, `selection`, `beta`, `threshold` and `alpha` follow the head's operating point where
+    they are left out ([`ValueHeadConfig`]).
+
     Args:
-        num_candidates (`int`): K, the natural sample included; at most 1,024.
+        num_candidates (`int`, *optional*): K, the natural sample included; at most 1,024. By default 8.
         proposal (`str`): `"sample"` draws alternatives independently from the processed distribution, `"topk"` takes
             the most likely tokens. Greedy decoding always takes the most likely ones.
         evaluation (`str`): `"lazy"` forwards alternatives for rows that reject the natural sample; `"eager"` forwards
             all candidates in one pass. Both commit the same tokens (in half precision, up to rounding). `"auto"` times
             some steps of both at the first call of its kind, begins with what is cheaper if 5 % of the natural samples
             are rejected, and changes to eager steps where a text rejects so many that they are cheaper.
-        selection (`str`): `"first"` commits the first candidate that is acceptable. `"soft"` commits the first one
-            that a draw accepts: for certain what is acceptable, else with probability `exp(-beta * excess)`. The
-            excess is how far the log odds of a value are beyond those of the threshold. So fewer tokens are replaced,
-            the worst ones most often. With `proposal="topk"` it draws one of the K most likely tokens, by
-            `probability * exp(-beta * odds)`; the odds are the log odds of not being acceptable, and no threshold
-            counts (as FUDGE, arXiv 2104.05218). Greedy search takes the largest of these.
-        beta (`float`): of `"soft"`, above 0; the larger it is, the nearer to `"first"`.
+        rollback (`int`, *optional*): at a dead end, where no candidate is acceptable, up to so many tokens are taken
+            back, and another way is looked for: candidates that were drawn at that place before, then new ones, drawn
+            without those that were rejected; and so on from there. A search takes back at most twice so many tokens in
+            all. If it finds no way, the text stays as it was, and `fallback` decides. A streamer is so many tokens
+            behind. By default 0.
+        selection (`str`, *optional*): `"first"`, the default, commits the first candidate that is acceptable. `"soft"`
+            commits the first one that a draw accepts: for certain what is acceptable, else with probability
+            `exp(-beta * excess)`. The excess is how far the log odds of a value are beyond those of the threshold. So
+            fewer tokens are replaced, the worst ones most often. With `proposal="topk"` it draws one of the K most
+            likely tokens, by `probability * exp(-beta * odds)`; the odds are the log odds of not being acceptable, and
+            no threshold counts (as FUDGE, arXiv 2104.05218). Greedy search takes the largest of these.
+        beta (`float`, *optional*): of `"soft"`, above 0; the larger it is, the nearer to `"first"`. By default 1.
         fallback (`str`): if no candidate is acceptable: `"argmin"` commits the most acceptable one, `"args"` the one
             with the lowest `u - prob_weight * probability` (ARGS, arXiv 2402.01694; `u` = undesirability), and
             `"abstain"` ends the row.
@@ -45,14 +54,15 @@ class ValueFilterConfig(SteeringConfig):
 
     method: ClassVar[str] = "filter"
 
-    num_candidates: int = 8
+    # Types of a config that is settled; before, `None` is what the head may say.
+    num_candidates: int = None  # type: ignore[assignment]
     proposal: Literal["sample", "topk"] = "sample"
     evaluation: Evaluation = "lazy"
-    selection: Selection = "first"
-    beta: float = 1.0
+    selection: Selection = None  # type: ignore[assignment]
+    beta: float = None  # type: ignore[assignment]
     fallback: Fallback = "argmin"
     prob_weight: float = 1.0
-    rollback: int = 0
+    rollback: int = None  # type: ignore[assignment]
     max_interventions: int | None = None
     output_candidates: bool = False
     lookahead: Literal["auto", "shared_prefix", "masked", "expanded"] = "auto"
@@ -60,18 +70,22 @@ class ValueFilterConfig(SteeringConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_integer("num_candidates", 1)
-        if self.num_candidates > MOST_CANDIDATES:
-            raise ValueError(f"`num_candidates` has to be at most {MOST_CANDIDATES}, got {self.num_candidates}.")
+        check_choices(**{name: getattr(self, name) for name in DEFAULTS})
         if type(self.prob_weight) not in (int, float) or not 0 <= self.prob_weight < math.inf:
             raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
-        if type(self.beta) not in (int, float) or not 0 < self.beta < math.inf:
-            raise ValueError(f"`beta` has to be a finite number above 0, got {self.beta!r}.")
-        if self.selection == "soft" and self.proposal == "topk" and self.fallback != "argmin":
+        if self.selection == "soft" and self.proposal == "topk" and (self.fallback != "argmin" or self.rollback):
             raise ValueError(
-                'With `selection="soft"` and `proposal="topk"` no step is a dead end: leave out `fallback`.'
+                'With `selection="soft"` and `proposal="topk"` no step is a dead end: leave out `fallback`, and pass '
+                "`rollback=0`."
             )
         if self.max_interventions is not None:
             self._check_integer("max_interventions", 0)
         if self.seed is not None:
             self._check_integer("seed", 0)
+
+    def settled(self, head: ValueHeadConfig) -> "ValueFilterConfig":
+        """This config with what it leaves open: as the operating point of the head has it, else by default."""
+        point = {**DEFAULTS, **(head.operating_point or {})}
+        if self.threshold is not None or self.alpha is not None:
+            point.pop("alpha", None)
+        return replace(self, **{name: choice for name, choice in point.items() if getattr(self, name) is None})

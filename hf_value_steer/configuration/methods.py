@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_origin
 from transformers import PreTrainedModel
 
 from hf_value_steer.checks import as_python, check_choice, check_probability, check_threshold
+from hf_value_steer.configuration.value_head import ValueHeadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,9 @@ class MethodConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, as_python(getattr(self, field.name)))
-            if get_origin(field.type) is Literal:
-                check_choice(getattr(self, field.name), field.type, field.name)
+            value = getattr(self, field.name)
+            if get_origin(field.type) is Literal and (value is not None or field.default is not None):
+                check_choice(value, field.type, field.name)
 
     def _check_integer(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -87,6 +89,10 @@ class SteeringConfig(MethodConfig):
         self._check_integer("min_new_tokens", 0)
         if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str):
             raise TypeError(f"`value_head` has to be a ValueHead, a Hub id or a folder, got {self.value_head!r}.")
+
+    def settled(self, _head: ValueHeadConfig) -> "SteeringConfig":
+        """This config with what it leaves open and the head says."""
+        return self
 
     def with_value_head(self, value_head: PreTrainedModel) -> "SteeringConfig":
         """This config with `value_head` where it names none."""

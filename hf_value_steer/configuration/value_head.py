@@ -16,7 +16,12 @@ from hf_value_steer.checks import (
     refuse_unknown,
 )
 from hf_value_steer.choices import Polarity, Temporal
+from hf_value_steer.configuration.operating_point import check_operating_point
 from hf_value_steer.files.schema import INHERITED_KEYS, SCHEMA, VersionedConfig, check_schema
+
+
+# Fields that older versions do not know.
+_UNSAID = ("feature_norms", "operating_point", "projection_size", "temporal_decay")
 
 
 @strict
@@ -48,6 +53,9 @@ class ValueHeadConfig(VersionedConfig):
         chat_template (`str`, *optional*): how training prompts were formatted: `"none"` for plain continuations,
             else a name or digest of the template.
         threshold (`float`, *optional*): default threshold in (0, 1); with `attributes` 0.5, unless it is given.
+        operating_point (`dict`, *optional*): how a filter uses this head, where its config does not say: any of
+            `"num_candidates"`, `"rollback"`, `"selection"`, `"beta"` and, instead of the threshold, `"alpha"`; see
+            [`ValueFilterConfig`].
         attributes (`list` of `dict`, *optional*): makes a head of several attributes, which has one output for each
             and answers with one value for all. Each has a `"name"`, a `"polarity"`, a `"threshold"` in (0, 1) and, for
             `combine="sum"`, a `"weight"` above 0 (1 by default). `polarity` itself is `"undesirable"` then.
@@ -80,6 +88,7 @@ class ValueHeadConfig(VersionedConfig):
     feature_dtype: str | None = None
     chat_template: str | None = None
     threshold: float | None = None
+    operating_point: dict[str, Any] | None = None
     attributes: list[dict[str, Any]] | None = None
     combine: Literal["worst", "sum"] = "worst"
     library_version: str | None = None
@@ -121,7 +130,7 @@ class ValueHeadConfig(VersionedConfig):
         unsaid = ["attributes", "combine"] if self.attributes is None else []
         unsaid += ["feature_layers"] if self.feature_layers == ["final"] else []
         unsaid += ["temporal"] if self.temporal == "none" else []
-        unsaid += [name for name in ("feature_norms", "projection_size", "temporal_decay") if record[name] is None]
+        unsaid += [name for name in _UNSAID if record[name] is None]
         return {key: value for key, value in record.items() if key not in unsaid}
 
     def validate_value_head(self) -> None:
@@ -130,6 +139,8 @@ class ValueHeadConfig(VersionedConfig):
         if self.hidden_size < 1:
             raise ValueError(f"`hidden_size` has to be a positive integer, got {self.hidden_size}.")
         check_threshold(self.threshold)
+        if self.operating_point is not None:
+            check_operating_point(self.operating_point)
         check_layers(self.feature_layers)
         if self.feature_norms is not None and len(self.feature_norms) != len(self.feature_layers or ()):
             raise ValueError(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from hf_value_steer.backbone.features import ONLY_FINAL, features_width
 from hf_value_steer.backbone.parts import output_embedding
 from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.operating_point import PLAIN
 from hf_value_steer.doctor.context import NEW_TOKENS, PROMPT, Check, Context, Status
 from hf_value_steer.doctor.probes import alone_and_among, held_and_fresh, relative, standardized, step_by_step
 from hf_value_steer.doctor.speed import check_evaluation, check_speed
@@ -136,7 +137,11 @@ def check_cache(context: Context) -> Check:
     numbers: dict[str, float] = {}
     for evaluation in EVALUATIONS:
         config = ValueFilterConfig(
-            value_head=context.head, threshold=threshold, evaluation=evaluation, num_candidates=context.num_candidates
+            value_head=context.head,
+            threshold=threshold,
+            evaluation=evaluation,
+            num_candidates=context.num_candidates,
+            **PLAIN,
         )
         out = context.steer(input_ids, config)
         numbers[f"interventions_{evaluation}"] = int(out.interventions.sum())

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hf_value_steer.backbone.features import ONLY_FINAL, Layer, collected
 from hf_value_steer.backbone.parts import feature_width, underlying
 from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.operating_point import PLAIN
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.generation.scorer import Scorer, bind, layers_read, load_head
@@ -112,12 +113,12 @@ class Context:
     def accepting(self) -> ValueFilterConfig:
         """A config with a head that answers 0.5 to everything, below its threshold."""
         head = _linear_head(torch.zeros(feature_width(self.model)), torch.zeros(()))
-        return ValueFilterConfig(value_head=head, threshold=0.9, num_candidates=self.num_candidates)
+        return ValueFilterConfig(value_head=head, threshold=0.9, num_candidates=self.num_candidates, **PLAIN)
 
     def reading(self) -> ValueFilterConfig:
         """A config whose head gives its values and rejects nothing."""
         return ValueFilterConfig(
-            value_head=self.head, threshold=0.5, max_interventions=0, num_candidates=self.num_candidates
+            value_head=self.head, threshold=0.5, max_interventions=0, num_candidates=self.num_candidates, **PLAIN
         )
 
     def _stand_in(self) -> ValueHead:

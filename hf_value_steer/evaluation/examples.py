@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hf_value_steer.cards.document import OUTCOMES
+from hf_value_steer.configuration.operating_point import PLAIN
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts
 from hf_value_steer.evaluation.trace import PromptTrace, mask_trace, trace_tokens
 from hf_value_steer.progress import progress
@@ -80,7 +81,7 @@ class FilterRun:
         assert self.setting.value_steer is not None
         steered, samples = replace(self.setting.value_steer, output_candidates=True), self.runner.samples
         sides = []
-        for config in (replace(steered, num_candidates=1), steered):
+        for config in (replace(steered, num_candidates=1, **PLAIN), steered):
             setting = replace(self.setting, value_steer=config)
             sides.append(self.runner.batch(setting, first // samples, samples))
         for row in rows:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from hf_value_steer.backbone.parts import fingerprint
 from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.operating_point import PLAIN
 from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
@@ -163,7 +164,7 @@ def _slug(name: str) -> str:
 
 def watch(head: ValueHead) -> Setting:
     """The base run once more with its values recorded: K=1 never intervenes."""
-    return Setting("watch", "watch", ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=1))
+    return Setting("watch", "watch", ValueFilterConfig(value_head=head, threshold=0.5, num_candidates=1, **PLAIN))
 
 
 def value_filter(head: ValueHead, threshold: float, num_candidates: int, named: bool) -> Setting:
@@ -177,7 +178,7 @@ def args_reranking(head: ValueHead, num_candidates: int) -> Setting:
     """ARGS (arXiv 2402.01694): every step commits the best of value and probability; no threshold is ever met."""
     never = 1e-6 if head.config.polarity == "undesirable" else 1 - 1e-6
     config = ValueFilterConfig(
-        value_head=head, threshold=never, num_candidates=num_candidates, fallback="args", evaluation="eager"
+        value_head=head, threshold=never, num_candidates=num_candidates, fallback="args", evaluation="eager", **PLAIN
     )
     return Setting(f"ARGS K={num_candidates}", "args", config, num_candidates)
 
@@ -207,7 +208,8 @@ def _placebo_threshold(runner: Runner, head: ValueHead, num_candidates: int, rat
     prompts = runner.prompts[:PLACEBO_PROMPTS]
 
     def generate(threshold: float, candidates: int) -> Any:
-        config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=candidates)
+        how = PLAIN if candidates == 1 else {}
+        config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=candidates, **how)
         return runner.generate(Setting("", "placebo", config), prompts, 1, runner.seed)[0]
 
     values = generate(0.5, 1).token_values

@@ -41,7 +41,7 @@ class ValueFilter(ScoredMethod):
     An eager step goes on for all rows. Then [`propose`] gives candidates, and [`decide`] chooses by their values.
 
     Args:
-        config: runtime configuration.
+        config: runtime configuration, settled.
         scorer: head and thresholds, bound to the model.
         draws: whether natural samples are drawn. If not, or with `proposal="topk"`, alternatives are the next most
             likely tokens.
@@ -71,13 +71,14 @@ class ValueFilter(ScoredMethod):
     @classmethod
     def bind(cls, config: ValueFilterConfig, call: Call) -> list[Method]:
         """The filter that `config` asks for."""
-        draws = call.config.do_sample
+        scorer, draws = call.bind(config), call.config.do_sample
+        config = config.settled(scorer.head.config)
         if config.selection == "soft" and config.proposal == "topk":
-            return [Reweighing(config, call.bind(config), draws, None)]
+            return [Reweighing(config, scorer, draws, None)]
         if config.selection == "soft" and not draws:
             raise UnsupportedError('`selection="soft"` draws: it needs `do_sample=True`, or `proposal="topk"`.')
         eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
-        return [cls(config, call.bind(config), draws, eos)]
+        return [cls(config, scorer, draws, eos)]
 
     def acting(self, draw: Draw) -> Tensor:
         config = self.config

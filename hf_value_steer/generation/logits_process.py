@@ -160,7 +160,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     Args:
         model: the model that will generate.
-        config: head, threshold, K, proposal and fallback. `max_interventions`, `output_candidates` and
+        config: head, threshold, K, proposal and fallback. `rollback`, `max_interventions`, `output_candidates` and
             `selection="soft"` need [`value_steer_generate`].
 
     Raises:
@@ -170,14 +170,19 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
 
     def __init__(self, model: PreTrainedModel, config: ValueFilterConfig):
         refuse_other_kind(config, ValueFilterConfig)
-        if config.max_interventions is not None or config.output_candidates or config.selection != "first":
-            needed = '`max_interventions`, `output_candidates` and `selection="soft"`'
-            raise UnsupportedError(f"{needed} need `model.generate(value_steer=...)`.")
         outside, model = model, underlying(model)
         refuse_adapters(outside)
         refuse_model(model)
-        self.model, self.config = model, config
-        self.head = load_head(config, model)
+        self.model, self.head = model, load_head(config, model)
+        self.config = config = config.settled(self.head.config)
+        if config.max_interventions is not None or config.output_candidates or config.selection != "first":
+            needed = '`max_interventions`, `output_candidates` and `selection="soft"`'
+            raise UnsupportedError(f"{needed} need `model.generate(value_steer=...)`.")
+        if config.rollback:
+            raise UnsupportedError(
+                f"A processor cannot take tokens back: pass `rollback=0` in the place of {config.rollback}, or call "
+                "`model.generate(value_steer=...)`."
+            )
         self._eos()
         self.reads = layers_read(self.head, model)
         self.tap = DecodeTap(model, self.reads)

@@ -129,6 +129,7 @@ def bind(
     Raises:
         ValueError: if there is no threshold, not one a row, or none that keeps the promise that `alpha` asks for.
     """
+    config = config.settled(head.config)
     threshold = head.config.threshold if config.threshold is None else config.threshold
     least_growth = None
     if config.alpha is not None:

@@ -82,6 +82,8 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         **{name: collection.manifest[name] for name in ("sampling", "kernel", "backend")},
     )
     head.config.threshold = _default_threshold(arguments, collection, head, calibration, rows.tolist())
+    if point := arguments.operating_point():
+        head.config.operating_point = {**(head.config.operating_point or {}), **point}
     # Not the weights, which are as they were: a kill in the middle of writing them would lose the head.
     calibration.save(arguments.value_head)
     write_atomically(Path(arguments.value_head) / "config.json", head.config.to_json_string().encode())

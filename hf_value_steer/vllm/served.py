@@ -42,7 +42,8 @@ class ServedMethods:
         methods = {name: _servable(config) for name, config in parse_configs(value_steer).items()}
         names = [_head_name(config) for config in methods.values()]
         loaded = {name: _servable_head(name) for name in dict.fromkeys(names)}
-        served = cls(methods, dict(zip(methods, (loaded[name] for name in names), strict=True)))
+        heads = dict(zip(methods, (loaded[name] for name in names), strict=True))
+        served = cls({name: _settled(config, heads[name]) for name, config in methods.items()}, heads)
         served.scorers(served.methods)
         return served
 
@@ -88,12 +89,6 @@ def _head_name(config: SteeringConfig) -> str:
     if isinstance(config, ValueFilterConfig):
         if config.output_candidates or config.lookahead != "auto":
             raise ValueError("`output_candidates` and `lookahead` are for `generate`: leave them out under vLLM.")
-        if config.selection != "first":
-            raise UnsupportedError(
-                '`selection="soft"` is for `generate`: under vLLM the first acceptable one is taken.'
-            )
-        if config.num_candidates > MOST_CANDIDATES:
-            raise ValueError(f"`num_candidates` is at most {MOST_CANDIDATES} under vLLM, got {config.num_candidates}.")
     name = config.to_dict().get("value_head")
     if name is None:
         raise ValueError(f'`value_head` is missing from the "{config.method}" config: name a folder or a Hub id.')
@@ -110,6 +105,26 @@ def _servable_head(name: str) -> ValueHead:
             '`generate`, or serve a head with `feature_layers`=["final"] and `temporal`="none".'
         )
     return head
+
+
+def _settled(config: SteeringConfig, head: ValueHead) -> SteeringConfig:
+    """`config` with what the head says where it does not; raises an error if vLLM cannot honour that."""
+    settled = config.settled(head.config)
+    if isinstance(settled, ValueFilterConfig):
+        if settled.selection != "first":
+            raise UnsupportedError(
+                '`selection="soft"` is for `generate`: under vLLM the first acceptable candidate is taken. Pass '
+                '`selection="first"`.'
+            )
+        if settled.rollback:
+            raise UnsupportedError(
+                f"`rollback` is for `generate`: under vLLM no token is taken back. Pass `rollback=0` in the place of "
+                f"{settled.rollback}."
+            )
+        if (settled.num_candidates or 0) > MOST_CANDIDATES:
+            count = settled.num_candidates
+            raise ValueError(f"`num_candidates` is at most {MOST_CANDIDATES} under vLLM, got {count}.")
+    return settled
 
 
 def _line(config: SteeringConfig, head: ValueHead) -> str:
