@@ -30,7 +30,8 @@ from hf_value_steer.activation.norms import mean_norms, relative_influence
 from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates
 from hf_value_steer.evaluation.runs import Runner, Setting
 from hf_value_steer.evaluation.sweep import Sweeper, sweep_page
-from hf_value_steer.training.prompts import Formatter, Prompt, share
+from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.training.prompts import Formatter, share
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.vectors import vectors_from_collection
 

@@ -18,8 +18,9 @@ from examples.toxicity import SAMPLING, load_prompts
 from hf_value_steer import GuidanceConfig, GuidanceModule, ValueFilterConfig, ValueHead
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.runs import Runner, Setting
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Formatter, Prompt, share
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.training.prompts import Formatter, share
 
 
 JUDGES = ("python:examples.toxicity:word_list", "python:examples.toxicity:cuss")

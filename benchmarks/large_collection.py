@@ -30,8 +30,9 @@ from safetensors import safe_open
 from benchmarks.environment import describe, save
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.files.writing import write_json
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.label import labels_folder
-from hf_value_steer.training.prompts import Prompt, write_prompts
+from hf_value_steer.training.prompts import write_prompts
 from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 from hf_value_steer.training.train import train
 

@@ -22,9 +22,10 @@ from hf_value_steer import ValueHead
 from hf_value_steer.evaluation.examples import FilterRun
 from hf_value_steer.evaluation.measures import Measures
 from hf_value_steer.evaluation.runs import Runner, Setting, value_filter
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Formatter, Prompt, share
+from hf_value_steer.training.prompts import Formatter, share
 
 
 RESULTS = ROOT / "benchmarks" / "results"

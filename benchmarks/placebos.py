@@ -24,9 +24,10 @@ from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.evaluation.metrics import compare_rates
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, placebo, shuffled
 from hf_value_steer.heads.value_head import ValueHeadOutput
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.bootstrap import Bootstrap
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter
 
 
 HEAD, CANDIDATES, RATE, SAMPLES = "model_cards/smollm2-135m-sentiment", 8, 0.24, 2

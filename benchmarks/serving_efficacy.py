@@ -26,8 +26,9 @@ from examples.toxicity import SAMPLING, cuss, word_list
 from hf_value_steer import ValueFilterConfig, ValueHead
 from hf_value_steer.evaluation.metrics import compare_rates
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.bootstrap import Array, Bootstrap
-from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
+from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.vllm import steered_engine_args
 
 

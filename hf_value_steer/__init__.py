@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hf_value_steer.heads.value_head import ValueHead as ValueHead
     from hf_value_steer.heads.value_head import ValueHeadOutput as ValueHeadOutput
     from hf_value_steer.hub import export_custom_generate as export_custom_generate
+    from hf_value_steer.judges.in_the_loop import TextJudge as TextJudge
     from hf_value_steer.scoring import ScoredText as ScoredText
     from hf_value_steer.scoring import score_text as score_text
     from hf_value_steer.wrapper import ValueSteerForCausalLM as ValueSteerForCausalLM
@@ -58,6 +59,7 @@ _HOME = {
     "ScoringError": "errors",
     "SteeringError": "errors",
     "SteeringVectors": "activation.steering_vectors",
+    "TextJudge": "judges.in_the_loop",
     "UnsupportedError": "errors",
     "UploadError": "errors",
     "ValueFilterConfig": "configuration.filter",

@@ -31,8 +31,8 @@ def generate(
 ) -> Any:
     """`model.generate(*args, **kwargs)`, steered if `value_steer` is given.
 
-    Plain `generate` drops `streamer` and `tokenizer` (for stop strings) before a `custom_generate` callable; here both
-    keep working.
+    Plain `generate` drops `streamer` and `tokenizer` (for stop strings, and judges of text) before a `custom_generate`
+    callable; here both keep working.
 
     Args:
         model: the backbone.
@@ -58,10 +58,8 @@ def generate(
         return plain(model, streamer=streamer, value_steer=value_steer, **given)
     with streaming(streamer) as released:
         _refuse_paged(given, configs)
-        given = _with_stop_strings(model, given)
-        return plain(
-            model, custom_generate=value_steer_generate, value_steer=value_steer, token_streamer=released, **given
-        )
+        ours = {"value_steer": value_steer, "token_streamer": released, "text_tokenizer": given.get("tokenizer")}
+        return plain(model, custom_generate=value_steer_generate, **ours, **_with_stop_strings(model, given))
 
 
 def _by_name(plain: Callable[..., Any], model: PreTrainedModel, args: tuple[Any, ...]) -> dict[str, Any]:

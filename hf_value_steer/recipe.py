@@ -25,11 +25,12 @@ from hf_value_steer.files.upload import check_hub_id
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hub import push_head, renew_card
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.calibrate import calibrate, check_column
 from hf_value_steer.training.checkpoints import check_further
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.guidance.train import train_guidance
-from hf_value_steer.training.prompts import Prompt, load_prompts
+from hf_value_steer.training.prompts import load_prompts
 from hf_value_steer.training.targets import check_target
 from hf_value_steer.training.train import train
 from hf_value_steer.vllm.start import vllm_engine

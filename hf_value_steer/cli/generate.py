@@ -18,8 +18,9 @@ from hf_value_steer.evaluation.trace import TokenTrace
 from hf_value_steer.evaluation.watching import Side, Watch, write
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter
 
 
 # Of the six levels of [`Colours`], as on pages.

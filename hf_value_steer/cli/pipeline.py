@@ -18,10 +18,10 @@ from hf_value_steer.evaluation.evaluate import evaluate
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.hub import export_custom_generate, push_head, renew_card
+from hf_value_steer.judges import check_judges
 from hf_value_steer.recipe import run_recipe
 from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import Labels, label, tokenizer_of
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.shards import Collection

@@ -22,8 +22,9 @@ from hf_value_steer.arguments.vectors import (
 from hf_value_steer.backbone.parts import num_layers
 from hf_value_steer.evaluation.sweep import sweep
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
+from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.vectors import vectors_from_collection, vectors_from_pairs, vectors_from_value_head
 

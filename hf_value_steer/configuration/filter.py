@@ -1,13 +1,13 @@
 """`ValueFilterConfig`: value-filtered decoding as a method of `generate(..., value_steer=...)`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_value_steer.choices import Evaluation, Fallback, Selection
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.configuration.operating_point import DEFAULTS, check_choices
-from hf_value_steer.configuration.value_head import ValueHeadConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +15,9 @@ class ValueFilterConfig(SteeringConfig):
     r"""Value-filtered decoding (arXiv 2605.14746): commit the first of K candidates whose value is acceptable.
 
     Takes the arguments of [`SteeringConfig`] and:
+
+    `value_head` may be a judge of text, too: a [`TextJudge`], a function from a list of texts to numbers in [0, 1], or
+    a name such as `"lexicon:words.txt"`. It is asked about candidates before they are forwarded.
 
     `num_candidates`, `rollback`, `selection`, `beta`, `threshold` and `alpha` follow the head's operating point where
     they are left out ([`ValueHeadConfig`]).
@@ -53,6 +56,7 @@ class ValueFilterConfig(SteeringConfig):
     """
 
     method: ClassVar[str] = "filter"
+    takes_judges: ClassVar[bool] = True
 
     # Types of a config that is settled; before, `None` is what the head may say.
     num_candidates: int = None  # type: ignore[assignment]
@@ -83,9 +87,9 @@ class ValueFilterConfig(SteeringConfig):
         if self.seed is not None:
             self._check_integer("seed", 0)
 
-    def settled(self, head: ValueHeadConfig) -> "ValueFilterConfig":
+    def settled(self, point: Mapping[str, Any] | None) -> "ValueFilterConfig":
         """This config with what it leaves open: as the operating point of the head has it, else by default."""
-        point = {**DEFAULTS, **(head.operating_point or {})}
+        point = {**DEFAULTS, **(point or {})}
         if self.threshold is not None or self.alpha is not None:
             point.pop("alpha", None)
         return replace(self, **{name: choice for name, choice in point.items() if getattr(self, name) is None})

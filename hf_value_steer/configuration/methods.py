@@ -1,14 +1,17 @@
 """What the configurations of the methods share: frozen dataclasses that describe the choices of one call."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_origin
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_value_steer.checks import as_python, check_choice, check_probability, check_threshold
-from hf_value_steer.configuration.value_head import ValueHeadConfig
+
+
+CODE = "python:"  # what begins so names a function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,10 @@ class MethodConfig:
                 if not value.name_or_path:
                     raise ValueError(f"`{name}` has no name: save it and pass its folder or Hub id instead.")
                 chosen[name] = value.name_or_path
+            elif callable(value) or (isinstance(value, str) and value.startswith(CODE)):
+                raise ValueError(
+                    f"`{name}`={value!r} is code, which a saved config cannot name: pass it to `generate`."
+                )
         return {"method": self.method, **chosen}
 
     def to_json_string(self) -> str:
@@ -74,7 +81,9 @@ class SteeringConfig(MethodConfig):
         allow_backbone_mismatch (`bool`): use the head although its fingerprint names another backbone.
     """
 
-    value_head: PreTrainedModel | str | None = None
+    takes_judges: ClassVar[bool] = False  # whether a judge of text may stand in the place of the head
+
+    value_head: PreTrainedModel | str | Callable[..., Any] | None = None
     threshold: float | Sequence[float] | None = None
     alpha: float | None = None
     min_new_tokens: int = 0
@@ -87,11 +96,15 @@ class SteeringConfig(MethodConfig):
             if self.threshold is not None:
                 raise ValueError("`threshold` and `alpha` both say where to act: pass one of them.")
         self._check_integer("min_new_tokens", 0)
-        if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str):
-            raise TypeError(f"`value_head` has to be a ValueHead, a Hub id or a folder, got {self.value_head!r}.")
+        judge = self.takes_judges and callable(self.value_head) and not isinstance(self.value_head, type | nn.Module)
+        if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str) and not judge:
+            also = ", or a judge of text" if self.takes_judges else ""
+            raise TypeError(
+                f"`value_head` has to be a ValueHead, a Hub id or a folder{also}, got {self.value_head!r}."
+            )
 
-    def settled(self, _head: ValueHeadConfig) -> "SteeringConfig":
-        """This config with what it leaves open and the head says."""
+    def settled(self, _point: Mapping[str, Any] | None) -> "SteeringConfig":
+        """This config with what it leaves open, and the operating point of the head says."""
         return self
 
     def with_value_head(self, value_head: PreTrainedModel) -> "SteeringConfig":

@@ -23,10 +23,11 @@ from hf_value_steer.evaluation.settings import filter_runs, filter_thresholds, f
 from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges import check_judges, load_judge
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.judges import check_judges, load_judge
-from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts
+from hf_value_steer.training.prompts import Formatter, load_prompts
 
 
 logger = logging.getLogger(__name__)

@@ -9,10 +9,10 @@ from hf_value_steer.cards.document import OUTCOMES
 from hf_value_steer.configuration.operating_point import PLAIN
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts
 from hf_value_steer.evaluation.trace import PromptTrace, mask_trace, trace_tokens
+from hf_value_steer.files.references import resolve
+from hf_value_steer.judges import Judge
+from hf_value_steer.judges.text import LexiconJudge
 from hf_value_steer.progress import progress
-from hf_value_steer.training.judges import Judge
-from hf_value_steer.training.judges.text import LexiconJudge
-from hf_value_steer.training.references import resolve
 
 
 logger = logging.getLogger(__name__)

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from hf_value_steer.choices import Polarity
 from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates, distinct
 from hf_value_steer.evaluation.runs import Setting, Texts
+from hf_value_steer.judges import Judge
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.progress import progress
 from hf_value_steer.training.bootstrap import Array, Bootstrap, interval
 from hf_value_steer.training.chance import discrimination
-from hf_value_steer.training.judges import Judge
-from hf_value_steer.training.prompts import Formatter, Prompt, join
+from hf_value_steer.training.prompts import Formatter, join
 
 
 ROWS = 8  # in one forward pass

@@ -18,10 +18,11 @@ from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.generation.decoding import value_steer_generate
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.policy import undesirability
 from hf_value_steer.progress import progress
 from hf_value_steer.training.continuation import until_end
-from hf_value_steer.training.prompts import Formatter, Prompt, prompts_digest
+from hf_value_steer.training.prompts import Formatter, prompts_digest
 from hf_value_steer.training.sampling import generate_arguments
 
 

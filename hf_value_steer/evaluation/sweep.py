@@ -18,8 +18,8 @@ from hf_value_steer.evaluation.pages import render
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts
 from hf_value_steer.files.reading import read_record
 from hf_value_steer.files.writing import write_atomically, write_json
+from hf_value_steer.judges import load_judge
 from hf_value_steer.training.collect import load_backbone
-from hf_value_steer.training.judges import load_judge
 from hf_value_steer.training.prompts import Formatter, load_prompts
 
 

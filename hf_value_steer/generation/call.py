@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_value_steer.configuration.methods import SteeringConfig
 from hf_value_steer.generation.output import Stops
@@ -27,6 +27,7 @@ class Call:
         asked (`dict`): everything that the call asks for, by name of the method.
         stops: which rows were ended, when and why; methods note it.
         contexts: what a method enters here is left when the call ends.
+        tokenizer (*optional*): of the model.
     """
 
     prepared: PreparedModel
@@ -36,6 +37,7 @@ class Call:
     asked: Mapping[str, Any]
     stops: Stops
     contexts: ExitStack
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def model(self) -> PreTrainedModel:

@@ -5,7 +5,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation import BaseStreamer
 
 from hf_value_steer.configuration.parse import ValueSteer, parse_value_steer
@@ -28,6 +34,7 @@ def value_steer_generate(
     generation_config: GenerationConfig,
     value_steer: ValueSteer | None = None,
     token_streamer: BaseStreamer | None = None,
+    text_tokenizer: PreTrainedTokenizerBase | None = None,
     **model_kwargs: Any,
 ) -> Tensor | ValueSteerDecoderOnlyOutput:
     r"""Generate while a value head decides which tokens are kept.
@@ -50,6 +57,7 @@ def value_steer_generate(
             out.
         token_streamer (`BaseStreamer`, *optional*): receives the prompt, then each token after it was checked.
             (`streamer=` reaches us only through [`enable_value_steer`].)
+        text_tokenizer (*optional*): of the model, for judges of text. (So it is with `tokenizer=`.)
         model_kwargs: what `generate` prepared for the model's forward.
 
     Returns:
@@ -73,7 +81,7 @@ def value_steer_generate(
         model_kwargs = tidied(model_kwargs, len(input_ids))
         refuse_unsupported(model, generation_config, model_kwargs)
         prepared, stops = PreparedModel(model), Stops.none(len(input_ids), input_ids.device)
-        call = Call(prepared, generation_config, input_ids, model_kwargs, asked, stops, contexts)
+        call = Call(prepared, generation_config, input_ids, model_kwargs, asked, stops, contexts, text_tokenizer)
         methods = bind_methods(call)
         if not any(method.needs_loop for method in methods):
             streamer.put(input_ids)

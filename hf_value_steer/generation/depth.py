@@ -48,7 +48,7 @@ def can_judge_at_depth(prepared: PreparedModel) -> bool:
 def judged_at(call: Call, methods: Sequence[Method]) -> int | None:
     """The layer at which the tokens of a call are judged; `None` if it is behind the last one."""
     judge = next((method for method in methods if method.judges), None)
-    layer = FINAL if judge is None else deepest(judge.reads)
+    layer = FINAL if judge is None or not judge.reads else deepest(judge.reads)
     if layer == FINAL or not can_judge_at_depth(call.prepared):
         return None
     if call.config.output_hidden_states or call.config.output_attentions:  # of a forward that is in one piece

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from hf_value_steer.generation.candidates import (
 )
 from hf_value_steer.generation.method import Method, Moment, ScoredMethod
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import Scorer
+from hf_value_steer.generation.scorer import Scorer, bind
 from hf_value_steer.generation.soft_selection import reweigh, soft_thresholds
 from hf_value_steer.generation.state import Draw
+from hf_value_steer.generation.text_values import TextValues
 from hf_value_steer.generation.validation import eos_token
+from hf_value_steer.judges.in_the_loop import text_judge
 from hf_value_steer.policy import (
     Candidates,
     Decision,
@@ -46,13 +48,22 @@ class ValueFilter(ScoredMethod):
         draws: whether natural samples are drawn. If not, or with `proposal="topk"`, alternatives are the next most
             likely tokens.
         eos (`int`, *optional*): the token that ends a row under `fallback="abstain"`.
+        texts ([`TextValues`], *optional*): where values come from, if not from a head.
     """
 
     judges = True
     rowwise: ClassVar[tuple[str, ...]] = ("memory", "interventions")
 
-    def __init__(self, config: ValueFilterConfig, scorer: Scorer, draws: bool, eos: int | None):
+    def __init__(
+        self,
+        config: ValueFilterConfig,
+        scorer: Scorer,
+        draws: bool,
+        eos: int | None = None,
+        texts: TextValues | None = None,
+    ):
         super().__init__(scorer)
+        self.texts = texts
         self.config, self.draws, self.eos = config, draws, eos
         self.sampled, self.back = draws and config.proposal == "sample", config.rollback
         self.ending = torch.tensor([eos or 0], device=scorer.threshold.device)  # a graph would keep the number itself
@@ -71,14 +82,23 @@ class ValueFilter(ScoredMethod):
     @classmethod
     def bind(cls, config: ValueFilterConfig, call: Call) -> list[Method]:
         """The filter that `config` asks for."""
-        scorer, draws = call.bind(config), call.config.do_sample
-        config = config.settled(scorer.head.config)
+        judge, draws = text_judge(config.value_head), call.config.do_sample
+        texts = None if judge is None else TextValues(judge, call)
+        scorer = call.bind(config) if judge is None else bind(config, judge, call.rows, call.device, ())
+        config = config.settled(scorer.head.config.operating_point)
         if config.selection == "soft" and config.proposal == "topk":
-            return [Reweighing(config, scorer, draws, None)]
+            return [Reweighing(config, scorer, draws, texts)]
         if config.selection == "soft" and not draws:
             raise UnsupportedError('`selection="soft"` draws: it needs `do_sample=True`, or `proposal="topk"`.')
         eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
-        return [cls(config, scorer, draws, eos)]
+        return [cls(config, scorer, draws, eos, texts)]
+
+    def values_before(self, draw: Draw, rows: Tensor, tokens: Tensor, asked: Tensor) -> Tensor:
+        assert self.texts is not None  # or nobody asks
+        return self.texts(draw, rows, self._numbers(draw, rows), tokens, asked)
+
+    def totals(self) -> Mapping[str, Any]:
+        return {} if self.texts is None else {"judge_seconds": self.texts.seconds}
 
     def acting(self, draw: Draw) -> Tensor:
         config = self.config
@@ -141,7 +161,8 @@ class ValueFilter(ScoredMethod):
         return decide(candidates, values, *rule, may_end, probabilities, config.prob_weight)
 
     def observe(self, moment: Moment) -> None:
-        self.values_at(moment)
+        if self.texts is None:
+            self.values_at(moment)
         if moment.draw is not None and moment.outcome is not None:
             self.interventions = self.interventions + (moment.outcome.tokens != moment.draw.tokens)
 
@@ -163,8 +184,8 @@ class Reweighing(ValueFilter):
     A natural sample is nothing special here: it is kept if it is drawn once more. So every step looks ahead.
     """
 
-    def __init__(self, config: ValueFilterConfig, scorer: Scorer, draws: bool, eos: int | None):
-        super().__init__(config, scorer, draws, eos)
+    def __init__(self, config: ValueFilterConfig, scorer: Scorer, draws: bool, texts: TextValues | None = None):
+        super().__init__(config, scorer, draws, texts=texts)
         self.most = config.num_candidates + 1  # the natural sample may be none of them
         self.luck = self.luck if draws else None
 

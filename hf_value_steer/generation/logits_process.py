@@ -174,7 +174,7 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         refuse_adapters(outside)
         refuse_model(model)
         self.model, self.head = model, load_head(config, model)
-        self.config = config = config.settled(self.head.config)
+        self.config = config = config.settled(self.head.config.operating_point)
         if config.max_interventions is not None or config.output_candidates or config.selection != "first":
             needed = '`max_interventions`, `output_candidates` and `selection="soft"`'
             raise UnsupportedError(f"{needed} need `model.generate(value_steer=...)`.")

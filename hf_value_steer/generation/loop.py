@@ -24,7 +24,7 @@ from hf_value_steer.generation.output import Record, ValueSteerDecoderOnlyOutput
 from hf_value_steer.generation.rollback import Rollback
 from hf_value_steer.generation.scores import Scores
 from hf_value_steer.generation.state import Draw, Outcome, State
-from hf_value_steer.generation.steps import Lazy, choose_step
+from hf_value_steer.generation.steps import Beforehand, Lazy, choose_step
 from hf_value_steer.generation.streaming import LaggingStream, Streaming
 from hf_value_steer.generation.trail import Scene
 from hf_value_steer.hosts.transformers import CACHE, cache_name, pad_token, rows_can_end
@@ -60,7 +60,7 @@ class Loop:
             refuse_watching(processors)
         depth = judged_at(call, methods)
         self.engine = self._engine(depth)
-        auto = judge is not None and judge.evaluation == "auto"
+        auto = judge is not None and judge.reads and judge.evaluation == "auto"
         changes_at = break_even(call, methods, self.engine.kernel, depth) if auto else math.inf
         self.step = choose_step(self.engine, judge, self.reporter, changes_at)
         self.record = Record(call.config)
@@ -70,7 +70,8 @@ class Loop:
 
     def _rollback(self, judge: Method) -> Rollback:
         pad = pad_token(self.config) if self.pads else None
-        scene = Scene(self.engine, self.record, self.history, judge, self.scores, self.criteria, Lazy, pad)
+        step = Lazy if judge.reads else Beforehand
+        scene = Scene(self.engine, self.record, self.history, judge, self.scores, self.criteria, step, pad)
         return Rollback(scene, self.back, self.call.rows)
 
     def _engine(self, depth: int | None) -> Engine:
@@ -91,7 +92,8 @@ class Loop:
         apart = any(method.last_token_apart for method in self.methods)
         state = self.engine.prefill(input_ids, self.config, apart)
         moment = Moment(0, state.features, self.unfinished, self.unfinished)
-        prompt_values = None if self.reporter is None else moment.values_of(self.reporter)
+        # A judge of text knows nothing of prompts.
+        prompt_values = moment.values_of(self.reporter) if self.reporter is not None and self.reporter.reads else None
         self._tell(moment)
         for step in itertools.count():
             draw = self._draw(step, input_ids, state)
@@ -187,6 +189,9 @@ class Loop:
         if not self.record.wanted:
             return input_ids
         stops = self.call.stops
+        totals = {name: total for method in self.methods for name, total in method.totals().items()}
+        if self.rollback is not None:
+            totals |= self.rollback.totals()
         return ValueSteerDecoderOnlyOutput(
             sequences=input_ids,
             prompt_values=prompt_values,
@@ -195,5 +200,5 @@ class Loop:
             abstention_value=stops.value,
             **{CACHE: self.engine.live.cache},
             **self.record.fields(),
-            **({} if self.rollback is None else self.rollback.fields()),
+            **totals,
         )

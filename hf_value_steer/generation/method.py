@@ -36,7 +36,7 @@ class Method:
         values_texts (`bool`): whether [`values`] answers. The values of the judge are reported, else those of the
             first method that answers.
         reads (`tuple`): the layers whose states [`values`] is given: numbers of decoder layers, from 0, or `"final"`,
-            what the output embedding consumes.
+            what the output embedding consumes. None for a judge of text, which [`values_before`] asks.
         judges (`bool`): whether it decides which tokens are kept, by [`acting`], [`accepts`], [`propose`] and
             [`decide`]. One method may.
         evaluation (`str`): of a judge: `"eager"` to see all candidates of every token, `"lazy"` to see them only where
@@ -80,6 +80,21 @@ class Method:
             rows (`torch.LongTensor` of shape `(n,)`, *optional*): of the batch, all if left out.
         """
         raise NotImplementedError
+
+    def values_before(self, draw: Draw, rows: Tensor, tokens: Tensor, asked: Tensor) -> Tensor:
+        """The same `(n, K)` of candidates of some rows that were not forwarded, of a judge that reads no layer.
+
+        Args:
+            draw: what the step starts from.
+            rows (`torch.LongTensor` of shape `(n,)`): rows of the batch.
+            tokens (`torch.LongTensor` of shape `(n, K)`): their candidates.
+            asked (`torch.BoolTensor` of shape `(n, K)`): of which there is to be a value; elsewhere it is NaN.
+        """
+        raise NotImplementedError
+
+    def totals(self) -> Mapping[str, Any]:
+        """Fields of [`ValueSteerDecoderOnlyOutput`] that are known at the end. The loop asks."""
+        return {}
 
     def prescribe(self, draw: Draw) -> None:
         """Put tokens in the place of natural samples.

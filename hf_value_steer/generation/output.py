@@ -36,6 +36,7 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
         taken_back_tokens (`torch.LongTensor` of shape `(batch, n)`, *optional*): these tokens; -1 where there is none.
         taken_back_values (`torch.FloatTensor` of shape `(batch, n)`, *optional*): their values; NaN where there is
             none.
+        judge_seconds (`float`, *optional*): with a judge of text, the time that it took in this call.
         candidates (`torch.LongTensor` of shape `(batch, new_tokens, K)`, *optional*): with `output_candidates`; -1
             where none was drawn. Where one of the most likely tokens is drawn (`selection="soft"` and
             `proposal="topk"`) K + 1: the natural sample, and the others.
@@ -54,6 +55,7 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
     taken_back_steps: Tensor | None = None
     taken_back_tokens: Tensor | None = None
     taken_back_values: Tensor | None = None
+    judge_seconds: float | None = None
     candidates: Tensor | None = None
     candidate_values: Tensor | None = None
 

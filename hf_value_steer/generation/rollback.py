@@ -102,7 +102,7 @@ class Rollback:
             method.rewritten(row, moments)
         return changed, trail.input_ids, state
 
-    def fields(self) -> dict[str, Tensor]:
+    def totals(self) -> dict[str, Tensor]:
         """What was taken back, in the order in which it was, `(batch, n)` each."""
         most, device = max(map(len, self.taken)), self.scene.history.stops.step.device
         shape = (len(self.taken), most)

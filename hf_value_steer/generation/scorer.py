@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from hf_value_steer.calibration.filtering import row_thresholds
 from hf_value_steer.choices import Polarity
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.methods import SteeringConfig
-from hf_value_steer.errors import MismatchError, ScoringError
+from hf_value_steer.errors import MismatchError, ScoringError, UnsupportedError
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.in_the_loop import TextJudge, text_judge
 from hf_value_steer.policy import acceptable, answered
 
 
@@ -119,7 +121,7 @@ class Scorer:
 
 def bind(
     config: SteeringConfig,
-    head: ValueHead,
+    head: ValueHead | TextJudge,
     batch_size: int,
     device: torch.device,
     reads: tuple[Layer, ...] = ONLY_FINAL,
@@ -129,7 +131,7 @@ def bind(
     Raises:
         ValueError: if there is no threshold, not one a row, or none that keeps the promise that `alpha` asks for.
     """
-    config = config.settled(head.config)
+    config = config.settled(head.config.operating_point)
     threshold = head.config.threshold if config.threshold is None else config.threshold
     least_growth = None
     if config.alpha is not None:
@@ -145,10 +147,10 @@ def bind(
     if isinstance(threshold, tuple) and len(threshold) != batch_size:
         raise ValueError(f"`threshold` holds {len(threshold)} numbers, but the batch has {batch_size} rows.")
     rows = torch.tensor(threshold, dtype=torch.float32, device=device).expand(batch_size)
-    return Scorer(head, rows, least_growth, reads)
+    return Scorer(cast(ValueHead, head), rows, least_growth, reads)  # of a judge of text nobody asks for values
 
 
-def _fitting_calibration(config: SteeringConfig, head: ValueHead) -> Calibration:
+def _fitting_calibration(config: SteeringConfig, head: ValueHead | TextJudge) -> Calibration:
     asked, calibration = f"`alpha`={config.alpha}", head.calibration
     if calibration is None:
         raise MismatchError(
@@ -182,6 +184,10 @@ def load_head(config: SteeringConfig, model: PreTrainedModel) -> ValueHead:
     """
     if config.value_head is None:
         raise ValueError(f'`value_head` is missing from the "{config.method}" config: pass a ValueHead or its Hub id.')
+    if text_judge(config.value_head) is not None:
+        raise UnsupportedError(
+            f"`value_head`={config.value_head!r} is a judge of text: it filters in `generate`, and does nothing else."
+        )
     head = given_or_loaded(ValueHead.from_pretrained, config.value_head)
     if not isinstance(head, ValueHead):
         raise TypeError(f"`value_head` has to be a ValueHead, got a {type(head).__name__}.")

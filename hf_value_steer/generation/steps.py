@@ -44,6 +44,8 @@ def choose_step(engine: Engine, judge: Method | None, reporter: Method | None, b
     """
     if judge is None:
         return Plain(engine, reporter)
+    if not judge.reads:
+        return Beforehand(engine, judge)
     if judge.evaluation == "auto":
         return Cheaper(Lazy(engine, judge), Eager(engine, judge), break_even)
     return Eager(engine, judge) if judge.evaluation == "eager" else Lazy(engine, judge)
@@ -94,17 +96,45 @@ class Lazy:
         ahead, width = None, _width(candidates, asked=True)
         if width > 0:  # some candidate has no value yet
             ahead = self.engine.look_ahead(draw.input_ids, candidates.to_forward(width), rows, self.judge.most)
-        features = None if ahead is None else ahead.features
-        decision = _decide(self.judge, draw, rows, candidates, features, outcome.values[rows], everywhere)
-        refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
-        if draw.candidates is not None and not bool(decision.found.all()):
-            raise DeadEnd
+        forwarded = None if ahead is None else self.judge.values(ahead.features.of(self.judge.reads), rows)
+        decision = _decide(self.judge, draw, rows, candidates, forwarded, outcome.values[rows], everywhere)
+        _refuse(decision, draw, rows)
         column = _committed_columns(candidates, decision)
         if ahead is not None:
             changed, slot = candidates.first.gather(1, column[:, None]).squeeze(1) > 0, candidates.slot(column)
             ahead.replace(changed, slot)
             self.engine.put(reached, rows, changed, ahead.chosen(slot))
         _write(outcome, draw, rows, candidates, decision, everywhere, self.judge.most)
+
+
+class Beforehand:
+    """Asks about tokens before they are forwarded, for judges that read text and no states: it never looks ahead."""
+
+    def __init__(self, engine: Engine, judge: Method):
+        self.engine, self.judge = engine, judge
+
+    def __call__(self, draw: Draw) -> tuple[State, Outcome]:
+        draw.refuse_impossible()
+        outcome = self._judge(draw)
+        text = torch.cat([draw.input_ids, outcome.tokens[:, None]], dim=-1)
+        return self.engine.compute_state(self.engine.read(text), draw.tokens.device), outcome
+
+    def _judge(self, draw: Draw) -> Outcome:
+        """Keep the natural samples, or take others."""
+        rows = torch.arange(len(draw.live), device=draw.live.device)
+        values = self.judge.values_before(draw, rows, draw.tokens[:, None], draw.live[:, None])[:, 0]
+        outcome = _natural(draw, values)
+        rows = (_acting(self.judge, draw) & ~self.judge.accepts(values, draw)).nonzero().squeeze(1)
+        if len(rows) > 0:
+            everywhere = torch.ones_like(rows, dtype=torch.bool)
+            candidates = self.judge.propose(draw, rows, known=everywhere, acting=everywhere)
+            width = _width(candidates, asked=True)
+            needed = torch.arange(width, device=rows.device) < candidates.needed.sum(dim=-1, keepdim=True)
+            asked = self.judge.values_before(draw, rows, candidates.to_forward(width), needed)
+            decision = _decide(self.judge, draw, rows, candidates, asked, values[rows], everywhere)
+            _refuse(decision, draw, rows)
+            _write(outcome, draw, rows, candidates, decision, everywhere, self.judge.most)
+        return outcome
 
 
 class Eager:
@@ -135,7 +165,8 @@ class Eager:
     def _choose(self, draw: Draw, rows: Tensor, candidates: Candidates, acting: Tensor, features: Features) -> Chosen:
         """The judge's choice. It may be a part of a graph: nothing here depends on what is on the device."""
         unknown = torch.full(rows.shape, torch.nan, device=rows.device)
-        decision = _decide(self.judge, draw, rows, candidates, features, unknown, acting)
+        forwarded = self.judge.values(features.of(self.judge.reads), rows)
+        decision = _decide(self.judge, draw, rows, candidates, forwarded, unknown, acting)
         column = _committed_columns(candidates, decision)
         return Chosen(candidates.slot(column), candidates.tokens.gather(1, column[:, None]).squeeze(1), decision)
 
@@ -178,19 +209,25 @@ def _decide(
     draw: Draw,
     rows: Tensor,
     candidates: Candidates,
-    features: Features | None,
+    forwarded: Tensor | None,
     natural: Tensor,
     acting: Tensor,
 ) -> Decision:
     """The judge's decision in rows `(n,)`.
 
     Args:
-        features (*optional*): of the forwarded candidates, if there are any.
-        natural (`torch.FloatTensor` of shape `(n,)`): values of natural samples that were not forwarded.
+        forwarded (`torch.FloatTensor` of shape `(n, width)`, *optional*): values of candidates, if any were asked for.
+        natural (`torch.FloatTensor` of shape `(n,)`): values of natural samples that are none of them.
     """
-    nothing = natural.new_empty(len(rows), 0)
-    forwarded = nothing if features is None else judge.values(features.of(judge.reads), rows)
-    return judge.decide(draw, rows, candidates, candidates.spread(forwarded, natural), acting)
+    values = natural.new_empty(len(rows), 0) if forwarded is None else forwarded
+    return judge.decide(draw, rows, candidates, candidates.spread(values, natural), acting)
+
+
+def _refuse(decision: Decision, draw: Draw, rows: Tensor) -> None:
+    """Raise a `ScoringError` if a candidate has no value, and in a search [`DeadEnd`] if none is acceptable."""
+    refuse_broken(decision.broken & draw.live[rows], rows, draw.step)
+    if draw.candidates is not None and not bool(decision.found.all()):
+        raise DeadEnd
 
 
 def _committed_columns(candidates: Candidates, decision: Decision) -> Tensor:

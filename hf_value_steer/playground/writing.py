@@ -13,8 +13,9 @@ from hf_value_steer.evaluation.trace import Colours
 from hf_value_steer.evaluation.watching import Side, Watch, write
 from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.playground.settings import Settings
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter
 
 
 @dataclass

@@ -20,9 +20,9 @@ from hf_value_steer.errors import FieldError
 from hf_value_steer.files.reading import reading
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.label import Labels
-from hf_value_steer.training.prompts import Prompt
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.train import recorded_arguments, split_rows
 

@@ -24,22 +24,16 @@ from hf_value_steer.arguments.kinds import shown
 from hf_value_steer.backbone.features import FINAL, ONLY_FINAL, Layer, collected, features_width, resolve_layers
 from hf_value_steer.backbone.parts import fingerprint, num_layers
 from hf_value_steer.files.reading import refuse_misspelt
+from hf_value_steer.files.references import PREFIX, model_name
 from hf_value_steer.files.writing import claim, refuse_other
 from hf_value_steer.hosts.transformers import attention_of
+from hf_value_steer.judges import check_judges
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.progress import progress
 from hf_value_steer.training.continuation import Batch, Continuation, Start, seed_of, shard_tensors, until_end
 from hf_value_steer.training.forced_words import ForcedWords
-from hf_value_steer.training.judges import check_judges
 from hf_value_steer.training.label import label
-from hf_value_steer.training.prompts import (
-    Formatter,
-    Prompt,
-    load_prompts,
-    prompts_digest,
-    read_records,
-    write_prompts,
-)
-from hf_value_steer.training.references import PREFIX, model_name
+from hf_value_steer.training.prompts import Formatter, load_prompts, prompts_digest, read_records, write_prompts
 from hf_value_steer.training.sampling import generate_arguments
 from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hf_value_steer.arguments.collect import CollectArguments
 from hf_value_steer.backbone.features import Layer
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import tensor_name
 
 

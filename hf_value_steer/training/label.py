@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_value_steer.arguments.collect import LabelArguments
 from hf_value_steer.files.reading import read_record
+from hf_value_steer.files.references import model_name
 from hf_value_steer.files.writing import claim, write_json
+from hf_value_steer.judges import Judge, agreement, load_judge
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.progress import progress
-from hf_value_steer.training.judges import Judge, agreement, load_judge
-from hf_value_steer.training.prompts import Prompt
-from hf_value_steer.training.references import model_name
 from hf_value_steer.training.shards import Collection, TensorFile, write_tensors
 
 
@@ -31,7 +31,7 @@ def label(collection: Collection, tokenizer: PreTrainedTokenizerBase, arguments:
 
     Returns:
         What each judge said on average, those that were asked before included; how many of its answers could not be
-        read or texts had to be cut; and how far judges agree, see [`~hf_value_steer.training.judges.agreement`]. The
+        read or texts had to be cut; and how far judges agree, see [`~hf_value_steer.judges.agreement`]. The
         same is in `labels/report.json`.
 
     Raises:

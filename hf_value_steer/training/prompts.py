@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,9 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from hf_value_steer.arguments.kinds import check_kind, shown
 from hf_value_steer.checks import import_optional
 from hf_value_steer.errors import FieldError
+from hf_value_steer.files.references import PREFIX, resolve
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.training.references import PREFIX, resolve
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt.
-
-    Args:
-        text (`str`): what the user wrote; for plain continuations the text itself.
-        columns (`dict`): the other columns of its record, for instance the right answer.
-        messages (sequence of `dict`, *optional*): the conversation that `text` ends, if there is more of it.
-    """
-
-    text: str
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    messages: Sequence[Mapping[str, str]] | None = None
+from hf_value_steer.judges.prompt import Prompt
 
 
 def load_prompts(

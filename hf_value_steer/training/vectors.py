@@ -16,8 +16,9 @@ from hf_value_steer.choices import DirectionMethod, Pooling
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.scorer import layers_read, require_fit
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.label import Labels
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
 
 

@@ -14,9 +14,10 @@ from vllm import LLM, SamplingParams
 
 from hf_value_steer.arguments.collect import CollectArguments
 from hf_value_steer.backbone.features import FINAL, Features
+from hf_value_steer.files.references import model_name
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.continuation import Batch, seed_of, shard_tensors, until_end
-from hf_value_steer.training.prompts import Formatter, Prompt
-from hf_value_steer.training.references import model_name
+from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.vllm.fingerprint import checkpoint_fingerprint
 from hf_value_steer.vllm.memory import cpu_memory
 from hf_value_steer.vllm.recording import ROW

@@ -13,6 +13,7 @@ from hf_value_steer.configuration.parse import ValueSteer, parse_configs
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.scorer import Scorer, bind
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.in_the_loop import names_judge
 from hf_value_steer.vllm.overrides import MOST_CANDIDATES, apply_overrides
 
 
@@ -92,6 +93,8 @@ def _head_name(config: SteeringConfig) -> str:
     name = config.to_dict().get("value_head")
     if name is None:
         raise ValueError(f'`value_head` is missing from the "{config.method}" config: name a folder or a Hub id.')
+    if names_judge(name):
+        raise UnsupportedError(f"`value_head`={name!r} is a judge of text, which filters in `generate` only.")
     return str(name)
 
 
@@ -109,7 +112,7 @@ def _servable_head(name: str) -> ValueHead:
 
 def _settled(config: SteeringConfig, head: ValueHead) -> SteeringConfig:
     """`config` with what the head says where it does not; raises an error if vLLM cannot honour that."""
-    settled = config.settled(head.config)
+    settled = config.settled(head.config.operating_point)
     if isinstance(settled, ValueFilterConfig):
         if settled.selection != "first":
             raise UnsupportedError(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from hf_value_steer.arguments.collect import CollectArguments
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.continuation import Continuation
-from hf_value_steer.training.prompts import Prompt
 
 
 def vllm_engine(arguments: CollectArguments, prompts: Sequence[Prompt]) -> Continuation:

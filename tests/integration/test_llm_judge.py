@@ -7,8 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
+from hf_value_steer.judges import server as client
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.judges import server as client
 from hf_value_steer.training.label import Labels, label, labels_folder
 from tests.chat_server import Reply, chat_server, completion
 from tests.tiny_text import write_world

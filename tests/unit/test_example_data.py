@@ -10,10 +10,11 @@ import pytest
 
 from examples import arithmetic, sentiment
 from hf_value_steer.files.marked import read_marked
+from hf_value_steer.files.references import PREFIX, resolve
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.recipe import _Steps
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Prompt, load_prompts
-from hf_value_steer.training.references import PREFIX, resolve
+from hf_value_steer.training.prompts import load_prompts
 
 
 ROOT = Path(__file__).parents[2]

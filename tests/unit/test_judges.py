@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from hf_value_steer.training.judges import agreement, load_judge
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges import agreement, load_judge
+from hf_value_steer.judges.prompt import Prompt
 
 
 def prompts(count, **columns):

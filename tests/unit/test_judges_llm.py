@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.judges import server as client
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges import server as client
+from hf_value_steer.judges.prompt import Prompt
 from tests.chat_server import ChatServer, Reply, answering, chat_server, completion
 from tests.unit.test_judges import prompts
 
@@ -311,8 +311,8 @@ def test_a_thread_that_is_left_behind_asks_no_more(server, passing):
 
 INTERRUPTED = """
 import sys
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
 load_judge(sys.argv[1], batch_size=4)([Prompt("p")] * 4, list("abcd"))
 """
 

@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
 from tests.unit.test_judges import prompts
 
 

@@ -9,8 +9,9 @@ from hf_value_steer.evaluation.measures import Measures, negative_log_likelihood
 from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates, distinct
 from hf_value_steer.evaluation.outcome import coverage
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, shuffled, worst_value
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.bootstrap import Bootstrap, interval
-from hf_value_steer.training.prompts import Formatter, Prompt
+from hf_value_steer.training.prompts import Formatter
 from tests.tiny_text import save_tiny_model
 
 

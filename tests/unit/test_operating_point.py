@@ -36,12 +36,12 @@ def test_a_filter_follows_the_head_and_a_config_overrides_it(tmp_path):
 
 def test_what_a_config_leaves_open_is_settled():
     config, head = ValueFilterConfig(beta=2.0), ValueHeadConfig(hidden_size=8, operating_point={**POINT, "alpha": 0.1})
-    settled = config.settled(head)
+    settled = config.settled(head.operating_point)
     chosen = (settled.num_candidates, settled.rollback, settled.selection, settled.beta, settled.alpha)
     assert chosen == (3, 4, "first", 2.0, 0.1)
-    assert settled.settled(ValueHeadConfig(hidden_size=8, operating_point={"rollback": 1})) == settled
-    assert ValueFilterConfig(threshold=0.3).settled(head).alpha is None
-    default = config.settled(ValueHeadConfig(hidden_size=8))
+    assert settled.settled({"rollback": 1}) == settled
+    assert ValueFilterConfig(threshold=0.3).settled(head.operating_point).alpha is None
+    default = config.settled(None)
     assert (default.num_candidates, default.rollback, default.selection) == (8, 0, "first")
     assert config.to_dict() == {"method": "filter", "beta": 2.0}
 

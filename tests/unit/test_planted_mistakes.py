@@ -32,9 +32,10 @@ from hf_value_steer.arguments.vectors import ApplyArguments, BakeArguments, Extr
 from hf_value_steer.cli.options import parser_of, read
 from hf_value_steer.errors import FieldError
 from hf_value_steer.files.marked import Marked, read_marked
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.recipe import _Steps, run_recipe
 from hf_value_steer.training.collect import collect
-from hf_value_steer.training.prompts import Prompt, load_prompts, prompts_digest, write_prompts
+from hf_value_steer.training.prompts import load_prompts, prompts_digest, write_prompts
 from tests.tiny_text import write_world
 
 

@@ -5,9 +5,10 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from hf_value_steer.training.judges import load_judge
-from hf_value_steer.training.prompts import Formatter, Prompt, load_prompts, share, write_prompts
-from hf_value_steer.training.references import resolve
+from hf_value_steer.files.references import resolve
+from hf_value_steer.judges import load_judge
+from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.training.prompts import Formatter, load_prompts, share, write_prompts
 from tests.tiny_text import save_tiny_model
 
 

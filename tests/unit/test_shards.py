@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from hf_value_steer.errors import ArtefactError
 from hf_value_steer.files import writing as files
 from hf_value_steer.files.writing import claim, refuse_other, write_atomically, write_json
-from hf_value_steer.training.prompts import Prompt, write_prompts
+from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.training.prompts import write_prompts
 from hf_value_steer.training.shards import FORMAT, Collection, TensorFile, shard_path, write_tensors
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from hf_value_steer.checks import import_optional
+from hf_value_steer.files.references import resolve
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.training.judges.base import Judge
-from hf_value_steer.training.prompts import Prompt
-from hf_value_steer.training.references import resolve
+from hf_value_steer.judges.base import Judge
+from hf_value_steer.judges.prompt import Prompt
 
 
 class LexiconJudge(Judge):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges.prompt import Prompt
 
 
 class Judge(ABC):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_value_steer.training.judges.base import Judge
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges.base import Judge
+from hf_value_steer.judges.prompt import Prompt
 
 
 class ModelJudge(Judge):

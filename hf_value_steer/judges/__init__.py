@@ -13,12 +13,12 @@ A judge is named by a text, so that a recipe can name it and an artefact can say
 from collections.abc import Sequence
 
 from hf_value_steer.checks import import_optional
-from hf_value_steer.training.judges.agreement import agreement
-from hf_value_steer.training.judges.base import Judge
-from hf_value_steer.training.judges.llm import LLMJudge
-from hf_value_steer.training.judges.models import ClassifierJudge, RewardJudge
-from hf_value_steer.training.judges.text import LexiconJudge, MathJudge, PythonJudge
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges.agreement import agreement
+from hf_value_steer.judges.base import Judge
+from hf_value_steer.judges.llm import LLMJudge
+from hf_value_steer.judges.models import ClassifierJudge, RewardJudge
+from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.judges.text import LexiconJudge, MathJudge, PythonJudge
 
 
 __all__ = ["Judge", "agreement", "check_judges", "load_judge"]

@@ -12,8 +12,8 @@ from urllib.parse import urlsplit
 from hf_value_steer.checks import import_optional
 from hf_value_steer.choices import Polarity
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.training.judges.base import Judge
-from hf_value_steer.training.prompts import Prompt
+from hf_value_steer.judges.base import Judge
+from hf_value_steer.judges.prompt import Prompt
 
 
 _ZERO_TO_TEN = {str(number): number / 10 for number in range(11)}
@@ -144,7 +144,7 @@ class LLMJudge(Judge):
         except ValueError as error:
             raise ValueError(f"Judge {spec!r}: {error}") from error
         import_optional("urllib3", f"Judge {spec!r}")
-        from hf_value_steer.training.judges.server import ChatServer
+        from hf_value_steer.judges.server import ChatServer
 
         self.digest = hashlib.sha256(self.template.text.encode()).hexdigest()
         self.concurrency = concurrency
