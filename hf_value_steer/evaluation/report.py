@@ -130,7 +130,10 @@ def _trace(example: Mapping[str, Any]) -> PromptTrace:
     return PromptTrace(example["prompt"], base, steered)
 
 
-def _shape(trace: PromptTrace) -> list[list[tuple[float, int, int]]]:
+def _shape(trace: PromptTrace) -> list[list[tuple[float, int, int, int]]]:
     """What masking does not change."""
     sides = (trace.base, trace.steered)
-    return [[(token.value, len(token.text), len(token.candidates)) for token in side] for side in sides]
+    return [
+        [(token.value, len(token.text), len(token.candidates), len(token.taken_back)) for token in side]
+        for side in sides
+    ]

@@ -4,12 +4,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from hf_value_steer.choices import Polarity
 from hf_value_steer.evaluation.pages import render
 from hf_value_steer.generation.output import ValueSteerDecoderOnlyOutput
+from hf_value_steer.generation.state import TakenBack
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class TokenTrace:
         intervened (`bool`): whether it is not the natural sample.
         candidates (`tuple`): `(text, value)` of the distinct candidates that were evaluated, in draw order, the
             committed one among them; empty if they were not recorded.
+        taken_back (`tuple`): `(text, value, before)` of the tokens that were taken back at this place, in order;
+            `before` is the new text that stood before it. Those from behind the end stand at the last token.
     """
 
     text: str
     value: float
     intervened: bool = False
     candidates: tuple[tuple[str, float], ...] = ()
+    taken_back: tuple[tuple[str, float, str], ...] = ()
 
     @property
     def committed(self) -> int:
@@ -49,6 +54,16 @@ class PromptTrace:
     def touched(self) -> bool:
         """Whether steering replaced a token."""
         return any(token.intervened for token in self.steered)
+
+    @property
+    def taken_back(self) -> int:
+        """How many tokens were taken back."""
+        return count_taken_back(self.steered)
+
+
+def count_taken_back(tokens: Sequence[TokenTrace]) -> int:
+    """How many tokens were taken back at all places of a text."""
+    return sum(len(token.taken_back) for token in tokens)
 
 
 class Pieces:
@@ -99,11 +114,46 @@ def trace_tokens(
             candidates = piece.of_candidates(before, ids, values)
         value, intervened = output.token_values[row, step].item(), bool(output.interventions[row, step])
         traces.append(TokenTrace(piece(before, token), value, intervened, candidates))
-    return traces
+    return with_taken_back(traces, piece, sequence, prompt_length, _taken_back(output, row))
+
+
+def _taken_back(output: ValueSteerDecoderOnlyOutput, row: int) -> list[TakenBack]:
+    fields = (output.taken_back_steps, output.taken_back_tokens, output.taken_back_values)
+    columns = [each[row].tolist() for each in fields if each is not None]
+    return [TakenBack(*each) for each in zip(*columns, strict=True) if each[0] >= 0]
+
+
+def with_taken_back(
+    traces: Sequence[TokenTrace],
+    piece: Pieces,
+    sequence: Sequence[int],
+    prompt_length: int,
+    taken: Sequence[TakenBack],
+) -> list[TokenTrace]:
+    """The same tokens, each with what was taken back at its place.
+
+    Args:
+        traces: the text as it was kept.
+        piece: decodes.
+        sequence (sequence of `int`): prompt and kept text.
+        prompt_length (`int`): number of prompt tokens in `sequence`.
+        taken: all that was taken back, in order.
+    """
+    ids, texts = list(sequence), [trace.text for trace in traces]
+    found: list[list[tuple[str, float, str]]] = [[] for _ in traces]
+    for each in reversed(taken):  # each step leads to the text as it was before
+        ids, texts = ids[: prompt_length + each.step], texts[: each.step]
+        text = piece(ids, each.token)
+        found[min(each.step, len(traces) - 1)].insert(0, (text, each.value, "".join(texts)))
+        ids.append(each.token)
+        texts.append(text)
+    return [replace(trace, taken_back=tuple(back)) for trace, back in zip(traces, found, strict=True)]
 
 
 def mask_trace(trace: PromptTrace, mask: Callable[[str], str]) -> PromptTrace:
     """The same prompt with words hidden: prompt and texts as a whole, candidates in their place and by themselves.
+
+    What was taken back is hidden in every text that it was part of, and by itself.
 
     Args:
         trace: what to mask.
@@ -120,7 +170,7 @@ def mask_trace(trace: PromptTrace, mask: Callable[[str], str]) -> PromptTrace:
         return masked[len(before) :]
 
     def side(tokens: Sequence[TokenTrace]) -> list[TokenTrace]:
-        before, hidden = trace.prompt, []
+        before, hidden, ways = trace.prompt, [], _Ways(tokens, partial(cut, trace.prompt))
         masked = cut(before, "".join(token.text for token in tokens))
         for token in tokens:
             mine, masked = masked[: len(token.text)], masked[len(token.text) :]
@@ -128,11 +178,33 @@ def mask_trace(trace: PromptTrace, mask: Callable[[str], str]) -> PromptTrace:
             for text, value in token.candidates:
                 committed = (text, value) == (token.text, token.value)
                 chips.append((cut("", mine if committed else cut(before, text)), value))
-            hidden.append(replace(token, text=mine, candidates=tuple(chips)))
+            back = tuple((cut("", ways(text, then)), value, ways(then, "")) for text, value, then in token.taken_back)
+            hidden.append(replace(token, text=mine, candidates=tuple(chips), taken_back=back))
             before += token.text
         return hidden
 
     return PromptTrace(cut("", trace.prompt), side(trace.base), side(trace.steered))
+
+
+class _Ways:
+    """The texts that were given up, and what `mask` makes of them.
+
+    Args:
+        tokens: of the text that was kept, with what was taken back.
+        mask (`Callable`): hides words in a new text without changing its length.
+    """
+
+    def __init__(self, tokens: Sequence[TokenTrace], mask: Callable[[str], str]):
+        ways = {before + text for token in tokens for text, _, before in token.taken_back}
+        self.masked = {way: mask(way) for way in ways}
+
+    def __call__(self, text: str, before: str) -> str:
+        """`text`, which stood behind `before`, with all that is hidden in one of the texts that it was part of."""
+        whole, first = before + text, len(before)
+        found = [masked[first : len(whole)] for way, masked in self.masked.items() if way.startswith(whole)]
+        return "".join(
+            next((each for each in now if each != was), was) for was, *now in zip(text, *found, strict=True)
+        )
 
 
 def render_page(

@@ -14,7 +14,7 @@ from hf_value_steer.choices import Evaluation
 from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.output import Stops
 from hf_value_steer.generation.scorer import Scorer, require_finite
-from hf_value_steer.generation.state import Draw, Outcome, Reading
+from hf_value_steer.generation.state import Draw, Outcome, Reading, TakenBack
 from hf_value_steer.policy import Candidates, Decision
 
 
@@ -150,10 +150,15 @@ class Method:
         """
         raise NotImplementedError
 
-    def rewritten(self, row: int, moments: Sequence["Moment"]) -> None:
-        """The last tokens of a row are others now: told once, with what there is to tell of each. The loop calls this.
+    def rewritten(self, row: int, moments: Sequence["Moment"], taken: Sequence[TakenBack]) -> None:
+        """The last tokens of a row are others now. A search that has found another way tells it once.
 
         The state of the row is that after these tokens already.
+
+        Args:
+            row (`int`): of the batch.
+            moments: what there is to tell of these tokens, of the whole batch.
+            taken: the tokens that the search has taken back, in order.
         """
 
     def of_row(self, row: int, stops: Stops) -> "Method":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_value_steer.errors import UnsupportedError
 from hf_value_steer.generation.history import Past
-from hf_value_steer.generation.state import Draw, State
+from hf_value_steer.generation.state import Draw, State, TakenBack
 from hf_value_steer.generation.trail import Scene, Trail
 
 
@@ -29,20 +29,6 @@ class Place:
     visits: int = 0
     left: list[int] | None = None
     rejected: list[int] = field(default_factory=list)
-
-
-@dataclass
-class TakenBack:
-    """A token that was taken back.
-
-    Args:
-        step (`int`): where it stood.
-        token (`int`), value (`float`): it.
-    """
-
-    step: int
-    token: int
-    value: float
 
 
 class Rollback:
@@ -99,7 +85,7 @@ class Rollback:
         state, changed = trail.keep(), len(trail.written)
         moments = [past.moment for past in self.scene.history.pasts][-changed:]
         for method in self.scene.history.methods:
-            method.rewritten(row, moments)
+            method.rewritten(row, moments, taken)
         return changed, trail.input_ids, state
 
     def totals(self) -> dict[str, Tensor]:

@@ -77,6 +77,20 @@ class Reading:
 
 
 @dataclass
+class TakenBack:
+    """A token that was taken back.
+
+    Args:
+        step (`int`): number of new tokens before it.
+        token (`int`), value (`float`): it.
+    """
+
+    step: int
+    token: int
+    value: float
+
+
+@dataclass
 class Draw:
     """What a step starts from, all of shape `(batch, ...)`. The loop makes it, and methods may change its tokens.
 

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_value_steer import ValueSteerDecoderOnlyOutput
-from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace, render_page, trace_tokens
+from hf_value_steer.evaluation.trace import PromptTrace, TokenTrace, mask_trace, render_page, trace_tokens
 
 
 SECRET = "quisquilious"  # stands for an offensive word, spread over two tokens
@@ -171,3 +171,66 @@ def test_candidates_are_optional() -> None:
         sequences=torch.tensor([[65, 66]]), token_values=torch.tensor([[0.5]]), interventions=torch.tensor([[False]])
     )
     assert trace_tokens(output, Letters(), 0, 1) == [TokenTrace("B", 0.5)]
+
+
+def went_back(*taken_back: list[tuple[int, str, float]]) -> ValueSteerDecoderOnlyOutput:
+    """Rows of `AB`, then `C`, `é` (two tokens) and the end; with `(step, token, value)` of what was taken back."""
+    rows = range(len(taken_back))
+    most = max(map(len, taken_back))
+    padded = [[*taken, *[(-1, "", torch.nan)] * (most - len(taken))] for taken in taken_back]
+    return ValueSteerDecoderOnlyOutput(
+        sequences=torch.tensor([[65, 66, 67, 2, 3, 1] for _ in rows]),
+        token_values=torch.tensor([[0.1] * 4 for _ in rows]),
+        interventions=torch.zeros(len(rows), 4, dtype=torch.bool),
+        taken_back_steps=torch.tensor([[step for step, _, _ in taken] for taken in padded]),
+        taken_back_tokens=torch.tensor([[ord(token) if token else -1 for _, token, _ in taken] for taken in padded]),
+        taken_back_values=torch.tensor([[value for _, _, value in taken] for taken in padded]),
+    )
+
+
+def test_what_was_taken_back_stands_at_its_place() -> None:
+    first, second = [(1, "x", 0.2), (0, "y", 0.3), (2, "z", 0.4), (1, "w", 0.5), (2, "v", 0.6)], [(2, "\x02", 0.7)]
+    output = went_back(first, second)
+    rows = [trace_tokens(output, Letters(), row, 2) for row in range(2)]
+    found = [[[(text, before) for text, _, before in token.taken_back] for token in row] for row in rows]
+    assert found[0] == [[("y", "")], [("x", "y"), ("w", "C")], [("z", "Cw"), ("\ufffdv", "C")], []]
+    assert found[1] == [[], [], [("", "C")], []]
+    assert [value for _, value, _ in rows[0][1].taken_back] == pytest.approx([0.2, 0.5])
+    assert [PromptTrace("", [], row).taken_back for row in rows] == [5, 1]
+
+
+def test_what_was_taken_back_behind_the_end_stands_at_the_last_token() -> None:
+    output = went_back([(5, "p", 0.2), (4, "q", 0.3), (5, "r", 0.4), (4, "s", 0.5), (3, "t", 0.6)])
+    *others, last = trace_tokens(output, Letters(), 0, 2)
+    assert not any(token.taken_back for token in others)
+    kept = "Cé"
+    assert [(text, before) for text, _, before in last.taken_back] == [
+        ("p", kept + "tq"), ("q", kept + "t"), ("r", kept + "ts"), ("s", kept + "t"), ("t", kept),
+    ]  # fmt: skip
+
+
+def gone(prompt: str = "A prompt") -> PromptTrace:
+    """A secret in two tokens that were taken back, and one that ends in place of a kept token."""
+    first = ((" quis", 0.2, ""), (" <b>", 0.25, ""))
+    second = (("quilious", 0.9, " quis"), ("quilious", 0.8, " quis"))
+    return PromptTrace(
+        prompt, [], [TokenTrace(" mild", 0.1, True, (), first), TokenTrace("er", 0.1, True, (), second)]
+    )
+
+
+def test_what_was_taken_back_is_struck_out_marked_and_counted() -> None:
+    page, read = render(gone(), reveal=True), Reader(render(gone(), reveal=True))
+    assert spans(page) == ["v2 swap back", "v2 swap back"]
+    assert page.count("<s ") == 4 and '<s class="v2"> &lt;b&gt;</s> 0.250' in page and "quilious" in read.text
+    assert "· 4 taken back" in read.text and "tokens were taken back, since" in read.text
+    without = Reader(render(*example())).text
+    assert "taken back" not in without and "back" not in spans(render(*example()))[0]
+
+
+def test_what_was_taken_back_is_masked_wherever_it_stood() -> None:
+    page = render(gone())
+    assert "quis" not in Reader(page).text and "quilious" not in page and "*" * 8 in page
+    masked = mask_trace(gone(), mask)
+    assert "quis" not in repr(masked) and masked.taken_back == 4
+    begun = PromptTrace("A quis", [], [TokenTrace("k", 0.1, True, (), (("quilious", 0.9, ""),))])
+    assert "quilious" not in render(begun)

@@ -114,7 +114,7 @@ class Sixth(Onlooker):
         self.called["restore"] += 1
         super().restore(rows, state)
 
-    def rewritten(self, row, moments):
+    def rewritten(self, row, moments, taken):
         self.called["rewritten"] += 1
 
 
