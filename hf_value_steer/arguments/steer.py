@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from hf_value_steer.arguments.base import Arguments, SamplingArguments
-from hf_value_steer.arguments.kinds import Candidates, Count, Probability, Seed
+from hf_value_steer.arguments.kinds import Amount, Candidates, Count, Probability, Seed
 from hf_value_steer.choices import Dtype, HeadMethod
 
 
@@ -28,6 +28,9 @@ class HeadArguments(Arguments):
     num_candidates: Candidates | None = field(
         default=None, metadata={"help": "candidates of the filter; 8 by default"}
     )
+    rollback: Amount | None = field(
+        default=None, metadata={"help": "tokens that the filter may take back at a dead end; 0 by default"}
+    )
 
     def check(self) -> None:
         self.configuration()
@@ -44,7 +47,7 @@ class HeadArguments(Arguments):
 
     def given(self) -> Mapping[str, Any]:
         """What the user has said of the head."""
-        names = ("value_head", "method", "threshold", "alpha", "num_candidates")
+        names = ("value_head", "method", "threshold", "alpha", "num_candidates", "rollback")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 

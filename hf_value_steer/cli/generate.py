@@ -12,7 +12,8 @@ from rich.text import Text
 from transformers.utils import logging
 
 from hf_value_steer.arguments.steer import GenerateArguments
-from hf_value_steer.configuration.methods import SteeringConfig
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.methods import MethodConfig, SteeringConfig
 from hf_value_steer.configuration.parse import parse_configs
 from hf_value_steer.evaluation.trace import TokenTrace
 from hf_value_steer.evaluation.watching import Side, Watch, write
@@ -44,13 +45,13 @@ def generate(arguments: GenerateArguments) -> None:
     if not inputs["input_ids"].numel():
         raise ValueError("The prompt has no tokens: this tokenizer begins no text by itself.")
     options = {**arguments.sampling(), "max_new_tokens": arguments.max_new_tokens}
-    base, steered = sides = [Side("base"), Side("steered")]
+    base, steered = sides = [Side("base"), Side("steered", unsettled=_unsettled(methods.get("filter")))]
     watch = Watch(valued, tokenizer)
     with Screen(sides, watch, arguments.color, replaces="filter" in methods) as screen:
         watch.show = screen.show
         for side, steering in ((base, []), (steered, asked)):
             write(side, steering, watch, model, inputs, arguments.seed, **options)
-            screen.finish()
+            screen.finish(side)
 
 
 def _backbone(arguments: GenerateArguments, head: ValueHead | None) -> str:
@@ -60,8 +61,16 @@ def _backbone(arguments: GenerateArguments, head: ValueHead | None) -> str:
     return str(named)
 
 
+def _unsettled(config: MethodConfig | None) -> int:
+    """How many tokens may be others later: those that a filter may take back, and the dead end behind them."""
+    back = config.rollback if isinstance(config, ValueFilterConfig) else 0
+    return back and back + 1
+
+
 class Screen:
     """Shows two texts while they are written: side by side, or, where there is no room or no terminal, one by one.
+
+    One by one, a token is written once it can no longer be taken back.
 
     Args:
         sides: the texts.
@@ -78,6 +87,7 @@ class Screen:
         self.plain = not self.console.is_terminal or self.console.no_color or self.console.is_dumb_terminal
         beside = self.console.is_terminal and not self.console.is_dumb_terminal and self.console.width >= WIDE
         self.live = Live(console=self.console, auto_refresh=False) if beside else None
+        self.written = {side.name: 0 for side in sides}  # tokens, where texts are shown one by one
 
     def __enter__(self) -> "Screen":
         if self.live is not None:
@@ -91,22 +101,29 @@ class Screen:
             self.console.print(line, soft_wrap=not self.console.is_terminal)
 
     def show(self, side: Side) -> None:
-        """The last token of a text is new."""
+        """The last tokens of a text are new."""
         if self.live is not None:
             self.live.update(self.table(), refresh=True)
-            return
-        if len(side.tokens) == 1:
-            self.console.print(f"{side.name}: ", end="")
-        if self.plain:
-            self.console.file.write(self.text(side.tokens[-1]).plain)
         else:
-            self.console.print(self.text(side.tokens[-1]), end="", soft_wrap=True)
-        self.console.file.flush()
+            self._write(side, len(side.tokens) - side.unsettled)
 
-    def finish(self) -> None:
+    def finish(self, side: Side) -> None:
         """The text that was written is at its end."""
         if self.live is None:
+            self._write(side, len(side.tokens))
             self.console.print("\n")
+
+    def _write(self, side: Side, count: int) -> None:
+        """Write the text up to so many tokens."""
+        for token in side.tokens[self.written[side.name] : max(count, 0)]:
+            if self.written[side.name] == 0:
+                self.console.print(f"{side.name}: ", end="")
+            if self.plain:
+                self.console.file.write(self.text(token).plain)
+            else:
+                self.console.print(self.text(token), end="", soft_wrap=True)
+            self.written[side.name] += 1
+        self.console.file.flush()
 
     def table(self) -> Table:
         """Both texts side by side."""
@@ -138,6 +155,7 @@ class Screen:
                 said.append(f"{side.replaced} of {len(side.tokens)} tokens replaced")
                 kept = 0 if colours is None else colours.kept(side.tokens)
                 said += [f"{kept} kept though not acceptable"] if kept else []
+                said += [f"{side.taken_back} taken back"] if side.taken_back else []
             said += ["ended because it would not end well"] if side.ended else []
             lines += [f"{side.name:9}{', '.join(said)}"] if said else []
         if colours is not None and self.watch.scorer is not None:

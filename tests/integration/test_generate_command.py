@@ -108,6 +108,43 @@ def test_tokens_that_had_to_be_kept_are_counted(world, monkeypatch):
     assert "1 of 5 tokens replaced, 3 kept though not acceptable" in summary[0]
 
 
+BACK = ["--rollback", "4", "--num-candidates", "3", "--threshold", "0.4"]
+
+
+def went_back(world):
+    """The text that is kept, and how many tokens were taken back."""
+    head = ValueHead.from_pretrained(world / "filter")
+    config = ValueFilterConfig(value_head=head, threshold=0.4, num_candidates=3, rollback=4)
+    return expected(world, config)
+
+
+def test_a_pipe_gets_the_text_that_is_kept(world, capsys):
+    assert main(words(world, *BACK)) == 0
+    base, steered, summary = sides(capsys.readouterr().out)
+    assert base == expected(world) and re.sub(r"[\[\]]", "", steered) == went_back(world)
+    assert re.search(r"[1-9]\d* taken back", summary[1]) and "taken back" not in summary[0]
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_a_terminal_gets_the_text_that_is_kept(world, columns):
+    written, status = in_terminal(columns, words(world, *BACK))
+    shown = " ".join(CONTROL.sub("", written.split("\x1b[2K")[-1]).split())
+    assert status == 0 and went_back(world).strip() in shown and "taken back" in shown
+
+
+def test_a_token_is_written_once_it_can_no_longer_be_taken_back(world, capsys):
+    watch, side = Watch(None, AutoTokenizer.from_pretrained(world / "model")), Side("steered", unsettled=2)
+    screen, written = Screen([side], watch, colour=False, replaces=True), []
+    for token in "abcd":
+        side.tokens.append(TokenTrace(token, 0.5))
+        screen.show(side)
+        written.append(capsys.readouterr().out)
+    side.tokens = [*side.tokens[:2], TokenTrace("e", 0.5)]  # it has ended
+    screen.show(side)
+    screen.finish(side)
+    assert written == ["", "", "steered: a", "b"] and capsys.readouterr().out == "e\n\n"
+
+
 def test_abstention_says_where_a_text_was_ended(world, capsys):
     assert main(words(world, method="abstain")) == 0
     base, steered, summary = sides(capsys.readouterr().out)

@@ -143,6 +143,7 @@ def test_an_eos_that_the_model_does_not_have(
     [
         ({"output_candidates": True}, "output_candidates"),
         ({"lookahead": "masked"}, "lookahead"),
+        ({"rollback": 4}, "`rollback` is for `generate`"),
         ({"threshold": [0.2, 0.3]}, "one number"),
         ({"num_candidates": 65}, "at most 64"),
         ({"value_head": None}, "value_head"),
