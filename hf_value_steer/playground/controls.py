@@ -49,7 +49,7 @@ class Controls:
         """What the controls say."""
         found = {name: given[control] for name, control in self.named.items()}
         found |= {"chat": found["chat"] == _ANSWER, "promised": found.get("promised") == _PROMISE}
-        whole = {name: int(found[name] or 0) for name in ("num_candidates", "max_new_tokens", "seed")}
+        whole = {name: int(found[name] or 0) for name in ("num_candidates", "rollback", "max_new_tokens", "seed")}
         return Settings(**{**found, **whole}, layers=tuple(given[each] for each in self.layers))
 
     def all(self) -> Iterator[Any]:
@@ -80,6 +80,10 @@ class Controls:
         named["num_candidates"] = gr.Slider(
             1, max(32, at_first.num_candidates), at_first.num_candidates, step=1, label="Candidates (K) of the filter",
             elem_id="num_candidates",
+        )  # fmt: skip
+        named["rollback"] = gr.Slider(
+            0, max(16, at_first.rollback), at_first.rollback, step=1, label="Tokens to take back (rollback)",
+            info="where no candidate is acceptable; 0 takes none back", elem_id="rollback",
         )  # fmt: skip
         if "promised" in named:
             shown = [named["threshold"], named["alpha"]]

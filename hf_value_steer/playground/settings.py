@@ -27,6 +27,7 @@ class Settings:
         threshold (`float`): in (0, 1).
         alpha (`float`): what the head's calibration is to promise, in (0, 1).
         num_candidates (`int`): K of the filter.
+        rollback (`int`): how many tokens the filter may take back at a dead end.
         multiplier (`float`): of the vectors; 0 is without them.
         layers (sequence of `float`): factors on the multiplier, one for each layer that has a vector; all 1 if empty.
         temperature (`float`): of the sampling; 0 is greedy decoding.
@@ -41,6 +42,7 @@ class Settings:
     threshold: float = 0.5
     alpha: float = 0.1
     num_candidates: int = 8
+    rollback: int = 0
     multiplier: float = 0.0
     layers: Sequence[float] = ()
     temperature: float = 1.0
@@ -58,6 +60,7 @@ class Settings:
             threshold=arguments.threshold or head.config.threshold or cls.threshold,
             alpha=arguments.alpha or cls.alpha,
             num_candidates=arguments.num_candidates or cls.num_candidates,
+            rollback=arguments.rollback or cls.rollback,
         )
 
     def valued(self, head: ValueHead) -> SteeringConfig:
@@ -69,7 +72,7 @@ class Settings:
         when: dict[str, Any] = {"alpha": self.alpha} if self.promised else {"threshold": self.threshold}
         if self.method == "abstain":
             return AbstentionConfig(value_head=head, **when)
-        return ValueFilterConfig(value_head=head, num_candidates=self.num_candidates, **when)
+        return ValueFilterConfig(value_head=head, num_candidates=self.num_candidates, rollback=self.rollback, **when)
 
     def added(self, vectors: SteeringVectors | None) -> list[MethodConfig]:
         """The configuration of the vectors, if there are any."""

@@ -172,6 +172,21 @@ def test_a_slider_changes_it(page, world):
     assert page.evaluate("document.querySelectorAll('#layers').length") == 1
 
 
+def test_what_was_taken_back_is_shown(page, world):
+    for name, value in (("threshold", 0.4), ("num_candidates", 3), ("rollback", 4)):
+        number(page, name, value)
+    ask(page, PROMPT)
+    reads(page, *expected(world, threshold=0.4, num_candidates=3, rollback=4))
+    page.wait("document.querySelector('#texts section:last-of-type h3').innerText.includes('taken back')")
+    shut(page)
+    marked = page.evaluate("document.querySelectorAll('#texts .t.back').length")
+    struck = page.evaluate("document.querySelectorAll('#texts .struck s').length")
+    assert 0 < marked <= struck and f"{struck} taken back" in page.text("#texts section:last-of-type h3")
+    assert "taken back" not in page.text("#texts section h3") and not page.visible("#texts s")
+    page.hover("#texts .t.back")
+    assert page.visible("#texts .struck") == 1 and page.visible("#texts s")
+
+
 def test_an_error_is_shown_as_one(page, world):
     ask(page, PROMPT)
     reads(page, *expected(world))

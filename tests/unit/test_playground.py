@@ -7,12 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_value_steer import SteeringVectors, ValueFilterConfig, ValueHead, ValueHeadConfig, score_text
+from hf_value_steer import (
+    SteeringVectors,
+    ValueFilterConfig,
+    ValueHead,
+    ValueHeadConfig,
+    score_text,
+    value_steer_generate,
+)
 from hf_value_steer.cli import main
 from hf_value_steer.cli import play as command
 from hf_value_steer.errors import MismatchError, ScoringError
 from hf_value_steer.evaluation import TokenTrace
-from hf_value_steer.evaluation.trace import Colours
+from hf_value_steer.evaluation.trace import Colours, trace_tokens
 from hf_value_steer.evaluation.watching import Side
 from hf_value_steer.playground import markup
 from hf_value_steer.playground.settings import Settings
@@ -68,6 +75,32 @@ def test_values_of_heads_on_layers_and_over_time_are_those_of_scoring(writer, me
         (scored,) = score_text(writer.model, writer.head, [text], [PROMPT], tokenizer=writer.tokenizer)
         values = [token.value for token in side.tokens][: len(scored.values)]
         assert values == pytest.approx(scored.values[: len(values)], abs=1e-4) and len(set(values)) > 2
+
+
+@pytest.mark.parametrize("temporal", ["none", "mean"])
+def test_what_was_taken_back_is_in_the_text_that_is_kept(writer, temporal):
+    """At each moment only the last tokens change; at the end the tokens are those of a trace of the output."""
+    writer.head = layered_head(writer.model, ["final"], temporal)
+    settings, seen = Settings(max_new_tokens=24, threshold=0.35, num_candidates=3, rollback=4, seed=1), []
+    for turn in writer.write(PROMPT, settings):
+        seen.append([token.text for token in turn.steered.tokens])
+    inputs = writer.tokenizer(PROMPT, return_tensors="pt")
+    torch.manual_seed(1)
+    options = {**settings.options(), "return_dict_in_generate": True}
+    output = writer.model.generate(
+        **inputs, **options, custom_generate=value_steer_generate, value_steer=settings.valued(writer.head)
+    )
+    expected = trace_tokens(output, writer.tokenizer, 0, inputs["input_ids"].shape[1])
+    assert turn.steered.taken_back == int((output.taken_back_steps >= 0).sum()) > 3
+    for mine, other in zip(turn.steered.tokens, expected, strict=True):
+        assert (mine.text, mine.intervened) == (other.text, other.intervened)
+        assert mine.value == pytest.approx(other.value, abs=1e-4)
+        assert [(text, before) for text, _, before in mine.taken_back] == [
+            (text, b) for text, _, b in other.taken_back
+        ]
+    final = [token.text for token in expected]
+    assert seen[-1] == final and all(tokens[:-5] == final[: max(len(tokens) - 5, 0)] for tokens in seen)
+    assert not turn.base.taken_back
 
 
 def test_settings_change_the_text(writer):
@@ -184,10 +217,10 @@ def test_without_gradio_one_line_says_what_to_install(capsys, monkeypatch):
 
 def test_what_is_written_stays_text():
     hostile = "<img src=x onerror=alert(1)>&{{1+1}}"
-    token = TokenTrace(hostile, 0.6, True, ((hostile, 0.6), ("b", 0.7)))
+    token = TokenTrace(hostile, 0.6, True, ((hostile, 0.6), ("b", 0.7)), ((hostile, 0.4, ""),))
     turn = Turn(hostile, Side("base", [token]), Side("steered", [token], ended=True), Colours(0.5, "undesirable"))
     page = markup.texts([turn, Turn(hostile)])
-    assert "<img" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;&amp;{{1+1}}") == 6
+    assert "<img" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;&amp;{{1+1}}") == 8
     assert page.count("ended because it would not end well") == 1 and "The model reads the prompt." in page
     assert "<b>bold</b>" not in markup.top("<b>bold</b>", ValueHead(ValueHeadConfig(hidden_size=7)))
 
