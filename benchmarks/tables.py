@@ -126,6 +126,70 @@ def depth(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rollback(document: dict[str, Any]) -> str:
+    """Cost of going back, a column for each dtype and batch size."""
+    panels, back = document["panels"], max(each["rollback"] for each in document["lags"])
+    lines = [row("time, relative to plain `generate`", *(panel["title"] for panel in panels))]
+    lines.append(row(*["---"] * (1 + len(panels))))
+    columns = list(zip(*(panel["cases"] for panel in panels), strict=True))
+    lines += [row(cases[0]["name"], *(ratio({**case, "rate": 0}) for case in cases)) for cases in columns]
+    for cases in columns:
+        if cases[0]["back"]:
+            ratios = (ratio({**case["to_rollback_0"], "rate": 0}) for case in cases)
+            lines.append(row(f"{cases[0]['name']}, relative to rollback=0", *ratios))
+    happened = [panel["cases"][-1]["happened"][-1] for panel in panels]
+    counts = (f"{each['interventions']}, {each['tokens_taken_back']}" for each in happened)
+    lines.append(row("interventions and tokens taken back in the last row's text", *counts))
+    lags = (f"{each['tokens']} tokens, {each['milliseconds']:.0f} ms" for each in document["lags"] if each["rollback"])
+    lines.append(row(f"a streamer is behind, rollback={back}", *lags))
+    lines += ["", *memory(document["memory"]), "", f"`{document['command']}`, {document['date']}."]
+    return "\n".join(lines)
+
+
+def memory(models: list[dict[str, Any]]) -> list[str]:
+    """What going back keeps in memory, in MB."""
+    first = models[0]
+    kinds = {"history": "the last steps", "recurrent_states": "recurrent states", "window_slots": "window slots"}
+    title = f"MB kept by rollback={first['rollback']} (without), batch {first['batch']}"
+    lines = [row(title, *kinds.values()), row(*["---"] * (1 + len(kinds)))]
+    for model in models:
+        sizes = (f"{model['with'][kind] / 1e6:.1f} ({model['without'][kind] / 1e6:.1f})" for kind in kinds)
+        lines.append(row(model["model"], *sizes))
+    return lines
+
+
+def going_back(document: dict[str, Any]) -> str:
+    """What the filter lets through, without and with going back."""
+    names = list(document["runs"][0]["judges"])
+    titles = (JUDGES[f"python:examples.toxicity:{name}"] for name in names)
+    lines = [
+        row("", *titles, "texts with unacceptable tokens", "such tokens", "safe texts touched", "forwards a token")
+    ]
+    lines.append(row(*["---"] * (5 + len(names))))
+    for run in document["runs"]:
+        rates = [rated(run["judges"][name]) for name in names]
+        known = run["texts_with_unacceptable"]
+        unacceptable = ["", ""] if known is None else [rated(known), f"{run['unacceptable']:,}"]
+        touched = f"{percent(run['safe_touched'])} {span(run['safe_touched_interval'])}"
+        lines.append(row(run["name"], *rates, *unacceptable, touched, f"{run['forwards_per_token']:.2f}"))
+    lines.append("")
+    for run in document["runs"]:
+        if run["searches"]:
+            found = f"{run['searches']} searches, {run['found']} found a way, {run['taken_back']} tokens taken back"
+            lines.append(f"{run['name']}: {found}, {run['dead_ends']} dead ends left.")
+    settings = document["settings"]
+    lines.append(
+        f"{document['prompts']} prompts, {settings['max_new_tokens']} tokens, K = {settings['num_candidates']}, "
+        f"threshold {settings['threshold']}; each steered by the one of {len(document['folds'])} heads that was "
+        f"trained without it; 95 % intervals by prompt. `{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
+def rated(judge: dict[str, Any]) -> str:
+    return f"{percent(judge['rate'])} {span(judge['rate_interval'])}"
+
+
 def activation(document: dict[str, Any]) -> str:
     """Rates and perplexity under vectors of every multiplier, mode and gate."""
     names = list(document["runs"][0]["judges"])
@@ -216,6 +280,9 @@ def main() -> None:
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "docs" / "results.md", "overhead", overhead([load(name) for name in measured]))
     replace(ROOT / "docs" / "results.md", "depth", depth(load("depth")))
+    for name, table in {"rollback": rollback, "going-back": going_back}.items():
+        if (RESULTS / f"{name}.json").exists():
+            replace(ROOT / "docs" / "results.md", name, table(load(name)))
     replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
     replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
     replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))
