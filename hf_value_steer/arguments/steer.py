@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from hf_value_steer.arguments.base import Arguments, SamplingArguments
-from hf_value_steer.arguments.kinds import Amount, Candidates, Count, Probability, Seed
+from hf_value_steer.arguments.kinds import Candidates, Count, Probability, Rollback, Seed
 from hf_value_steer.choices import Dtype, HeadMethod
 
 
@@ -28,7 +28,7 @@ class HeadArguments(Arguments):
     num_candidates: Candidates | None = field(
         default=None, metadata={"help": "candidates of the filter; 8 by default"}
     )
-    rollback: Amount | None = field(
+    rollback: Rollback | None = field(
         default=None, metadata={"help": "tokens that the filter may take back at a dead end; 0 by default"}
     )
 

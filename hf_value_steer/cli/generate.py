@@ -19,6 +19,7 @@ from hf_value_steer.evaluation.trace import TokenTrace
 from hf_value_steer.evaluation.watching import Side, Watch, write
 from hf_value_steer.files.kept import given_or_loaded
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.in_the_loop import names_judge
 from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.collect import load_backbone
 from hf_value_steer.training.prompts import Formatter
@@ -36,7 +37,8 @@ def generate(arguments: GenerateArguments) -> None:
     logging.disable_progress_bar()
     methods = parse_configs(arguments.configuration())
     asked = [methods[name] for name in sorted(methods, key=lambda name: name != "filter")]  # who replaces comes first
-    valued = next((each for each in asked if isinstance(each, SteeringConfig) and each.value_head is not None), None)
+    with_heads = (each for each in asked if isinstance(each, SteeringConfig) and not names_judge(each.value_head))
+    valued = next((each for each in with_heads if each.value_head is not None), None)
     head = None if valued is None else given_or_loaded(ValueHead.from_pretrained, valued.value_head)
     model, tokenizer = load_backbone(_backbone(arguments, head), arguments.dtype, PartialState().device)
     as_trained = head is not None and head.config.trained_on_chats
@@ -45,7 +47,7 @@ def generate(arguments: GenerateArguments) -> None:
     if not inputs["input_ids"].numel():
         raise ValueError("The prompt has no tokens: this tokenizer begins no text by itself.")
     options = {**arguments.sampling(), "max_new_tokens": arguments.max_new_tokens}
-    base, steered = sides = [Side("base"), Side("steered", unsettled=_unsettled(methods.get("filter")))]
+    base, steered = sides = [Side("base"), Side("steered", unsettled=_unsettled(methods.get("filter"), head))]
     watch = Watch(valued, tokenizer)
     with Screen(sides, watch, arguments.color, replaces="filter" in methods) as screen:
         watch.show = screen.show
@@ -61,9 +63,11 @@ def _backbone(arguments: GenerateArguments, head: ValueHead | None) -> str:
     return str(named)
 
 
-def _unsettled(config: MethodConfig | None) -> int:
+def _unsettled(config: MethodConfig | None, head: ValueHead | None) -> int:
     """How many tokens may be others later: those that a filter may take back, and the dead end behind them."""
-    back = config.rollback if isinstance(config, ValueFilterConfig) else 0
+    if not isinstance(config, ValueFilterConfig):
+        return 0
+    back = config.settled(head and head.config.operating_point).rollback
     return back and back + 1
 
 

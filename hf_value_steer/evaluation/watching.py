@@ -1,6 +1,5 @@
 """Texts that are watched while they are written: every token with its value, as soon as it is committed."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +118,7 @@ class Watch(Method):
     def _trace(self, moment: Moment) -> TokenTrace:
         """The token that was committed."""
         assert moment.draw is not None and moment.outcome is not None  # it is no prompt
-        value = math.nan if self.scorer is None else float(moment.values_of(self))
+        value = float(moment.outcome.values if self.scorer is None else moment.values_of(self))
         token, natural = int(moment.outcome.tokens), int(moment.draw.tokens)
         before = moment.draw.input_ids[0].tolist()
         candidates: tuple[tuple[str, float], ...] = ()
@@ -156,5 +155,6 @@ def write(
     """
     watch.side = side
     torch.manual_seed(seed)
-    output = generate(model, **inputs, **options, return_dict_in_generate=True, value_steer=[*steering, watch])
+    asked = {"value_steer": [*steering, watch], "tokenizer": watch.pieces.tokenizer}
+    output = generate(model, **inputs, **options, **asked, return_dict_in_generate=True)
     side.ended = bool(output.abstained.any())

@@ -53,14 +53,17 @@ class Settings:
     @classmethod
     def at_first(cls, arguments: PlayArguments, head: ValueHead) -> "Settings":
         """Where the controls stand when the page is opened: at what the user has said, or what the head says."""
+        said = {name: getattr(arguments, name) for name in ("num_candidates", "rollback")}
+        said = {name: number for name, number in said.items() if number is not None}
+        point = ValueFilterConfig(**said).settled(head.config.operating_point)
         return cls(
             chat=head.config.trained_on_chats,
             method=arguments.method or cls.method,
             promised=arguments.alpha is not None,
             threshold=arguments.threshold or head.config.threshold or cls.threshold,
             alpha=arguments.alpha or cls.alpha,
-            num_candidates=arguments.num_candidates or cls.num_candidates,
-            rollback=arguments.rollback or cls.rollback,
+            num_candidates=point.num_candidates,
+            rollback=point.rollback,
         )
 
     def valued(self, head: ValueHead) -> SteeringConfig:
