@@ -122,9 +122,8 @@ class Watch(Method):
         token, natural = int(moment.outcome.tokens), int(moment.draw.tokens)
         before = moment.draw.input_ids[0].tolist()
         candidates: tuple[tuple[str, float], ...] = ()
-        if moment.outcome.candidates is not None and moment.outcome.candidate_values is not None:
-            ids, values = moment.outcome.candidates[0].tolist(), moment.outcome.candidate_values[0].tolist()
-            candidates = self.pieces.of_candidates(before, ids, values)
+        if (room := moment.outcome.room) is not None:
+            candidates = self.pieces.of_candidates(before, room.candidates[0].tolist(), room.values[0].tolist())
         return TokenTrace(self.pieces(before, token), value, token != natural, candidates)
 
     @property

@@ -168,14 +168,12 @@ class ValueFilter(ScoredMethod):
 
     def record(self, moment: Moment) -> Mapping[str, Tensor]:
         assert moment.draw is not None and moment.outcome is not None  # of a prompt there is no record
-        dead_ends = moment.outcome.dead_ends
-        if dead_ends is None:
-            dead_ends = torch.zeros_like(moment.live)
+        room, count = moment.outcome.room, self.most - (self.eos is not None)
+        dead_ends = {"dead_ends": torch.zeros_like(moment.live) if room is None else room.dead_ends}
         if not self.config.output_candidates:
-            return {"dead_ends": dead_ends}
-        candidates, values, *_ = moment.outcome.make_room(moment.draw, self.most)
-        count = self.most - (self.eos is not None)
-        return {"dead_ends": dead_ends, "candidates": candidates[:, :count], "candidate_values": values[:, :count]}
+            return dead_ends
+        room = moment.outcome.make_room(moment.draw, self.most)
+        return {**dead_ends, "candidates": room.candidates[:, :count], "candidate_values": room.values[:, :count]}
 
 
 class Reweighing(ValueFilter):

@@ -34,7 +34,7 @@ class Past:
             of_row(moment, row),
             features=moment.features.each(lambda states: states[row : row + 1]),
             draw=None if draw is None else of_row(draw, row),
-            outcome=None if outcome is None else of_row(outcome, row),
+            outcome=None if outcome is None else _outcome_of_row(outcome, row),
         )
         return Past(one, [entries(state, row) for state in self.states], of_row(self.stops, row))
 
@@ -49,7 +49,7 @@ class Past:
             with_row(moment, row, other),
             features=Features(features),
             draw=with_row(moment.draw, row, other.draw),
-            outcome=with_row(moment.outcome, row, other.outcome),
+            outcome=_outcome_with_row(moment.outcome, row, other.outcome),
         )
         pairs = zip(self.states, one.states, strict=True)
         states = [_with_entries(mine, row, own, len(moment.live)) for mine, own in pairs]
@@ -129,10 +129,19 @@ def _with_entries(state: Mapping[str, Tensor], row: int, one: Mapping[str, Tenso
     return {name: put_row(mine, row, one[name]) if name in one else mine for name, mine in {**new, **state}.items()}
 
 
+def _outcome_of_row(outcome: Outcome, row: int) -> Outcome:
+    return replace(of_row(outcome, row), room=None if outcome.room is None else of_row(outcome.room, row))
+
+
+def _outcome_with_row(outcome: Outcome, row: int, one: Outcome) -> Outcome:
+    room = None if outcome.room is None or one.room is None else with_row(outcome.room, row, one.room)
+    return replace(with_row(outcome, row, one), room=room)
+
+
 def _make_alike(moment: Moment, other: Moment) -> None:
     """Give both outcomes room for candidates, if one has it."""
     outcomes: list[tuple[Moment, Outcome]] = [(each, each.outcome) for each in (moment, other) if each.outcome]
-    widths = [outcome.candidates.shape[1] for _, outcome in outcomes if outcome.candidates is not None]
+    widths = [outcome.room.candidates.shape[1] for _, outcome in outcomes if outcome.room is not None]
     for each, outcome in outcomes:
         if widths and each.draw is not None:
             outcome.make_room(each.draw, max(widths))

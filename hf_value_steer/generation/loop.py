@@ -153,8 +153,8 @@ class Loop:
 
     def _commit(self, draw: Draw, outcome: Outcome, state: State, input_ids: Tensor) -> None:
         """The tokens of a step are part of the text: say so to criteria, methods and record."""
-        if outcome.ended is not None:
-            self.call.stops.mark(outcome.ended, draw.step, outcome.natural)
+        if outcome.room is not None:
+            self.call.stops.mark(outcome.room.ended, draw.step, outcome.natural)
         self.unfinished = self.unfinished & ~self.criteria(input_ids, self.record.scores)
         moment = Moment(draw.step + 1, state.features, draw.live, self.unfinished, draw, outcome)
         if self.reporter is not None:
@@ -171,8 +171,8 @@ class Loop:
         Raises:
             ScoringError, ValueError: if a token of this step could not be checked, or there was none.
         """
-        dead = outcome.dead_ends
-        flags = [self.unfinished.any(), torch.zeros_like(self.unfinished[0]) if dead is None else dead.any()]
+        room = outcome.room
+        flags = [self.unfinished.any(), torch.zeros_like(self.unfinished[0]) if room is None else room.dead_ends.any()]
         flags += [flag for flag, _ in outcome.refusals]
         going, at_dead_end, *refused = torch.stack([flag.to(self.unfinished.device) for flag in flags]).tolist()
         for wrong, (_, refuse) in zip(refused, outcome.refusals, strict=True):

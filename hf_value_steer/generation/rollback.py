@@ -55,8 +55,8 @@ class Rollback:
     def dead_ends(self) -> list[int]:
         """The rows in which the last step has found no acceptable candidate."""
         outcome = self.scene.history.pasts[-1].moment.outcome
-        assert outcome is not None and outcome.dead_ends is not None
-        found: list[int] = outcome.dead_ends.nonzero().flatten().tolist()
+        assert outcome is not None and outcome.room is not None
+        found: list[int] = outcome.room.dead_ends.nonzero().flatten().tolist()
         return found
 
     def __call__(self, row: int, input_ids: Tensor, state: State) -> tuple[int, Tensor, State] | None:
@@ -135,8 +135,8 @@ class Rollback:
             everywhere = torch.ones_like(draw.live)
             candidates = trail.judge.propose(draw, torch.zeros_like(draw.tokens), everywhere, everywhere)
             drawn = _tokens(candidates.tokens[:, : candidates.drawn.shape[1]])
-            fell_back = outcome.dead_ends is not None and bool(outcome.dead_ends)
-            column = len(drawn) if fell_back else drawn.index(int(outcome.tokens))
+            room = outcome.room
+            column = 0 if room is None else len(drawn) if bool(room.dead_ends) else int(room.columns)
             place.left, place.rejected = drawn[column + 1 :], drawn[:column]
         place.rejected.append(int(outcome.tokens))
         return place
@@ -169,7 +169,7 @@ class Rollback:
         assert draw.candidates is not None
         tokens = _tokens(draw.candidates)
         found = trail.take(draw, natural, evaluated)
-        column = tokens.index(int(trail.text[0, -1])) if found else len(tokens)
+        column = trail.column if found else len(tokens)
         place.rejected, place.left = place.rejected + tokens[:column], tokens[column + 1 :]
         return found
 

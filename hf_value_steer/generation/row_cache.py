@@ -97,7 +97,9 @@ class RowCache(LiveCache):
         ]
 
     def _borrow(self, index: int, layer: Any) -> Any:
-        states = _of_row(recurrent_states(layer), self.row)
+        before = self.live.before[index]  # as long as a state is: a recording convolution holds more than it needs
+        states = {name: state[..., -before[name].shape[-1] :] for name, state in recurrent_states(layer).items()}
+        states = _of_row(states, self.row)
         recurrent, first = isinstance(layer, LinearAttentionLayer), torch.zeros(1, dtype=torch.long)
         if not isinstance(layer, CacheLayerMixin):
             return RecurrentLayer(layer, states, first) if recurrent else layer  # the latter has no state

@@ -165,9 +165,7 @@ class Outcome:
 
     Args:
         natural (`torch.FloatTensor` of shape `(batch,)`): values of the natural samples.
-        candidates, candidate_values (*optional*): see [`make_room`].
-        ended (`torch.BoolTensor` of shape `(batch,)`, *optional*): rows that the judge has ended.
-        dead_ends (`torch.BoolTensor` of shape `(batch,)`, *optional*): rows in which no candidate was acceptable.
+        room ([`Room`], *optional*): what was chosen from, where the natural samples were not simply kept.
         refusals (`list`): what nobody has waited for yet, a boolean `()` on the device each, and what raises the error
             if it is true. The loop asks before a token is shown.
     """
@@ -176,22 +174,37 @@ class Outcome:
     evaluated: Tensor
     values: Tensor
     natural: Tensor
-    candidates: Tensor | None = None
-    candidate_values: Tensor | None = None
-    ended: Tensor | None = None
-    dead_ends: Tensor | None = None
+    room: "Room | None" = None
     refusals: list[tuple[Tensor, Callable[[], None]]] = field(default_factory=list)
 
-    def make_room(self, draw: Draw, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Candidates and their values, `(batch, most)`, ended rows and dead ends, as if all natural samples were kept.
+    def make_room(self, draw: Draw, most: int) -> "Room":
+        """What a judge has chosen from, and how, as if all natural samples were kept.
 
         Most steps of most calls need none of it, so it is made when it is asked for first.
         """
-        if self.candidates is None or self.candidate_values is None or self.ended is None or self.dead_ends is None:
+        if self.room is None:
             shape, device = (len(draw.tokens), most), draw.tokens.device
-            self.candidates = torch.full(shape, -1, device=device)
-            self.candidate_values = torch.full(shape, torch.nan, device=device)
-            self.candidates[:, 0] = draw.tokens.masked_fill(~draw.live, -1)
-            self.candidate_values[:, 0] = self.natural
-            self.ended, self.dead_ends = torch.zeros_like(draw.live), torch.zeros_like(draw.live)
-        return self.candidates, self.candidate_values, self.ended, self.dead_ends
+            candidates, values = torch.full(shape, -1, device=device), torch.full(shape, torch.nan, device=device)
+            candidates[:, 0], values[:, 0] = draw.tokens.masked_fill(~draw.live, -1), self.natural
+            nowhere = torch.zeros_like(draw.live)
+            self.room = Room(candidates, values, torch.zeros_like(draw.tokens), nowhere, nowhere.clone())
+        return self.room
+
+
+@dataclass
+class Room:
+    """What a judge has chosen from, and how, all of shape `(batch, ...)`.
+
+    Args:
+        candidates (`torch.LongTensor` of shape `(batch, K)`): -1 where there is none.
+        values (`torch.FloatTensor` of shape `(batch, K)`): theirs; NaN where nobody has asked.
+        columns (`torch.LongTensor` of shape `(batch,)`): which of them was committed.
+        ended (`torch.BoolTensor` of shape `(batch,)`): rows that were ended.
+        dead_ends (`torch.BoolTensor` of shape `(batch,)`): rows in which no candidate was acceptable.
+    """
+
+    candidates: Tensor
+    values: Tensor
+    columns: Tensor
+    ended: Tensor
+    dead_ends: Tensor

@@ -190,7 +190,7 @@ class Cheaper:
         if self.looks + unseen > self.break_even * (self.steps + EXPECTED_FOR):
             return self.eager(draw)  # which counts nothing: it stays so
         state, outcome = self.lazy(draw)
-        self.steps, self.looks = self.steps + 1, self.looks + (outcome.candidates is not None)
+        self.steps, self.looks = self.steps + 1, self.looks + (outcome.room is not None)
         return state, outcome
 
 
@@ -254,15 +254,16 @@ def _write(
     count, column = candidates.drawn.shape[1], _committed_columns(candidates, decision)[:, None]
     # Until now these are the natural samples, which stay as they are.
     outcome.tokens, outcome.values = outcome.tokens.clone(), outcome.values.clone()
-    shown, shown_values, ended, dead_ends = outcome.make_room(draw, most)
+    room = outcome.make_room(draw, most)
     for mine, decided in (
         (outcome.tokens, candidates.tokens.gather(1, column).squeeze(1)),
         (outcome.values, decision.values.gather(1, column).squeeze(1)),
         (outcome.evaluated, candidates.distinct[:, :count].sum(dim=-1)),
-        (shown[:, :count], candidates.tokens[:, :count]),
-        (shown_values[:, :count], decision.values[:, :count]),
-        (ended, decision.ends),
-        (dead_ends, acting & ~decision.found),
+        (room.candidates[:, :count], candidates.tokens[:, :count]),
+        (room.values[:, :count], decision.values[:, :count]),
+        (room.columns, decision.column),
+        (room.ended, decision.ends),
+        (room.dead_ends, acting & ~decision.found),
     ):
         live = draw.live[rows].view(-1, *[1] * (mine.dim() - 1))
         mine[rows] = torch.where(live, decided, mine[rows])

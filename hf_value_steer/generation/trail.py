@@ -91,6 +91,13 @@ class Trail:
         return self.history.pasts[-1].moment.step
 
     @property
+    def column(self) -> int:
+        """Which of its candidates the last token was."""
+        outcome = self.history.pasts[-1].moment.outcome
+        assert outcome is not None
+        return 0 if outcome.room is None else int(outcome.room.columns)
+
+    @property
     def goes_on(self) -> bool:
         return bool(self.history.pasts[-1].moment.unfinished)
 

@@ -63,6 +63,7 @@ def rows() -> Iterator[tuple[str, Counter[tuple[str, str]]]]:
         yield "vectors", steer(ActivationConfig(vectors=vectors, multiplier=2.0))
         yield "guidance", steer(GuidanceConfig(module=module))
         yield "filter, lazy, nothing rejected", steer(filtering(accepting))
+        yield "filter, lazy, nothing rejected, rollback", steer(filtering(accepting, rollback=4))
         for kernel in KERNELS:
             yield f"filter, lazy, all rejected, {kernel}", steer(filtering(rejecting, lookahead=kernel))
         for kernel in KERNELS:

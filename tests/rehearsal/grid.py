@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 from unittest import mock
@@ -66,7 +66,13 @@ def cases() -> list[Case]:
         for case in steered
         if case.family in ("llama", "gemma3", "lfm2") and case.dtype == torch.float32
     ]
-    return steered + at_a_layer + [Case(family, dtype, "guide") for family in FAMILIES for dtype in DTYPES]
+    going_back = [
+        Case(family, torch.float32, "rollback", "auto", evaluation, layers)
+        for family, evaluation, layers in product((*FAMILIES, *HYBRIDS), EVALUATIONS, (("final",), (0,)))
+    ]
+    return (
+        steered + at_a_layer + going_back + [Case(family, dtype, "guide") for family in FAMILIES for dtype in DTYPES]
+    )
 
 
 def _has(family: str, kernel: str) -> bool:
@@ -86,6 +92,8 @@ def configs(case: Case, model: PreTrainedModel, head: ValueHead) -> list[Any]:
     filtering = ValueFilterConfig(
         value_head=head, threshold=0.4, num_candidates=4, lookahead=case.kernel, evaluation=case.evaluation, seed=1
     )
+    if case.method == "rollback":
+        return [replace(filtering, num_candidates=2, rollback=3)]
     company = {
         "filter": [],
         "abstain": [AbstentionConfig(value_head=head, threshold=0.999)],

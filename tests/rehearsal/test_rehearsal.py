@@ -35,6 +35,7 @@ def test_waits_stay_within_their_budget():
         budget = next(most for start, most in BUDGET.items() if name.startswith(start))
         assert waits <= budget, f"{name}: {waits} waits in a step"
     assert found["plain `generate`"] > 0
+    assert found["filter, lazy, nothing rejected, rollback"] == found["filter, lazy, nothing rejected"]
     without_cost = "filter at a layer, eager, masked, static cache"
     assert found[without_cost] <= found["plain `generate`, static cache"]
 

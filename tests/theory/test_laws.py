@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from tests.theory import laws
+from hf_value_steer import ValueFilterConfig
+from tests.rollback_oracle import GoingBack
+from tests.theory import draws, laws
 from tests.theory.draws import BETA, GRID, LENGTH, TEXTS, THRESHOLD, Case, drawn, expected, p_value, toy
 
 
@@ -66,3 +69,18 @@ def test_the_law_imports_nothing_of_the_library():
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert names == {"itertools", "collections.abc", "functools", "typing", "numpy"}
+
+
+def test_a_token_that_was_refused_and_drawn_again_is_taken_at_its_second_place(monkeypatch):
+    """Of `[0, 3, 0]` the second 0 is accepted; at the dead end after it 3 is not tried again."""
+    monkeypatch.setattr(draws, "SEED", 1)
+    model, head, *_ = draws.toy()
+    ids = torch.tensor([draws.PROMPT]).expand(400, -1)
+    call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2, "do_sample": True, "top_k": 0}
+    rule = {"threshold": 0.2, "num_candidates": 3, "rollback": 1, "selection": "soft", "beta": 0.5, "seed": 0}
+    config = ValueFilterConfig(value_head=head, **rule)
+    texts = []
+    for steering in ({"value_steer": config}, {"custom_generate": GoingBack(config)}):
+        torch.manual_seed(0)
+        texts.append(model.generate(ids, **call, **steering))
+    assert torch.equal(*texts) and texts[0][381, 3:].tolist() == [2, 0]
