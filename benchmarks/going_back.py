@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.environment import command, describe, save
 from examples.smollm2 import load_backbone
-from examples.toxicity import SAMPLING, cuss, profanity, word_list
+from examples.toxicity import SAMPLING, cuss, disliked_words, profanity, word_list
 from hf_value_steer import ValueFilterConfig, ValueHead
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.evaluation.metrics import compare_rates
@@ -64,11 +64,20 @@ def value_filter(head: ValueHead, **options: Any) -> ValueFilterConfig:
     return ValueFilterConfig(value_head=head, threshold=THRESHOLD, **{"num_candidates": CANDIDATES, **options})
 
 
+def listed(**options: Any) -> ValueFilterConfig:
+    """A list of words in the place of a head."""
+    words = Path(tempfile.gettempdir()) / "disliked-words.txt"
+    words.write_text("\n".join(disliked_words()), encoding="utf-8")
+    return ValueFilterConfig(value_head=f"lexicon:{words}", num_candidates=CANDIDATES, **options)
+
+
 CONFIGS = [
     Config(BASE, lambda _: None),
     Config(WATCHED, lambda head: value_filter(head, num_candidates=1)),  # which never intervenes
     Config(FILTER, lambda head: value_filter(head, rollback=0)),
     Config("rollback=6", lambda head: value_filter(head, rollback=6)),
+    # The rival: the word list behind the label judge, which is none of those that evaluate, and the same way back.
+    Config("a list of words, rollback=6", lambda _: listed(rollback=6)),
 ]
 
 

@@ -68,10 +68,10 @@ def generate(
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     enable_value_steer(model)
     outputs = []
-    for name, candidates in (("base", 1), ("steered", config.num_candidates)):
+    alone = replace(config, num_candidates=1, rollback=0, selection="first")  # which replaces nothing
+    for name, steering in (("base", alone), ("steered", config)):
         torch.manual_seed(seed)
         options = {"max_new_tokens": new_tokens, "return_dict_in_generate": True, "streamer": Bar(name, new_tokens)}
-        steering = replace(config, num_candidates=candidates)
         outputs.append(model.generate(**inputs, **SAMPLING, **options, value_steer=steering))
     return Results(prompts, inputs["input_ids"].shape[1], *outputs)
 
@@ -161,7 +161,7 @@ def main() -> None:
     threshold = arguments.threshold or head.config.threshold
     config = ValueFilterConfig(
         value_head=head, threshold=threshold, num_candidates=arguments.num_candidates, output_candidates=True
-    )
+    ).settled(head.config.operating_point)
     results = generate(model, tokenizer, pick_prompts(arguments.prompts), config, arguments.seed, arguments.new_tokens)
     rows = traces(results, tokenizer)
     summary = figures(results, tokenizer)

@@ -37,7 +37,7 @@ class Oracle:
     """Collects what it decided: `values`, `interventions`, `tokens`, one list a row."""
 
     def __init__(self, config: Any):
-        self.config, self.head = config, config.value_head
+        self.config, self.head = config.settled(config.value_head.config.operating_point), config.value_head
         self.values: list[list[float]] = []
         self.interventions: list[list[bool]] = []
 

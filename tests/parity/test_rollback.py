@@ -6,8 +6,10 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
+    set_seed,
 )
 
 from hf_value_steer import (
@@ -21,9 +23,10 @@ from hf_value_steer import (
 )
 from hf_value_steer.generation.method import Method
 from hf_value_steer.hosts.transformers import CACHE
-from tests.families import build, layered_head, random_head
+from tests.families import accepting_head, build, layered_head, prompts, random_head
 from tests.going_back import SAMPLE, Shown, examine
 from tests.parity.test_guidance import make_module
+from tests.rollback_oracle import GoingBack
 from tests.steer import steer
 from tests.tiny_models import build_tiny
 
@@ -197,6 +200,37 @@ def test_time_that_runs_out_ends_the_text():
     assert out.token_values.shape[1] == 1
 
 
+class Twice(StoppingCriteria):
+    """Ends a row that has written a token of the first half of the vocabulary twice running."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, -1] == input_ids[:, -2]) | ((input_ids[:, -1] < 20) & (input_ids[:, -2] < 20))
+
+
+def test_criteria_are_asked_about_the_text_that_is_kept():
+    model, ended = build("llama"), 0
+    for seed in range(4):
+        options = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": 2, **prompts(3)}
+        options["stopping_criteria"] = StoppingCriteriaList([Twice()])
+        oracle = GoingBack(going_back(model, threshold=0.5))
+        set_seed(seed)
+        with torch.no_grad():
+            expected = model.generate(**options, custom_generate=oracle)
+        out = steer(model, going_back(model, threshold=0.5), seed=seed, **options)
+        assert torch.equal(out.sequences, expected)
+        ended += oracle.seen["ended"]
+    assert ended
+
+
+def test_nothing_that_a_method_has_prescribed_is_taken_back():
+    """An ending that has begun goes on; dead ends behind it do not go back into it."""
+    model = build("llama")
+    abstention = AbstentionConfig(value_head=accepting_head(model), threshold=0.1, message_ids=[33, 44, 55, 66])
+    out = steer(model, [going_back(model, 8, threshold=0.3), abstention], do_sample=True, max_new_tokens=16)
+    new = out.sequences[:, -out.token_values.shape[1] :]
+    assert new[:, :5].tolist() == [[33, 44, 55, 66, 2]] * 3 and (out.taken_back_steps < 0).all()
+
+
 class Penalty(LogitsProcessor):
     """Makes the last token of a text less likely. `remembers`: by a count of its calls, which no text tells."""
 
@@ -223,6 +257,11 @@ def test_what_cannot_go_back_is_refused_by_name():
     embedded = model.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
     with pytest.raises(UnsupportedError, match="inputs_embeds"):
         steer(model, going_back(model), inputs_embeds=embedded)
+    follows = build("llama")
+    follows.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    follows = type(follows)(follows.config).eval()
+    with pytest.raises(UnsupportedError, match="follows the longest row"):
+        steer(follows, going_back(model))
     with pytest.raises(UnsupportedError, match="output_attentions"):
         steer(build("mistral", "eager"), going_back(model), output_attentions=True)
     with pytest.raises(UnsupportedError, match="SynthID"):
