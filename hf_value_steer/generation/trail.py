@@ -111,21 +111,13 @@ class Trail:
     def draw(self) -> Draw:
         """From what the token after one that was written here is drawn; it is not drawn yet."""
         assert self.state is not None
-        logits = self._past_of_batch().logits.clone()
-        logits[self.row] = self.state.logits[0].to(logits)
+        logits = put_row(self.batch_state.logits, self.row, self.state.logits)  # of the others nobody asks
         both = self.scene.scores(self.input_ids[:, : self.length], logits)
         permitted, scores = (each[self.row : self.row + 1] for each in both)
         unfinished = self.history.pasts[-1].moment.unfinished
         live = torch.ones_like(unfinished) if self.scene.pad is None else unfinished
         nobody, token = torch.zeros_like(live), torch.zeros_like(self.text[:, -1])
         return Draw(self.place, self.text, self.state.logits, permitted, scores, token, live, nobody, nobody)
-
-    def _past_of_batch(self) -> Draw:
-        """What the batch has drawn the next token from."""
-        ahead = self.scene.history.pasts[-1].moment.step - self.place
-        draw = self.scene.history.pasts[-ahead].moment.draw
-        assert draw is not None  # it is no prompt
-        return draw
 
     def prescribe(self, draw: Draw) -> None:
         """Let methods put tokens in."""
@@ -186,7 +178,7 @@ class Trail:
             if written.before is not None:
                 draw = self.history.pasts[-ago].moment.draw
                 assert draw is not None
-                fields = fields | {"scores": draw.scores, "logits": draw.logits}
+                fields = fields | {"scores": draw.scores, "logits": written.before.logits}
                 record.rewrite_states(row, ago, written.before.hidden_states or ())
             record.rewrite(row, ago, **{name: entry[0] for name, entry in fields.items()})
         assert self.state is not None
