@@ -26,10 +26,11 @@ class HeadArguments(Arguments):
         default=None, metadata={"help": "in place of a threshold: the promise of the head's calibration, in (0, 1)"}
     )
     num_candidates: Candidates | None = field(
-        default=None, metadata={"help": "candidates of the filter; 8 by default"}
+        default=None, metadata={"help": "candidates of the filter; by default as the head says, else 8"}
     )
     rollback: Rollback | None = field(
-        default=None, metadata={"help": "tokens that the filter may take back at a dead end; 0 by default"}
+        default=None,
+        metadata={"help": "tokens that the filter may take back at a dead end; by default as the head says, else 0"},
     )
 
     def check(self) -> None:

@@ -82,6 +82,8 @@ class ValueFilterConfig(SteeringConfig):
                 'With `selection="soft"` and `proposal="topk"` no step is a dead end: leave out `fallback`, and pass '
                 "`rollback=0`."
             )
+        if self.selection == "soft" and self.proposal == "topk" and self.alpha is not None:
+            raise ValueError('With `selection="soft"` and `proposal="topk"` no threshold counts: leave out `alpha`.')
         if self.max_interventions is not None:
             self._check_integer("max_interventions", 0)
         if self.seed is not None:
@@ -90,6 +92,7 @@ class ValueFilterConfig(SteeringConfig):
     def settled(self, point: Mapping[str, Any] | None) -> "ValueFilterConfig":
         """This config with what it leaves open: as the operating point of the head has it, else by default."""
         point = {**DEFAULTS, **(point or {})}
-        if self.threshold is not None or self.alpha is not None:
+        reweighs = (self.selection or point["selection"]) == "soft" and self.proposal == "topk"
+        if self.threshold is not None or self.alpha is not None or reweighs:
             point.pop("alpha", None)
         return replace(self, **{name: choice for name, choice in point.items() if getattr(self, name) is None})

@@ -52,7 +52,7 @@ class ValueFilter(ScoredMethod):
     """
 
     judges = True
-    rowwise: ClassVar[tuple[str, ...]] = ("memory", "interventions")
+    rowwise: ClassVar[tuple[str, ...]] = ("memory", "interventions", "since")
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class ValueFilter(ScoredMethod):
         self.key = random_key(device, config.seed)
         self.luck = None if config.selection == "first" else another_key(self.key)
         self.interventions = torch.zeros(len(scorer.threshold), dtype=torch.long, device=device)
+        self.since = torch.zeros_like(self.interventions)  # of the text that is judged: what was written since then
         self.numbers: Sequence[int] = range(len(scorer.threshold))  # of its rows in the batch
 
     def separate(self, row: int, stops: Stops) -> None:
@@ -89,13 +90,16 @@ class ValueFilter(ScoredMethod):
         if config.selection == "soft" and config.proposal == "topk":
             return [Reweighing(config, scorer, draws, texts)]
         if config.selection == "soft" and not draws:
-            raise UnsupportedError('`selection="soft"` draws: it needs `do_sample=True`, or `proposal="topk"`.')
+            raise UnsupportedError(
+                '`selection="soft"` of the config, or of the head, draws: it needs `do_sample=True`, or '
+                '`proposal="topk"`.'
+            )
         eos = eos_token(call.config, 'fallback="abstain"') if config.fallback == "abstain" else None
         return [cls(config, scorer, draws, eos, texts)]
 
     def values_before(self, draw: Draw, rows: Tensor, tokens: Tensor, asked: Tensor) -> Tensor:
         assert self.texts is not None  # or nobody asks
-        return self.texts(draw, rows, self._numbers(draw, rows), tokens, asked)
+        return self.texts(draw, rows, self._numbers(draw, rows), self.since[rows], tokens, asked)
 
     def totals(self) -> Mapping[str, Any]:
         return {} if self.texts is None else {"judge_seconds": self.texts.seconds}
@@ -165,6 +169,8 @@ class ValueFilter(ScoredMethod):
             self.values_at(moment)
         if moment.draw is not None and moment.outcome is not None:
             self.interventions = self.interventions + (moment.outcome.tokens != moment.draw.tokens)
+            if self.texts is not None and moment.outcome.room is not None:
+                self.since = torch.where(moment.outcome.room.dead_ends, moment.step, self.since)
 
     def record(self, moment: Moment) -> Mapping[str, Tensor]:
         assert moment.draw is not None and moment.outcome is not None  # of a prompt there is no record

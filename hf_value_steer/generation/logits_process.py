@@ -175,9 +175,15 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
         refuse_model(model)
         self.model, self.head = model, load_head(config, model)
         self.config = config = config.settled(self.head.config.operating_point)
-        if config.max_interventions is not None or config.output_candidates or config.selection != "first":
-            needed = '`max_interventions`, `output_candidates` and `selection="soft"`'
-            raise UnsupportedError(f"{needed} need `model.generate(value_steer=...)`.")
+        cannot = {
+            "`max_interventions`": config.max_interventions is not None,
+            "`output_candidates`": config.output_candidates,
+            '`selection="soft"` (pass `selection="first"` if the head asks for it)': config.selection != "first",
+        }
+        if needed := [name for name, asked in cannot.items() if asked]:
+            raise UnsupportedError(
+                f"A processor cannot do {', '.join(needed)}: call `model.generate(value_steer=...)`."
+            )
         if config.rollback:
             raise UnsupportedError(
                 f"A processor cannot take tokens back: pass `rollback=0` in the place of {config.rollback}, or call "

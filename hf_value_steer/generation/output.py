@@ -66,6 +66,10 @@ class ValueSteerDecoderOnlyOutput(GenerateDecoderOnlyOutput):  # type: ignore[mi
         if self.interventions is not None:
             touched, steps = int(self.interventions.any(dim=1).sum()), int(self.interventions.sum())
             parts += [f"{touched} touched", f"{steps} intervention(s)"]
+        if self.dead_ends is not None and bool(self.dead_ends.any()):
+            parts.append(f"{int(self.dead_ends.sum())} dead end(s)")
+        if self.taken_back_steps is not None:
+            parts.append(f"{int((self.taken_back_steps >= 0).sum())} taken back")
         if self.abstained is not None:
             parts.append(f"{int(self.abstained.sum())} abstained")
         return f"{type(self).__name__}({', '.join(parts)}; fields: {', '.join(self.keys())})"

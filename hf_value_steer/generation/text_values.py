@@ -31,13 +31,16 @@ class TextValues:
         self.tokenizer = judge.tokenizer or call.tokenizer or _tokenizer_of(call)
         self.prompts = [Prompt(text) for text in self.tokenizer.batch_decode(call.input_ids, skip_special_tokens=True)]
 
-    def __call__(self, draw: Draw, rows: Tensor, numbers: Sequence[int], tokens: Tensor, asked: Tensor) -> Tensor:
+    def __call__(
+        self, draw: Draw, rows: Tensor, numbers: Sequence[int], since: Tensor, tokens: Tensor, asked: Tensor
+    ) -> Tensor:
         """Values `(n, K)` of some rows with candidates at their end, NaN where nobody asks.
 
         Args:
             draw: what the step starts from.
             rows (`torch.LongTensor` of shape `(n,)`): in `draw`.
             numbers (sequence of `int`): of these rows in the batch.
+            since (`torch.LongTensor` of shape `(n,)`): how many new tokens at the beginning are not shown.
             tokens (`torch.LongTensor` of shape `(n, K)`): candidates.
             asked (`torch.BoolTensor` of shape `(n, K)`): which of them matter.
 
@@ -46,7 +49,8 @@ class TextValues:
         """
         begun, places = time.perf_counter(), asked.nonzero().tolist()
         written, candidates = draw.input_ids[rows, self.begin :].tolist(), tokens.tolist()
-        ids = [[*written[index], candidates[index][column]] for index, column in places]
+        hidden = since.tolist()
+        ids = [[*written[index][hidden[index] :], candidates[index][column]] for index, column in places]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         pairs = [(numbers[place[0]], text.rstrip("\ufffd")) for place, text in zip(places, texts, strict=True)]
         answers = self._ask(list(dict.fromkeys(pairs)), draw.step)
@@ -62,8 +66,8 @@ class TextValues:
             answers = self.judge([self.prompts[number] for number, _ in pairs], [text for _, text in pairs])
         except Exception as error:  # the judge may be the user's
             raise ScoringError(
-                f"The judge of text failed at new token {step}: {error} The generation was stopped; the token was not "
-                "emitted."
+                f"The judge of text failed at new token {step}: {str(error).rstrip('.')}. The generation was stopped; "
+                "the token was not emitted."
             ) from error
         return dict(zip(pairs, answers.tolist(), strict=True))
 

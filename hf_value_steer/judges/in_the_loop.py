@@ -49,9 +49,10 @@ class JudgeConfig:
 class TextJudge:
     r"""A judge of text in the place of a value head: `ValueFilterConfig(value_head=TextJudge("lexicon:words.txt"))`.
 
-    It is asked about candidates before they are forwarded: about the continuation so far, without the prompt, with the
-    candidate at its end. What it answers is the value. A word is found as soon as all its letters are there, though it
-    could have become a longer one. Texts hold no special tokens, and no character that is not complete.
+    It is asked about candidates before they are forwarded: about the continuation so far, with the candidate at its
+    end. What it answers is the value. It is not shown the prompt, so a word that begins there is not found; nor what
+    was written up to a dead end, which it would object to for ever. A word is found as soon as all its letters are
+    there, though it could have become a longer one. Texts hold no special tokens, and no incomplete character.
 
     A function of texts, or a name, may be passed as `value_head` as it is: then the other arguments have their
     defaults. `rollback` gives a filter with a judge its way back: a word of several tokens is known at its last one.
@@ -126,5 +127,10 @@ def text_judge(value_head: Any) -> TextJudge | None:
         return value_head
     if names_judge(value_head):
         return TextJudge(value_head) if value_head.startswith("lexicon:") else load_once(TextJudge, value_head)
+    if isinstance(value_head, str) and value_head.startswith(("llm:", "math:", "reward:")):
+        raise ValueError(
+            f"`value_head`={value_head!r} is a judge that gives labels and cannot steer; those that can begin with "
+            f"{', '.join(NAMED)}."
+        )
     is_function = callable(value_head) and not isinstance(value_head, torch.nn.Module | type)
     return TextJudge(value_head) if is_function else None

@@ -153,5 +153,5 @@ def test_where_nothing_is_drawn_it_is_refused():
         rejecting(model, selection="soft", beta=0.0)
     with pytest.raises(ValueError, match="selection"):
         rejecting(model, selection="hard")
-    with pytest.raises(UnsupportedError, match='`selection="soft"` need'):
+    with pytest.raises(UnsupportedError, match='cannot do `selection="soft"`'):
         ValueFilterLogitsProcessor(model, rejecting(model, selection="soft"))

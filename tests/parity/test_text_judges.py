@@ -265,3 +265,18 @@ def test_words_that_are_tokens(tmp_path):
     set_seed(0)
     out = model.generate(torch.full((20, 4), 40), do_sample=True, max_new_tokens=12, value_steer=config, top_k=0)
     assert not set(out[:, 4:].flatten().tolist()) & set(range(3, 3 + len(BAD)))
+
+
+def test_a_slip_is_objected_to_once(world):
+    """After a dead end for which there was no way, what comes later is judged by itself."""
+    asked = []
+
+    def judge(texts):
+        asked.append(texts)
+        return ["d" in text.lower() for text in texts]
+
+    _, out = write(world, judge, rows=2, num_candidates=1, tokens=40)
+    assert 0 < int(out.dead_ends.sum()) < 40
+    assert out.token_values.max() == 1 and (out.token_values[~out.dead_ends] == 0).all()
+    _, back = write(world, judge, rows=2, num_candidates=1, tokens=40, rollback=1)
+    assert back.dead_ends.sum() < out.dead_ends.sum()
