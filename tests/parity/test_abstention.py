@@ -250,5 +250,5 @@ def test_processors_refuse_what_they_cannot_follow(llama):
         processor = AbstentionLogitsProcessor(llama, config)
         with pytest.raises(RuntimeError, match="use_cache=True|cannot follow"):
             llama.generate(repetitive, max_new_tokens=9, logits_processor=[processor], **arguments)
-    with pytest.raises(ValueError, match="`max_interventions`, `output_candidates` and"):
+    with pytest.raises(ValueError, match="cannot do `max_interventions`: call"):
         ValueFilterLogitsProcessor(llama, ValueFilterConfig(value_head=random_head(llama), max_interventions=3))
