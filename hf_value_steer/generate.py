@@ -169,6 +169,7 @@ def _save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             "generation_config.json will hold `value_steer`, which works after `enable_value_steer` only: without it "
             "the loaded model writes unsteered text. Save a ValueSteerForCausalLM instead."
         )
+        model.generation_config._from_model_config = False  # else what it holds is not read again
     return _own(model, "save_pretrained")(*args, **kwargs)
 
 

@@ -17,6 +17,8 @@ PLAIN: Mapping[str, Any] = {"rollback": 0, "selection": "first"}
 def check_operating_point(point: Mapping[str, Any]) -> None:
     """Raise a `ValueError` unless this is an operating point, see [`ValueHeadConfig`]."""
     refuse_unknown(point, ["alpha", *DEFAULTS], "`operating_point`")
+    if missing := [name for name, choice in point.items() if choice is None]:
+        raise ValueError(f"`operating_point` says nothing of {', '.join(missing)}: leave it out, or choose.")
     if "alpha" in point:
         check_probability(point["alpha"], "alpha")
     check_choices(**{name: choice for name, choice in point.items() if name != "alpha"})

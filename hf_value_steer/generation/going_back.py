@@ -19,7 +19,7 @@ def refuse_going_back(call: Call, methods: Sequence[Method], processors: LogitsP
         "`output_attentions`": not call.config.output_attentions,
         "`inputs_embeds`": call.model_kwargs.get("inputs_embeds") is None,
         'rope of type "longrope" or "dynamic", which follows the longest row,': not call.prepared.longest_row.modules,
-        **{type(each).__name__: each.follows for each in methods},
+        **{f"{type(each).__name__}, whose state is not in its `rowwise`,": each.follows for each in methods},
         **{type(each).__name__: type(each).__name__ not in _REMEMBER for each in processors},
     }
     for name, can in follows.items():

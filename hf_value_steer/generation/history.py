@@ -72,8 +72,8 @@ class History:
     def keep(self, moment: Moment) -> None:
         """Remember the present state, if tokens may be taken back."""
         if self.back:
-            if self.pasts and (draw := self.pasts[-1].moment.draw) is not None:
-                draw.logits = draw.scores  # only those of the last step are asked for again, and they are large
+            if len(self.pasts) > 1 and (draw := self.pasts[-2].moment.draw) is not None:
+                draw.logits = draw.scores  # only those of the last two steps are asked for again, and they are large
             self.pasts.append(Past(moment, [method.snapshot() for method in self.methods], self.stops.copy()))
 
     def of_row(self, row: int, methods: Sequence[Method], stops: Stops) -> "History":

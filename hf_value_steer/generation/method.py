@@ -46,8 +46,6 @@ class Method:
         last_token_apart (`bool`): whether the last token of a prompt has to be read by a forward of its own.
         back (`int`): of a judge: how many tokens may be taken back where it accepts no candidate. It has to know
             [`visit`] then.
-        follows (`bool`): whether its state can be that of an earlier token again: it is in `rowwise`, or [`snapshot`],
-            [`restore`] and [`of_row`] know of it.
         nests (`bool`): whether [`around_forward`] may be entered in the middle of another forward, and twice for one
             in two parts. Else tokens are judged behind the last layer, whatever layers the judge reads.
         rowwise (`tuple` of `str`): its attributes that have one entry a row: its state, which can be taken back.
@@ -62,9 +60,18 @@ class Method:
     lookahead: str = "auto"
     last_token_apart: bool = False
     back: int = 0
-    follows: bool = True
     nests: bool = False
     rowwise: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def follows(self) -> bool:
+        """Whether its state can be that of an earlier token again.
+
+        It can if it is in `rowwise`, or [`restore`] knows of it. A method that neither observes nor prescribes has
+        none. Where that is not so, a class may say it itself.
+        """
+        says = bool(self.rowwise) or type(self).restore is not Method.restore
+        return says or (type(self).observe is Method.observe and type(self).prescribe is Method.prescribe)
 
     def around_forward(self, reading: Reading) -> AbstractContextManager[Any]:  # noqa: ARG002
         """A context for one forward, which reads what `reading` says. The engine enters it."""

@@ -100,16 +100,17 @@ class Rollback:
         return {"taken_back_steps": steps, "taken_back_tokens": tokens, "taken_back_values": values}
 
     def _ask_again(self) -> None:
-        """Raise an `UnsupportedError` if processors answer otherwise when they are asked about a text again."""
-        draw, self.asked_again = self.scene.history.pasts[-1].moment.draw, True
-        assert draw is not None
-        _, scores = self.scene.scores(draw.input_ids, draw.logits.clone())
-        if not bool((scores == draw.scores).all()):
-            names = ", ".join(type(each).__name__ for each in self.scene.scores.processors)
-            raise UnsupportedError(
-                f"Tokens cannot be taken back: of the logits processors ({names}) one remembers what it was asked "
-                "before. Pass `rollback=0`."
-            )
+        """Raise an `UnsupportedError` if processors answer otherwise about an earlier text, or about one again."""
+        draws = [draw for past in list(self.scene.history.pasts)[-2:] if (draw := past.moment.draw) is not None]
+        self.asked_again = len(draws) > 1  # there is no earlier text before the second token
+        for draw in draws:
+            _, scores = self.scene.scores(draw.input_ids, draw.logits.clone())
+            if not bool((scores == draw.scores).all()):
+                names = ", ".join(type(each).__name__ for each in self.scene.scores.processors)
+                raise UnsupportedError(
+                    f"Tokens cannot be taken back: of the logits processors ({names}) one remembers what it was asked "
+                    "before. Pass `rollback=0`."
+                )
 
     def _search(self, trail: Trail, places: dict[int, Place], taken: list[TakenBack]) -> bool:
         trail.take_back()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from hf_value_steer.backbone.parts import vocabulary_size
 from hf_value_steer.errors import ScoringError
 from hf_value_steer.files.kept import load_once
 from hf_value_steer.generation.call import Call
@@ -29,6 +30,11 @@ class TextValues:
     def __init__(self, judge: TextJudge, call: Call):
         self.judge, self.begin, self.seconds = judge, call.input_ids.shape[1], 0.0
         self.tokenizer = judge.tokenizer or call.tokenizer or _tokenizer_of(call)
+        if len(self.tokenizer) > (size := vocabulary_size(call.model)):
+            raise ValueError(
+                f"The tokenizer of the judge of text has {len(self.tokenizer)} tokens, and the model {size}: pass the "
+                "tokenizer of this model."
+            )
         self.prompts = [Prompt(text) for text in self.tokenizer.batch_decode(call.input_ids, skip_special_tokens=True)]
 
     def __call__(

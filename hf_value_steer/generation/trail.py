@@ -140,6 +140,7 @@ class Trail:
                 self.engine.live.take_back()
             self.history.restore()
             return False
+        outcome.make_room(draw, self.judge.most)  # what it was chosen from; below, the natural sample is another one
         outcome.evaluated = outcome.evaluated + evaluated
         self._commit(replace(draw, tokens=natural, visit=0, candidates=None), outcome, state)
         return True

@@ -1,7 +1,7 @@
 """What all judges share: how they are called, and the checks on what they answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -64,7 +64,7 @@ class Judge(ABC):
     def _checked(self, scores: Any, count: int) -> npt.NDArray[np.float32]:
         """The scores as an array; what is outside [0, 1] by no more than rounding is moved to its border."""
         answers = scores.tolist() if isinstance(scores, np.ndarray | Tensor) else scores
-        if not isinstance(answers, Iterable):
+        if not isinstance(answers, Iterable) or isinstance(answers, Mapping | Set | str):
             raise ValueError(f"Judge {self.spec!r} answered {answers!r}, expected {count} numbers in [0, 1].")
         answers = list(answers)
         if len(answers) != count:

@@ -89,7 +89,10 @@ class TextJudge:
             raise ValueError(f"`last_words` has to be an integer of at least 1, got {last_words!r}.")
         if isinstance(judge, str) and not names_judge(judge):
             raise ValueError(f"{judge!r} is no judge for the loop: expected one of {', '.join(NAMED)}, or a function.")
-        self.judge: Judge = load_judge(judge) if isinstance(judge, str) else _OfTexts(judge)
+        if isinstance(judge, TextJudge):
+            raise TypeError("`judge` is a TextJudge already: pass it as it is.")
+        named = load_judge(judge) if isinstance(judge, str) else judge
+        self.judge: Judge = named if isinstance(named, Judge) else _OfTexts(named)
         self.config = JudgeConfig(polarity, threshold, self.judge.spec)
         self.last_words, self.tokenizer, self.calibration = last_words, tokenizer, calibration
 

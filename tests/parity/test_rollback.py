@@ -139,7 +139,7 @@ def test_a_streamer_is_never_further_behind_than_what_may_be_taken_back():
     model, committed = build("llama"), []
 
     class Counts(Method):
-        method = "counts"
+        method, follows = "counts", True
 
         def bind(self, call):
             return [self]
@@ -248,6 +248,57 @@ def test_processors_that_remember_are_refused():
     assert (pure.taken_back_steps >= 0).any()
     with pytest.raises(UnsupportedError, match="Penalty"):
         steer(model, going_back(model), **options, logits_processor=LogitsProcessorList([Penalty(True)]))
+
+
+class Automaton(LogitsProcessor):
+    """Forbids tokens by the sum of the text, which it adds up token by token, and does not take back."""
+
+    def __init__(self):
+        self.length, self.sums = 0, torch.zeros(3, dtype=torch.long)
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > self.length:
+            self.sums, self.length = self.sums + input_ids[:, -1], input_ids.shape[1]
+        forbidden = torch.arange(scores.shape[1]) % 5 == (self.sums % 5)[:, None]
+        return scores.masked_fill(forbidden, -torch.inf)
+
+
+def test_a_processor_that_never_goes_back_is_refused():
+    model, processors = build("llama"), LogitsProcessorList([Automaton()])
+    with pytest.raises(UnsupportedError, match="Automaton"):
+        steer(model, going_back(model, threshold=0.3), do_sample=True, eos_token_id=None, logits_processor=processors)
+
+
+class Undeclared(Method):
+    """Counts tokens of its own accord."""
+
+    method = "undeclared"
+
+    def bind(self, call):
+        self.seen = torch.zeros(call.rows)
+        return [self]
+
+    def observe(self, moment):
+        self.seen = self.seen + 1
+
+
+def test_a_method_that_does_not_say_what_its_state_is_is_refused():
+    model = build("llama")
+    with pytest.raises(UnsupportedError, match="Undeclared, whose state is not in its `rowwise`"):
+        steer(model, [going_back(model), Undeclared()])
+    steer(model, [going_back(model, back=0), Undeclared()])
+
+
+@pytest.mark.parametrize("proposal", ["sample", "topk"])
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_candidates_of_rewritten_places_are_those_that_it_was_chosen_from(candidates, proposal):
+    model = build("llama")
+    config = going_back(model, num_candidates=candidates, proposal=proposal, output_candidates=True)
+    out = steer(model, config, do_sample=True, max_new_tokens=16, eos_token_id=None)
+    assert (out.taken_back_steps >= 0).any()
+    new = out.sequences[:, -16:]
+    among = (out.candidates == new[:, :, None]) & (out.candidate_values == out.token_values[:, :, None])
+    assert among.any(dim=-1).all()
 
 
 def test_what_cannot_go_back_is_refused_by_name():

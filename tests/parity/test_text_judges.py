@@ -20,6 +20,7 @@ from hf_value_steer import (
     value_steer_generate,
 )
 from hf_value_steer.calibration import Calibration
+from hf_value_steer.judges import load_judge
 from tests.going_back import Shown
 from tests.tiny_text import BAD, save_tiny_model, write_lexicon
 
@@ -148,6 +149,7 @@ class TestWhatFails:
             "-0.1": lambda texts: np.full(len(texts), -0.1),
             "0 answers": lambda texts: [],
             "expected": lambda texts: None,
+            "answered {": lambda texts: dict.fromkeys([0.5, 0.6], texts),
         }
         for message, judge in cases.items():
             streamer = Shown()
@@ -189,6 +191,13 @@ class TestNames:
             ValueFilterConfig(value_head=3)
         with pytest.raises(TypeError, match="value_head"):
             AbstentionConfig(value_head=shouts)
+
+    def test_judges_that_are_loaded_already(self, world):
+        name = f"lexicon:{world[2] / 'words.txt'}"
+        (texts, _), (same, _) = (write(world, judge, rollback=4) for judge in (name, load_judge(name)))
+        assert texts == same
+        with pytest.raises(TypeError, match="is a TextJudge already"):
+            TextJudge(TextJudge(name))
 
     def test_json_names_a_list(self, world):
         model, tokenizer, folder = world

@@ -52,6 +52,7 @@ def test_what_a_config_leaves_open_is_settled():
         ({"rollback": -1}, "`rollback` has to be an integer from 0 to 1024, got -1"),
         ({"num_candidates": 0}, "`num_candidates` has to be an integer from 1 to 1024, got 0"),
         ({"selection": "hard"}, "`selection` has to be one of first, soft"),
+        ({"rollback": None}, "`operating_point` says nothing of rollback"),
         ({"beta": 0}, "`beta` has to be a finite number above 0"),
         ({"alpha": 1.5}, "`alpha` has to be a number in"),
         ({"threshold": 0.5}, "`threshold` is not a field of `operating_point`"),
