@@ -8,8 +8,9 @@ from torch import Tensor
 
 from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.generation.call import Call
-from hf_value_steer.generation.method import Method, Moment, ScoredMethod
+from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.output import Stops
+from hf_value_steer.generation.scored_method import ScoredMethod
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.generation.state import Draw
 from hf_value_steer.generation.validation import ending_tokens, eos_token

@@ -18,8 +18,9 @@ from hf_value_steer.generation.candidates import (
     sampled_alternatives,
     uniforms,
 )
-from hf_value_steer.generation.method import Method, Moment, ScoredMethod
+from hf_value_steer.generation.method import Method, Moment
 from hf_value_steer.generation.output import Stops
+from hf_value_steer.generation.scored_method import ScoredMethod
 from hf_value_steer.generation.scorer import Scorer, bind
 from hf_value_steer.generation.soft_selection import reweigh, soft_thresholds
 from hf_value_steer.generation.state import Draw

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from hf_value_steer.activation.apply import Injection
-from hf_value_steer.generation.method import Moment, ScoredMethod
+from hf_value_steer.generation.method import Moment
 from hf_value_steer.generation.output import Stops
+from hf_value_steer.generation.scored_method import ScoredMethod
 from hf_value_steer.generation.scorer import Scorer
 from hf_value_steer.policy import has_begun
 

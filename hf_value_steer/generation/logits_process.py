@@ -179,15 +179,11 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             "`max_interventions`": config.max_interventions is not None,
             "`output_candidates`": config.output_candidates,
             '`selection="soft"` (pass `selection="first"` if the head asks for it)': config.selection != "first",
+            f"`rollback`={config.rollback} (pass `rollback=0`)": config.rollback > 0,
         }
-        if needed := [name for name, asked in cannot.items() if asked]:
+        if asked := [name for name, is_asked in cannot.items() if is_asked]:
             raise UnsupportedError(
-                f"A processor cannot do {', '.join(needed)}: call `model.generate(value_steer=...)`."
-            )
-        if config.rollback:
-            raise UnsupportedError(
-                f"A processor cannot take tokens back: pass `rollback=0` in the place of {config.rollback}, or call "
-                "`model.generate(value_steer=...)`."
+                f"A processor cannot do {', '.join(asked)}: call `model.generate(value_steer=...)`."
             )
         self._eos()
         self.reads = layers_read(self.head, model)

@@ -13,7 +13,7 @@ from hf_value_steer.backbone.features import ONLY_FINAL, Features, Layer
 from hf_value_steer.choices import Evaluation
 from hf_value_steer.generation.call import Call
 from hf_value_steer.generation.output import Stops
-from hf_value_steer.generation.scorer import Scorer, require_finite
+from hf_value_steer.generation.scorer import require_finite
 from hf_value_steer.generation.state import Draw, Outcome, Reading, TakenBack
 from hf_value_steer.policy import Candidates, Decision
 
@@ -65,10 +65,9 @@ class Method:
 
     @property
     def follows(self) -> bool:
-        """Whether its state can be that of an earlier token again.
+        """Whether its state can be that of an earlier token again: [`restore`] knows of it, or there is none.
 
-        It can if it is in `rowwise`, or [`restore`] knows of it. A method that neither observes nor prescribes has
-        none. Where that is not so, a class may say it itself.
+        There is none where nothing is observed or prescribed. A class that knows better may say so itself.
         """
         says = bool(self.rowwise) or type(self).restore is not Method.restore
         return says or (type(self).observe is Method.observe and type(self).prescribe is Method.prescribe)
@@ -92,9 +91,8 @@ class Method:
         """The same `(n, K)` of candidates of some rows that were not forwarded, of a judge that reads no layer.
 
         Args:
-            draw: what the step starts from.
-            rows (`torch.LongTensor` of shape `(n,)`): rows of the batch.
-            tokens (`torch.LongTensor` of shape `(n, K)`): their candidates.
+            draw, rows: as in [`propose`].
+            tokens (`torch.LongTensor` of shape `(n, K)`): the candidates.
             asked (`torch.BoolTensor` of shape `(n, K)`): of which there is to be a value; elsewhere it is NaN.
         """
         raise NotImplementedError
@@ -182,7 +180,7 @@ class Method:
         return one
 
     def separate(self, row: int, stops: Stops) -> None:
-        """Called on a copy that is to be of one row: let it have parts of its own where it would share them."""
+        """Called on a copy for one row: let it have parts of its own where it would share them."""
 
     def snapshot(self) -> Mapping[str, Tensor]:
         """The state of every row, as it is now, `(batch, ...)` each."""
@@ -223,43 +221,6 @@ def recorded(methods: Sequence[Method], moment: "Moment") -> dict[str, Tensor]:
     for method in methods:
         fields |= method.record(moment)
     return fields
-
-
-class ScoredMethod(Method):
-    """A method whose values are those of a head; its hooks ask [`values_at`].
-
-    Args:
-        scorer: head and thresholds, bound to the model.
-    """
-
-    values_texts = True
-    rowwise: ClassVar[tuple[str, ...]] = ("memory",)
-
-    def __init__(self, scorer: Scorer):
-        self.scorer, self.reads = scorer, scorer.reads
-
-    @property
-    def memory(self) -> Tensor:
-        """What the head remembers of each row."""
-        return self.scorer.memory
-
-    @memory.setter
-    def memory(self, rows: Tensor) -> None:
-        self.scorer.memory = rows
-
-    def separate(self, row: int, stops: Stops) -> None:  # noqa: ARG002
-        self.scorer = self.scorer.of_row(row)
-
-    def values(self, features: Tensor, rows: Tensor | None = None) -> Tensor:
-        return self.scorer.values(features, rows)
-
-    def values_at(self, moment: "Moment") -> Tensor:
-        """Values `(batch,)` of the texts, which the head takes in. Those of prompts set the thresholds after them."""
-        values = moment.values_of(self)
-        if moment.step == 0:
-            self.scorer.start(values)
-        self.scorer.remember(moment.features.of(self.reads))
-        return values
 
 
 @dataclass

@@ -106,9 +106,10 @@ class RowCache(LiveCache):
         keys, values = self.live.held(index)
         count = self.live.last_slot(layer) + 1 + keys.shape[2] - layer.keys.shape[2]
         keys, values = select_rows(keys, self.row), select_rows(values, self.row)
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            keys, values = keys.clone(), values.clone()
-        slots = (keys, values, self.length, self.windows[index], count)
+        window = self.windows[index]
+        if isinstance(layer, DynamicSlidingWindowLayer):  # chunks have one, too, of which the config does not speak
+            keys, values, window = keys.clone(), values.clone(), layer.sliding_window
+        slots = (keys, values, self.length, window, count)
         return (
             RowHybridLayer(layer, states, torch.zeros(1, dtype=torch.long), *slots) if recurrent else RowLayer(*slots)
         )

@@ -65,7 +65,7 @@ def test_wrong_operating_points_are_refused(point, message):
 
 def test_a_processor_wants_to_be_told_that_it_does_not_go_back():
     model = build("llama")
-    with pytest.raises(UnsupportedError, match="cannot take tokens back: pass `rollback=0`"):
+    with pytest.raises(UnsupportedError, match="cannot do `rollback`=4 .pass `rollback=0`"):
         ValueFilterLogitsProcessor(model, ValueFilterConfig(value_head=pointed(model, rollback=4)))
     ValueFilterLogitsProcessor(model, ValueFilterConfig(value_head=pointed(model, rollback=4), rollback=0))
 
