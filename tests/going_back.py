@@ -2,6 +2,7 @@
 
     python -m tests.going_back            # the whole grid
     python -m tests.going_back llama      # of some families
+    python -m tests.going_back --types    # instead, every type that can be steered, on its dynamic cache
 
 Every committed token and every value of seven families, with all caches, lazy and eager, alone and in a padded batch,
 heads at the final state, at a layer and over time; what was taken back; what a streamer was shown; the text up to the
@@ -24,8 +25,10 @@ from transformers import set_seed
 from transformers.generation import BaseStreamer
 
 from hf_value_steer import UnsupportedError, ValueFilterConfig, value_steer_generate
-from tests.families import layered_head, prompts
+from hf_value_steer.generation.families import VERIFIED
+from tests.families import layered_head, prompts, random_head
 from tests.layers import cache_arguments, goes_on
+from tests.matrix import usable_prompts
 from tests.rollback_oracle import GoingBack
 from tests.tiny_models import build_tiny
 
@@ -162,18 +165,37 @@ def compare(case, threshold, seed):
     return seen
 
 
+def examine_type(model_type) -> Counter:
+    """The same for a tiny model of a type: every token of a few texts, lazy and eager."""
+    model, seen = build_tiny(model_type), Counter()
+    inputs, _ = usable_prompts(model)
+    options = {**inputs, "do_sample": True, "top_p": 0.95, "max_new_tokens": NEW_TOKENS, "eos_token_id": None}
+    for threshold, evaluation in itertools.product((0.5, 0.35), ("lazy", "eager")):
+        how = {"threshold": threshold, "num_candidates": CANDIDATES, "rollback": 4, "seed": 3}
+        config = ValueFilterConfig(value_head=random_head(model), evaluation=evaluation, **how)
+        oracle = GoingBack(config)
+        set_seed(1)
+        with torch.no_grad():
+            expected = model.generate(**options, custom_generate=oracle)
+        set_seed(1)
+        out = model.generate(**options, custom_generate=value_steer_generate, value_steer=config)
+        assert torch.equal(out[:, -NEW_TOKENS:], expected[:, -NEW_TOKENS:]), "other tokens"
+        seen += Counter(oracle.seen)
+    return seen
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*")
+    parser.add_argument("--types", action="store_true")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     start, done, failed, seen = time.monotonic(), 0, 0, Counter()
-    for case in GRID:
-        if arguments.families and case.family not in arguments.families:
-            continue
+    cases = [case for case in GRID if not arguments.families or case.family in arguments.families]
+    for case in sorted(VERIFIED) if arguments.types else cases:
         try:
-            seen += examine(case)
+            seen += examine_type(case) if arguments.types else examine(case)
         except Exception as error:
             failed += 1
             print(case, type(error).__name__, " ".join(str(error).split())[:200], flush=True)

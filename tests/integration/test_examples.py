@@ -14,6 +14,7 @@ SCRIPTS = {
     "filter_basics": (["--new-tokens", "8"], "tokens replaced: "),
     "chat_pipeline": (["--new-tokens", "14"], "steered: '"),
     "streaming": (["--new-tokens", "8"], "steered: I saw this film last night"),
+    "word_list": (["--new-tokens", "12"], "ms a step for the list"),
     "abstention": (["--problems", "8"], "right   answered"),
     "beam_search": (["--new-tokens", "6"], "steered  beam 2: "),
     "steering_vectors": (["--new-tokens", "8"], "m +0.50: "),
