@@ -1,4 +1,4 @@
-"""A list of words in the place of a head, and a way back: no word of the list is written, in any case or number of tokens.
+"""A list of words in the place of a head, and a way back: no word of the list is written, in any case.
 
 In a checkout, after `make demo`: `python -m examples.word_list`. A candidate is looked at as text, before it is
 forwarded. Where all candidates complete a word of the list, up to six tokens are taken back (`rollback`).
@@ -16,7 +16,7 @@ from hf_value_steer import ValueFilterConfig, enable_value_steer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=".cache/SmolLM2-135M-Instruct", help="folder or Hub id of the model")
-parser.add_argument("--words", nargs="+", default=["car", "AI", "read it aloud", "colleague", "/problems?/"])
+parser.add_argument("--words", nargs="+", default=["car", "AI", "read it aloud", "/problems?/"])
 parser.add_argument(
     "--prompts", nargs="+", default=["When the train arrived in", "She opened the letter and", "I met"]
 )
