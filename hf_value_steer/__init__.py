@@ -88,7 +88,9 @@ _RENAMED = {
 _REGISTERING = ("heads.value_head", "guidance.module", "wrapper")
 
 # What the command line imports before it knows what to do: without transformers and torch.
-_LIGHT = re.compile(r"(arguments|checks|choices|cli|errors)\b|hosts(\.imports|\.versions)?$")
+_LIGHT = re.compile(
+    r"(arguments|checks|choices|cli|errors)\b|hosts(\.imports|\.versions)?$|configuration(\.operating_point)?$"
+)
 
 __all__ = list(_HOME)
 

@@ -34,7 +34,7 @@ from tests.tiny_models import build_tiny
 
 
 FAMILIES = tuple("llama mistral gemma3_text qwen3 gpt2 lfm2 jamba".split())
-SLIDING = ("mistral", "gemma3_text")  # their static layers overwrite what was before
+SLIDING = ("mistral", "gemma3_text", "qwen3")  # their static layers overwrite what was before
 HEADS = ((("final",), "none"), ((1,), "none"), ((0, 2), "mean"))
 CACHES = ("dynamic", "block", "static", "compiled")
 BACK = (1, 4, 8)

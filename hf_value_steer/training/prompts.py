@@ -16,7 +16,7 @@ from hf_value_steer.checks import import_optional
 from hf_value_steer.errors import FieldError
 from hf_value_steer.files.references import PREFIX, resolve
 from hf_value_steer.files.writing import read_utf8
-from hf_value_steer.judges.prompt import Prompt
+from hf_value_steer.judges.prompt import Prompt as Prompt
 
 
 def load_prompts(

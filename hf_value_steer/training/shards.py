@@ -24,8 +24,7 @@ from hf_value_steer.backbone.features import FINAL, Layer, layers_of
 from hf_value_steer.errors import ArtefactError, MismatchError
 from hf_value_steer.files.reading import read_record, reading
 from hf_value_steer.files.writing import write_atomically
-from hf_value_steer.judges.prompt import Prompt
-from hf_value_steer.training.prompts import load_prompts
+from hf_value_steer.training.prompts import Prompt, load_prompts
 
 
 FORMAT = "hf-value-steer/collection@1"
