@@ -76,7 +76,7 @@ CONFIGS = [
     Config(WATCHED, lambda head: value_filter(head, num_candidates=1)),  # which never intervenes
     Config(FILTER, lambda head: value_filter(head, rollback=0)),
     Config("rollback=6", lambda head: value_filter(head, rollback=6)),
-    # The rival: the word list behind the label judge, which is none of those that evaluate, and the same way back.
+    # The rival: words that the label judge dislikes when they stand alone, in the loop with the same way back.
     Config("a list of words, rollback=6", lambda _: listed(rollback=6)),
 ]
 
