@@ -9,6 +9,7 @@ tries, one place before, and the first one behind it. How much of this there rea
 """
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -254,28 +255,35 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="few tokens, to try it")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    panels, lags = [], []
-    for dtype in ("float32", "bfloat16"):
-        model, _ = load_backbone(getattr(torch, dtype))
-        for batch, whole in NEW_TOKENS.items():
-            new_tokens = whole // 8 if arguments.tiny else whole
-            cases = measure(model, batch, new_tokens, arguments.rounds)
-            panels.append({"title": f"{dtype}, batch {batch}", "dtype": dtype, "batch": batch, "cases": cases})
-            for each in cases:
-                done = f"{each['ratio_median']:.3f}  {each['to_rollback_0']['ratio_median']:.3f}"
-                print(f"{panels[-1]['title']:20s} {each['name']:45s} {done}  {each['happened'][-1]}  {each['goals']}")
-            lags += [{"dtype": dtype, **lag(model, batch, 40, back)} for back in (0, BACK)]
-            print(lags[-2:], flush=True)
-    report = {
+    report: dict[str, Any] = {
         "command": command(),
         **describe(),
         "candidates": CANDIDATES,
         "rate": RATE,
         "dead_end_every": DEAD_EVERY,
-        "panels": panels,
-        "lags": lags,
-        "memory": memory(),
+        "panels": [],
+        "lags": [],
+        "memory": [],
     }
+    if arguments.output and arguments.output.exists():  # a run that was stopped goes on
+        before = json.loads(arguments.output.read_text(encoding="utf-8"))
+        report |= {name: before[name] for name in ("panels", "lags", "memory")}
+    there = {panel["title"] for panel in report["panels"]}
+    for dtype in ("float32", "bfloat16"):
+        model, _ = load_backbone(getattr(torch, dtype))
+        for batch, whole in NEW_TOKENS.items():
+            if (title := f"{dtype}, batch {batch}") in there:
+                continue
+            new_tokens = whole // 8 if arguments.tiny else whole
+            cases = measure(model, batch, new_tokens, arguments.rounds)
+            report["panels"].append({"title": title, "dtype": dtype, "batch": batch, "cases": cases})
+            for each in cases:
+                done = f"{each['ratio_median']:.3f}  {each['to_rollback_0']['ratio_median']:.3f}"
+                print(f"{title:20s} {each['name']:45s} {done}  {each['happened'][-1]}  {each['goals']}", flush=True)
+            report["lags"] += [{"dtype": dtype, **lag(model, batch, 40, back)} for back in (0, BACK)]
+            if arguments.output:
+                save(report, arguments.output)
+    report["memory"] = report["memory"] or memory()
     for each in report["memory"]:
         print(each)
     if arguments.output:
