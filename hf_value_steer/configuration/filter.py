@@ -77,22 +77,27 @@ class ValueFilterConfig(SteeringConfig):
         check_choices(**{name: getattr(self, name) for name in DEFAULTS})
         if type(self.prob_weight) not in (int, float) or not 0 <= self.prob_weight < math.inf:
             raise ValueError(f"`prob_weight` has to be a finite number of at least 0, got {self.prob_weight!r}.")
-        if self.selection == "soft" and self.proposal == "topk" and (self.fallback != "argmin" or self.rollback):
+        if self.reweighs and (self.fallback != "argmin" or self.rollback):
             raise ValueError(
                 'With `selection="soft"` and `proposal="topk"` no step is a dead end: leave out `fallback`, and pass '
                 "`rollback=0`."
             )
-        if self.selection == "soft" and self.proposal == "topk" and self.alpha is not None:
+        if self.reweighs and self.alpha is not None:
             raise ValueError('With `selection="soft"` and `proposal="topk"` no threshold counts: leave out `alpha`.')
         if self.max_interventions is not None:
             self._check_integer("max_interventions", 0)
         if self.seed is not None:
             self._check_integer("seed", 0)
 
+    @property
+    def reweighs(self) -> bool:
+        """Whether a most likely token is drawn by its value: no threshold counts, and no step is a dead end."""
+        return self.selection == "soft" and self.proposal == "topk"
+
     def settled(self, point: Mapping[str, Any] | None) -> "ValueFilterConfig":
         """This config with what it leaves open: as the operating point of the head has it, else by default."""
         point = {**DEFAULTS, **(point or {})}
-        reweighs = (self.selection or point["selection"]) == "soft" and self.proposal == "topk"
-        if self.threshold is not None or self.alpha is not None or reweighs:
+        selected = replace(self, selection=self.selection or point["selection"])
+        if self.threshold is not None or self.alpha is not None or selected.reweighs:
             point.pop("alpha", None)
         return replace(self, **{name: choice for name, choice in point.items() if getattr(self, name) is None})

@@ -9,9 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_value_steer.checks import as_python, check_choice, check_probability, check_threshold
+from hf_value_steer.files.references import PREFIX
 
 
-CODE = "python:"  # what begins so names a function
+def is_function(value: Any) -> bool:
+    """Whether this is called like a function, and is no model and no class."""
+    return callable(value) and not isinstance(value, type | nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class MethodConfig:
                 if not value.name_or_path:
                     raise ValueError(f"`{name}` has no name: save it and pass its folder or Hub id instead.")
                 chosen[name] = value.name_or_path
-            elif callable(value) or (isinstance(value, str) and value.startswith(CODE)):
+            elif callable(value) or (isinstance(value, str) and value.startswith(PREFIX)):
                 raise ValueError(
                     f"`{name}`={value!r} is code, which a saved config cannot name: pass it to `generate`."
                 )
@@ -96,7 +99,7 @@ class SteeringConfig(MethodConfig):
             if self.threshold is not None:
                 raise ValueError("`threshold` and `alpha` both say where to act: pass one of them.")
         self._check_integer("min_new_tokens", 0)
-        judge = self.takes_judges and callable(self.value_head) and not isinstance(self.value_head, type | nn.Module)
+        judge = self.takes_judges and is_function(self.value_head)
         if self.value_head is not None and not isinstance(self.value_head, PreTrainedModel | str) and not judge:
             also = ", or a judge of text" if self.takes_judges else ""
             raise TypeError(

@@ -9,7 +9,8 @@ from hf_value_steer.configuration.abstain import AbstentionConfig
 from hf_value_steer.configuration.activate import ActivationConfig
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.configuration.guide import GuidanceConfig
-from hf_value_steer.configuration.methods import CODE, MethodConfig
+from hf_value_steer.configuration.methods import MethodConfig
+from hf_value_steer.files.references import PREFIX
 
 
 # What `generate` takes. Among the rest are methods of one's own, see [`~hf_value_steer.generation.method.Bindable`].
@@ -67,7 +68,7 @@ def _parse_one(item: Any) -> Any:
         raise ValueError(f'`value_steer` needs a "method", one of {", ".join(METHODS)}; got {method!r}.')
     cls = METHODS[method]
     refuse_unknown(options, (field.name for field in fields(cls)), cls.__name__)
-    if str(options.get("value_head", "")).startswith(CODE):
+    if str(options.get("value_head", "")).startswith(PREFIX):
         raise ValueError(
             f"`value_head`={options['value_head']!r} names code, which no dict form may: it may come from a file, "
             f"or from others. Pass a {cls.__name__}."

@@ -88,7 +88,7 @@ class ValueFilter(ScoredMethod):
         texts = None if judge is None else TextValues(judge, call)
         scorer = call.bind(config) if judge is None else bind(config, judge, call.rows, call.device, ())
         config = config.settled(scorer.head.config.operating_point)
-        if config.selection == "soft" and config.proposal == "topk":
+        if config.reweighs:
             return [Reweighing(config, scorer, draws, texts)]
         if config.selection == "soft" and not draws:
             raise UnsupportedError(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_value_steer.calibration import Calibration
 from hf_value_steer.checks import check_choice, check_probability
 from hf_value_steer.choices import Polarity
+from hf_value_steer.configuration.methods import is_function
 from hf_value_steer.files.kept import load_once
 from hf_value_steer.judges import load_judge
 from hf_value_steer.judges.base import Judge
@@ -135,5 +136,4 @@ def text_judge(value_head: Any) -> TextJudge | None:
             f"`value_head`={value_head!r} is a judge that gives labels and cannot steer; those that can begin with "
             f"{', '.join(NAMED)}."
         )
-    is_function = callable(value_head) and not isinstance(value_head, torch.nn.Module | type)
-    return TextJudge(value_head) if is_function else None
+    return TextJudge(value_head) if is_function(value_head) else None
