@@ -64,7 +64,7 @@ class GoingBack(Oracle):
     def __init__(self, config: Any):
         super().__init__(config)
         self.seen = dict.fromkeys(
-            ("found", "failed", "deep", "while catching up", "ended", "budget", "two rows in one step"), 0
+            ("found", "failed", "deep", "while catching up", "ended", "budget", "two rows in one step", "drawn again"), 0
         )
 
     def visit_key(self, row: Row, place: int) -> int:
@@ -161,6 +161,7 @@ class GoingBack(Oracle):
         while taken < 2 * self.config.rollback and len(row.tokens) > max(furthest - self.config.rollback, 0):
             token, value, natural, left, rejected, scores = row.pop()
             taken += 1
+            self.seen["drawn again"] += token in rejected
             row.taken.append((len(row.tokens), token, value))
             if not self.acting(row):
                 break

@@ -133,7 +133,7 @@ def test_what_is_cheaper():
     assert Costs(1.0, 2.0, 0.9).break_even < 0
 
     def step(looked):
-        return lambda _: (None, SimpleNamespace(candidates=1 if looked else None))
+        return lambda _: (None, SimpleNamespace(room=object() if looked else None))
 
     def kinds(looks, break_even, rows=1):
         lazy, eager, found = iter(looks), [], []

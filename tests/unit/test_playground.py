@@ -174,7 +174,7 @@ def test_a_text_that_nobody_wants_is_not_written(writer, how):
     [
         (" \n", {}, "There is no prompt"),
         (PROMPT, {"threshold": 1.5}, "`threshold` has to be a number"),
-        (PROMPT, {"num_candidates": 0}, "`num_candidates` has to be an integer of at least 1"),
+        (PROMPT, {"num_candidates": 0}, "`num_candidates` has to be an integer from 1 to 1024, got 0"),
         (PROMPT, {"promised": True}, "needs a calibrated head"),
     ],
 )
