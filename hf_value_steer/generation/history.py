@@ -99,17 +99,15 @@ class History:
         steps = [bool(past.moment.live.any()) for past in self.pasts]
         return steps[::-1].index(True) if True in steps else 0
 
-    def put(self, row: int, one: "History") -> None:
-        """Let one row be as in a history of its own, which is as long."""
+    def put(self, row: int, one: "History", changed: int) -> None:
+        """Let one row be as in a history of its own, which is as long, and differs in the last `changed` steps."""
         known = [(id(mine), id(own)) for mine, own in zip(self.methods, one.methods, strict=True)]
-        first = one.pasts[0].moment.step
-        for index, past in enumerate(self.pasts):
-            if past.moment.step > first:
-                other = one.pasts[past.moment.step - first]
-                merged = self.pasts[index] = past.with_row(row, other)
-                for mine, own in known:
-                    if mine in past.moment.known and own in other.moment.known:
-                        merged.moment.known[mine] = put_row(past.moment.known[mine], row, other.moment.known[own])
+        for ago in range(1, changed + 1):
+            past, other = self.pasts[-ago], one.pasts[-ago]
+            merged = self.pasts[-ago] = past.with_row(row, other)
+            for mine, own in known:
+                if mine in past.moment.known and own in other.moment.known:
+                    merged.moment.known[mine] = put_row(past.moment.known[mine], row, other.moment.known[own])
         self.stops.become(with_row(self.stops, row, one.stops))
         for method, copied in zip(self.methods, one.methods, strict=True):
             method.restore(torch.tensor([row]), copied.snapshot())

@@ -172,7 +172,7 @@ class Trail:
     def keep(self) -> State:
         """Let the batch have this text, its cache, methods and record. Returns the state that it goes on from."""
         self.engine.live.keep()
-        self.scene.history.put(self.row, self.history)
+        self.scene.history.put(self.row, self.history, len(self.written))
         record, row = self.scene.record, self.row
         for ago, written in zip(range(len(self.written), 0, -1), self.written, strict=True):
             fields = written.fields
