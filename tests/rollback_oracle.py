@@ -63,9 +63,8 @@ class GoingBack(Oracle):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        self.seen = dict.fromkeys(
-            ("found", "failed", "deep", "while catching up", "ended", "budget", "two rows in one step", "drawn again"), 0
-        )
+        counted = ("found", "failed", "deep", "while catching up", "ended", "budget", "drawn again")
+        self.seen = dict.fromkeys((*counted, "two rows in one step"), 0)
 
     def visit_key(self, row: Row, place: int) -> int:
         row.visits[place] = row.visits.get(place, 0) + 1
