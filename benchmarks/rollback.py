@@ -4,9 +4,9 @@
 
 SmolLM2-135M. Plain `generate` and all steered runs of a batch size are under way at once and take turns, a token each.
 The heads' values are prescribed by a timetable: of the steps of a row 1.5 % have a rejected natural sample. Of these
-one in fifteen is a dead end, where all alternatives are rejected, too, and at least one; so it was with the real heads
-(`benchmarks/results/going-back.json`: 137 tokens replaced, 10 dead ends). The search accepts the first candidate that it
-tries, one place before, and the first one behind it. How much of this there really was stands beside the times.
+one in fifteen is a dead end, where all alternatives are rejected, too, and at least one. So it was with the real heads
+(`benchmarks/results/going-back.json`: 137 tokens replaced, 10 dead ends). The search accepts the first candidate that
+it tries, one place before, and the first one behind it. How much of this there really was stands beside the times.
 """
 
 import argparse
