@@ -76,7 +76,8 @@ class GoingBack(Oracle):
     def processed(self, row: Row) -> torch.Tensor:
         ids = torch.tensor([[0] * row.padding + row.text])
         logits = self.model(torch.tensor([row.text]), use_cache=False).logits[:, -1]
-        return self.processors(ids, logits)[0]
+        rows = len(self.rows)  # some processors know each row's encoder input by its number
+        return self.processors(ids.expand(rows, -1), logits.expand(rows, -1))[row.number]
 
     def ends(self, row: Row) -> bool:
         return bool(self.criteria(torch.tensor([[0] * row.padding + row.text]), None)[0])
