@@ -23,7 +23,8 @@ from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cli import main
 from hf_value_steer.evaluation.measures import outcome
 from hf_value_steer.files.marked import Marked
-from hf_value_steer.recipe import _Steps, run_recipe
+from hf_value_steer.recipe import run_recipe
+from hf_value_steer.recipe.sections import Steps
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
@@ -433,7 +434,7 @@ def test_a_head_of_another_backbone_is_not_calibrated(world, finished, tmp_path,
     ("change", "message"),
     [
         ({"colect": {}}, "The recipe, colect: `colect` is not a field of a recipe: did you mean `collect`"),
-        ({"train": {"preset": "hazzard"}}, "train.preset: has to be one of value-steer, hazard, got 'hazzard'"),
+        ({"train": {"preset": "hazzard"}}, "train.preset: has to be one of value-steer, hazard, onset, got 'hazzard'"),
         ({"train": {"lerning_rate": 1}}, "The recipe, train.lerning_rate: .* did you mean `learning_rate`"),
         ({"collect": None}, "lacks collect"),
         ({"card": {"limit": "none"}}, "card.limit: .* not a field of section 'card': did you mean `limits`"),
@@ -499,7 +500,7 @@ def test_processes_share_the_shards(world, tmp_path):
 
 
 def test_evaluate_reads_prompts_as_collect_does():
-    steps = _Steps(
+    steps = Steps(
         Marked(
             {
                 "output": "run",

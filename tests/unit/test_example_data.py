@@ -13,7 +13,7 @@ from hf_value_steer.files.marked import read_marked
 from hf_value_steer.files.references import PREFIX, resolve
 from hf_value_steer.judges import load_judge
 from hf_value_steer.judges.prompt import Prompt
-from hf_value_steer.recipe import _Steps
+from hf_value_steer.recipe.sections import Steps
 from hf_value_steer.training.prompts import load_prompts
 
 
@@ -181,7 +181,7 @@ def test_a_predictor_that_knows_nothing_has_the_accuracy_of_all():
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_name_what_is_there(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    steps = _Steps(read_marked(ROOT / "examples" / "recipes" / f"{name}.yaml"))
+    steps = Steps(read_marked(ROOT / "examples" / "recipes" / f"{name}.yaml"))
     assert load_prompts(steps.collect.prompts)
     named = [steps.collect.model, steps.evaluate.mask, *steps.label.judges, *steps.evaluate.judges]
     assert all(callable(resolve(each)) for each in named if each and each.startswith(PREFIX))

@@ -33,7 +33,8 @@ from hf_value_steer.cli.options import parser_of, read
 from hf_value_steer.errors import FieldError
 from hf_value_steer.files.marked import Marked, read_marked
 from hf_value_steer.judges.prompt import Prompt
-from hf_value_steer.recipe import _Steps, run_recipe
+from hf_value_steer.recipe import run_recipe
+from hf_value_steer.recipe.sections import Steps
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.prompts import load_prompts, prompts_digest, write_prompts
 from tests.tiny_text import write_world
@@ -178,7 +179,7 @@ RECIPES = {
     "a word that is no option": (
         "preset: hazard",
         "preset: hazzard",
-        ", line 13, train.preset: has to be one of value-steer, hazard, got 'hazzard'.",
+        ", line 13, train.preset: has to be one of value-steer, hazard, onset, got 'hazzard'.",
     ),
     "an unknown field": (
         "learning_rate:",
@@ -316,13 +317,13 @@ def one_line(caught, kind=ValueError):
 
 
 def test_the_recipe_without_mistakes(tmp_path):
-    steps = _Steps(read_marked(written(tmp_path, GOOD)))
+    steps = Steps(read_marked(written(tmp_path, GOOD)))
     assert (steps.collect.samples, steps.train.preset, steps.folds) == (4, "hazard", 4)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir() if path.suffix == ".yaml"))
 def test_the_examples_are_without_mistakes(name):
-    steps = _Steps(read_marked(EXAMPLES / name))
+    steps = Steps(read_marked(EXAMPLES / name))
     assert steps.train is not None or steps.guide is not None
 
 
@@ -351,7 +352,7 @@ def test_what_is_fine_in_yaml_stays_fine(tmp_path):
     text = text.replace('["lexicon:other.txt"]', "*words").replace(
         "  alpha: 0.1", "  <<: &same {alpha: 0.2}\r\n  alpha: 0.1"
     )
-    steps = _Steps(read_marked(written(tmp_path, codecs.BOM_UTF8 + text.encode())))
+    steps = Steps(read_marked(written(tmp_path, codecs.BOM_UTF8 + text.encode())))
     assert (steps.evaluate.judges, steps.calibrate.alpha) == (["lexicon:words.txt"], 0.1)
 
 
@@ -374,7 +375,7 @@ def test_a_recipe_in_python_has_no_lines(change, expected):
     for _ in range(5000):
         deep = [deep]
     with pytest.raises(ValueError, match=r"collect\.model: has to be a text"):
-        _Steps(Marked({**content, "collect": {"model": deep, "prompts": "p"}, "train": {}}))
+        Steps(Marked({**content, "collect": {"model": deep, "prompts": "p"}, "train": {}}))
 
 
 def test_the_first_error_names_an_own_key(tmp_path):
@@ -609,21 +610,24 @@ def test_the_old_word_in_a_recipe(tmp_path):
     path = written(tmp_path, GOOD.replace("preset: hazard", "recipe: hazard"))
     place = re.escape(f"{path}, line 13, train.recipe: ")
     with pytest.warns(FutureWarning, match=f"{place}`recipe` is `preset` now") as warned:
-        assert _Steps(read_marked(path)).train.preset == "hazard"
+        assert Steps(read_marked(path)).train.preset == "hazard"
     assert len(warned) == 1
     path = written(tmp_path, GOOD.replace("preset: hazard", "recipe: hazzard"))
-    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=f"{place}has to be one of value-steer, hazard"):
-        _Steps(read_marked(path))
+    with (
+        pytest.warns(FutureWarning),
+        pytest.raises(ValueError, match=f"{place}has to be one of value-steer, hazard, onset"),
+    ):
+        Steps(read_marked(path))
     path = written(tmp_path, GOOD.replace("preset: hazard", "preset: hazard\n  recipe: hazard"))
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 14, train.recipe: `recipe` is the old name of")):
-        _Steps(read_marked(path))
+        Steps(read_marked(path))
 
 
 def test_what_is_wrong_about_several_fields_is_said_of_their_section(tmp_path):
     """Not of the first that is named: `calibration` is fine where `validation` is too much."""
     path = written(tmp_path, GOOD.replace("  attribute: rude\n", "  calibration: 0.1\n  validation: 0.95\n"))
     with pytest.raises(ValueError) as caught:
-        _Steps(read_marked(path))
+        Steps(read_marked(path))
     assert one_line(caught).startswith(f"{path}, line 11, train: `validation`, `calibration` and `held_out` have to")
 
 
@@ -695,7 +699,7 @@ def test_any_recipe_is_read_or_refused_in_one_line(tmp_path):
     for _ in range(300):
         path = written(tmp_path, mutated(draw, GOOD))
         try:
-            _Steps(read_marked(path))
+            Steps(read_marked(path))
         except ValueError as error:
             refused += 1
             assert str(error).startswith(str(path)) and "\n" not in str(error) and len(str(error)) < 700

@@ -1,9 +1,9 @@
-"""A recipe: collect, train, calibrate, evaluate and push, or train a guidance module, all from one YAML file."""
+"""What the sections of a recipe say, all of it checked before the first step is done."""
 
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,23 +17,14 @@ from hf_value_steer.arguments.kinds import Folds, check_kind, shown
 from hf_value_steer.arguments.train import TrainArguments, parse_attributes
 from hf_value_steer.checks import refuse_unknown
 from hf_value_steer.errors import FieldError
-from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
-from hf_value_steer.evaluation.evaluate import check_sources, evaluate, evaluation_prompts
-from hf_value_steer.files.marked import Marked, read_marked
-from hf_value_steer.files.reading import read_record
+from hf_value_steer.evaluation.evaluate import check_sources, evaluation_prompts
+from hf_value_steer.files.marked import Marked
 from hf_value_steer.files.upload import check_hub_id
-from hf_value_steer.files.writing import write_atomically
-from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.hub import push_head, renew_card
 from hf_value_steer.judges.prompt import Prompt
-from hf_value_steer.training.calibrate import calibrate, check_column
+from hf_value_steer.training.calibrate import check_column
 from hf_value_steer.training.checkpoints import check_further
-from hf_value_steer.training.collect import collect
-from hf_value_steer.training.guidance.train import train_guidance
 from hf_value_steer.training.prompts import load_prompts
 from hf_value_steer.training.targets import check_target
-from hf_value_steer.training.train import train
-from hf_value_steer.vllm.start import vllm_engine
 
 
 SECTIONS = ("output", "collect", "label", "train", "calibrate", "evaluate", "card", "push", "guide")
@@ -42,80 +33,7 @@ _SHARED = ("model", "chat", "prompt_column", "max_new_tokens", "do_sample", "tem
 T = TypeVar("T")
 
 
-def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
-    """Do what a recipe says. A run that was stopped goes on; what is done already is not done again.
-
-    ```yaml
-    output: runs/my-attribute        # collection/, head/, evaluation/ and module/ appear in it
-    collect: {model: org/backbone, prompts: prompts.txt, samples: 4}
-    label: {judges: ["lexicon:words.txt"]}
-    train: {attribute: my-attribute}
-    calibrate: {alpha: 0.1}
-    evaluate: {prompts: unseen.txt, judges: ["classifier:org/judge"]}
-    # or, where prompts are few: {folds: 4, judges: [...]}, see [`evaluate_crossfitted`]
-    guide: {attribute: my-attribute} # a guidance module, beside a head or, without `train`, instead of one
-    ```
-
-    A head of several attributes learns from a judge of `label` for each, not from the first one:
-
-    ```yaml
-    label: {judges: ["lexicon:rude.txt", "python:mine:polite"]}
-    train: {attributes: ["rude=lexicon:rude.txt", "polite=python:mine:polite@desirable"]}
-    ```
-
-    Sections hold the fields of [`CollectArguments`], [`LabelArguments`], [`TrainArguments`], [`CalibrateArguments`],
-    [`EvaluateArguments`] and [`GuidanceTrainArguments`]; folders are filled in, the first judge of `label` gives the
-    labels, and the backbone and how it samples are those of `collect` unless another section says otherwise.
-    `calibrate`, `evaluate`, `card` (`limits`, `license`, `datasets`) and `push` (arguments of
-    [`~hf_value_steer.hub.push_head`]) belong to a head, and may be left out.
-
-    Args:
-        recipe: file, or its content.
-
-    Returns:
-        The folder of what was trained: of the head, if there is one.
-
-    Raises:
-        ValueError: before anything is generated, for what is no recipe, names file, line and key; and for a judge, a
-            function, a file or a column that is not there. For a head that learned nothing, see
-            [`~hf_value_steer.training.train.train`].
-    """
-    steps = _Steps(Marked(recipe) if isinstance(recipe, Mapping) else read_marked(Path(recipe)))
-    steps.look_for_sources()
-    collect(steps.collect, steps.label, vllm_engine)
-    trained = []
-    if steps.train is not None:
-        trained.append(_make_head(steps, steps.train))
-    if steps.guide is not None:
-        train_guidance(steps.guide)
-        trained.append(Path(steps.guide.output))
-    return trained[0]
-
-
-def _make_head(steps: "_Steps", arguments: TrainArguments) -> Path:
-    train(arguments)
-    if steps.calibrate is not None:
-        calibrate(steps.calibrate)
-    if steps.evaluate is not None and steps.calibrate is not None and steps.folds:
-        evaluate_crossfitted(steps.evaluate, arguments, steps.calibrate, steps.folds)
-    elif steps.evaluate is not None:
-        evaluate(steps.evaluate)
-    head, results = Path(arguments.output), Path(steps.evaluate.output) if steps.evaluate else None
-    _renew_card(head, results, steps.card)
-    if steps.push is not None:
-        push_head(head, **steps.push, evaluation=results)
-    return head
-
-
-def _renew_card(head: Path, results: Path | None, said: Mapping[str, Any]) -> None:
-    """The card of the finished head, with what was measured of it, and what the recipe says."""
-    card = head / "README.md"
-    document = read_record(results / "evaluation.json") if results else None
-    text = renew_card(ValueHead.from_pretrained(head), card.read_text(encoding="utf-8"), document, **said)
-    write_atomically(card, text.encode())
-
-
-class _Steps:
+class Steps:
     """The arguments of every step, all checked before the first is done."""
 
     def __init__(self, recipe: Marked):
@@ -129,6 +47,7 @@ class _Steps:
         self.guide: GuidanceTrainArguments | None = None
         self.calibrate: CalibrateArguments | None = None
         self.evaluate: EvaluateArguments | None = None
+        self.fresh: CollectArguments | None = None
         self.folds = 0
         learned: dict[str, Any] = {"judge": self.label.judges[0]}
         if "train" in recipe.content:
@@ -139,11 +58,28 @@ class _Steps:
         self.card, self.push = self._publishing()
         if "calibrate" in recipe.content:
             judged = {} if "judge" in self._own("calibrate") else learned
-            chosen = {**collection, "value_head": head, **judged}
-            self.calibrate = self._arguments(CalibrateArguments, "calibrate", chosen)
+            chosen = {**self._fresh(folder, collection), "value_head": head, **judged}
+            self.calibrate = self._arguments(CalibrateArguments, "calibrate", chosen, "prompts")
         if "evaluate" in recipe.content:
             own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": _label_judge(learned)}
             self.folds, self.evaluate = self._evaluate({**self._same(*_SHARED), **own}, learned)
+
+    def _fresh(self, folder: Path, collection: dict[str, str]) -> dict[str, str]:
+        """Where the texts are that `calibrate` reads: of prompts of its own, one each, or a part of the collection."""
+        if "prompts" not in self._own("calibrate"):
+            return collection
+        with self.recipe.blaming("calibrate"):
+            self.fresh = replace(
+                self.collect,
+                prompts=self._own("calibrate")["prompts"],
+                output=str(folder / "calibration"),
+                limit=None,
+                samples=1,
+                forced_samples=0,
+                force_words=None,
+                next_tokens=0,
+            )
+        return {"collection": self.fresh.output}
 
     def _check_sections(self) -> None:
         """Raise a `ValueError` for what is no recipe: sections, those that are needed among them, of fields."""
@@ -254,17 +190,22 @@ class _Steps:
 
     def look_for_sources(self) -> None:
         """Look for everything that later steps will ask for; `collect` does so for its own."""
-        prompts: list[Prompt] = []
-        if self.folds or (self.calibrate is not None and self.calibrate.group_column is not None):
-            with self.recipe.blaming("collect"):
-                given = self.collect
-                prompts = load_prompts(given.prompts, given.prompt_column, given.prompt_split, given.limit)
-        if self.calibrate is not None and self.calibrate.group_column is not None:
+        with self.recipe.blaming("collect"):
+            prompts = _prompts_of(self.collect) if self.folds or self.calibrate is not None else []
+        if self.calibrate is not None:
             with self.recipe.blaming("calibrate"):
-                check_column(self.calibrate.group_column, prompts)
+                calibrated = prompts if self.fresh is None else _prompts_of(self.fresh)
+                if self.fresh is not None and (both := {each.text for each in prompts} & {e.text for e in calibrated}):
+                    raise FieldError("prompts", f"`prompts` hold {len(both)} of those of section 'collect'.")
+                if self.calibrate.group_column is not None:
+                    check_column(self.calibrate.group_column, calibrated)
         if self.evaluate is not None:
             with self.recipe.blaming("evaluate"):
                 check_sources(self.evaluate, prompts if self.folds else evaluation_prompts(self.evaluate))
+
+
+def _prompts_of(given: CollectArguments) -> list[Prompt]:
+    return load_prompts(given.prompts, given.prompt_column, given.prompt_split, given.limit)
 
 
 def _check_kept(read: Sequence[Any] | None, kept: Sequence[Any]) -> None:
