@@ -6,7 +6,6 @@ from typing import Any, Literal
 from hf_value_steer.arguments.base import Arguments, BackboneArguments
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, NotNegative, NumpySeed, Share
 from hf_value_steer.arguments.train import SplitArguments
-from hf_value_steer.choices import Target
 
 
 @dataclass(kw_only=True)
@@ -40,7 +39,9 @@ class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
     output: str = field(metadata={"help": "folder of the module"})
     judge: str = field(metadata={"help": "the judge whose labels are learned"})
     attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
-    target: Target = field(default="response", metadata={"help": "what a token is labelled with"})
+    target: Literal["response", "prefix", "hazard", "risk"] = field(
+        default="response", metadata={"help": "what a token is labelled with"}
+    )
     layer: Amount | None = field(
         default=None, metadata={"help": "layer l* whose states are valued; by default what a probe sweep finds"}
     )

@@ -48,6 +48,7 @@ PRESETS = {
         patience=3,
     ),
 }
+PRESETS["onset"] = replace(PRESETS["hazard"], target="onset")
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class TrainArguments(SplitArguments):
     temporal_decay: Probability | None = field(
         default=None, metadata={"help": "with `temporal` ema, the weight of what was before; 0.9 by default"}
     )
-    preset: Literal["value-steer", "hazard"] = field(
+    preset: Literal["value-steer", "hazard", "onset"] = field(
         default="value-steer",
         metadata={
             "help": "defaults of target, loss, weights, learning rate, decay, epochs and patience; what you give wins",

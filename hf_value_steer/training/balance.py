@@ -23,8 +23,9 @@ def report_balance(targets: Targets, judges: Sequence[str], splits: Mapping[str,
         splits: rows by the name of their split.
     """
     for split, rows in splits.items():
-        tokens = torch.cat([targets.of(row) > 0.5 for row in rows]).view(-1, len(judges))
-        for judge, of_texts, of_tokens in zip(judges, targets.positive(rows).T, tokens.T, strict=True):
+        tokens = torch.cat([targets.of(row) for row in rows]).view(-1, len(judges))
+        for judge, of_texts, of_all in zip(judges, targets.positive(rows).T, tokens.T, strict=True):
+            of_tokens = of_all[~of_all.isnan()] > 0.5
             logger.info(
                 f"{split}: {judge} scores {_share(of_texts)} texts above 0.5; the target `{targets.kind}` of "
                 f"{_share(of_tokens)} tokens is."
@@ -38,6 +39,29 @@ def report_balance(targets: Targets, judges: Sequence[str], splits: Mapping[str,
                     "head learns from them, and what is measured of it, is mostly luck. Collect more `samples`, or "
                     "prompts that bring out both kinds."
                 )
+
+
+def report_hard_negatives(targets: Targets, judges: Sequence[str], rows: Sequence[int]) -> dict[str, dict[str, int]]:
+    """Log, for targets of the kind `"onset"`, how many tokens are positive, and how many negatives look like them.
+
+    Warns where there are fewer of the latter: the head may learn to know a word, not what the judge says of it.
+
+    Returns:
+        Both counts by judge.
+    """
+    columns = [(targets.of(row) == 1, targets.hard_negatives(row)) for row in rows]
+    onsets, hard = (torch.cat(each).view(-1, len(judges)).sum(dim=0).tolist() for each in zip(*columns, strict=True))
+    counts = {judge: {"onsets": a, "hard_negatives": b} for judge, a, b in zip(judges, onsets, hard, strict=True)}
+    for judge, each in counts.items():
+        logger.info(
+            f"training: {judge} finds {each['onsets']:,} onsets, and accepts {each['hard_negatives']:,} forced words."
+        )
+        if each["hard_negatives"] < each["onsets"]:
+            logger.warning(
+                f"training: {judge} accepts fewer forced words than it objects to. A head learns from both: add words "
+                "that it accepts to `force_words`."
+            )
+    return counts
 
 
 def _share(positive: torch.Tensor) -> str:

@@ -223,6 +223,7 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]
         step = max(half, 1)
         self.starts = [{draw.randrange(step), half + draw.randrange(step)} for _ in range(rows)]
         self.likely: list[tuple[Tensor, Tensor]] = []
+        self.forced: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.keep:
@@ -232,6 +233,8 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]
         for row, starts in enumerate(self.starts):
             if self.words is not None and step in starts:
                 self.pending[row] = self.words.draw(scores[row])
+        if self.words is not None:
+            self.forced.append(torch.tensor([bool(pieces) for pieces in self.pending]))
         if not any(self.pending):
             return scores
         scores = scores.clone()
@@ -242,8 +245,9 @@ class _Watch(LogitsProcessor):  # type: ignore[misc]
         return scores
 
     def columns(self) -> dict[str, Tensor]:
-        """What came next after each kept token, `(rows, steps, next_tokens)`."""
+        """What came next after each kept token, `(rows, steps, next_tokens)`; which were forced, `(rows, steps)`."""
+        columns = {"forced": torch.stack(self.forced[:-1], dim=1)} if self.forced else {}
         if not self.keep:
-            return {}
+            return columns
         probabilities, tokens = (torch.stack(steps, dim=1) for steps in zip(*self.likely[1:], strict=True))
-        return {"next_probabilities": probabilities, "next_tokens": tokens}
+        return {**columns, "next_probabilities": probabilities, "next_tokens": tokens}

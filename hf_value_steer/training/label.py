@@ -106,11 +106,11 @@ class Labels:
 
     @property
     def kinds(self) -> set[str]:
-        """`"responses"`, and with prefixes `"prefixes"` and perhaps `"next"`."""
+        """`"responses"`, and with prefixes `"prefixes"`, `"completes"` and perhaps `"next"`."""
         return set(self.files[0].tensors)
 
     def read(self, name: str, row: int) -> Tensor:
-        """Scores of a row's tokens: `"prefixes"` `(tokens,)`, `"next"` `(tokens, next_tokens)`."""
+        """Of a row's tokens, scores (`"prefixes"`, `"next"`) or whether they complete a word: `(tokens, ...)`."""
         return self.collection.read_from(self.files, name, row)
 
 
@@ -130,6 +130,17 @@ def vocabulary_pieces(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     word = next(token for token in tokens if tokenizer.decode([token], skip_special_tokens=True).strip().isalnum())
     alone = len(tokenizer.decode([word]))
     return [text[alone:] for text in tokenizer.batch_decode([[word, t] for t in tokens], skip_special_tokens=True)]
+
+
+def completes_word(pieces: Sequence[str]) -> list[bool]:
+    """Whether no letter or digit follows a token that ends in one, for each token of a text that was cut anywhere.
+
+    Of the last token that is known only if it does not end in one: a text that was cut may have gone on.
+    """
+    unknown = "x"  # what follows the last token
+    return [
+        not (piece[-1:].isalnum() and after[:1].isalnum()) for piece, after in itertools.pairwise([*pieces, unknown])
+    ]
 
 
 @dataclass
@@ -172,7 +183,8 @@ class _Reader:
                 texts.append(self._cut(text))
                 for after in following[start + step] if following else ():
                     next_texts.append(self._cut(text + self.pieces[after]))
-        labels = {"prefixes": self._score(owners, texts)}
+        completes = [each for row in rows for each in completes_word([self.pieces[token] for token in row])]
+        labels = {"prefixes": self._score(owners, texts), "completes": torch.tensor(completes)}
         if following:
             width = len(following[0])
             repeated = [owner for owner in owners for _ in range(width)]

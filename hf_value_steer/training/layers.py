@@ -120,9 +120,10 @@ def suggest_feature_layers(
         raise ValueError("`rows` has to name at least one row of the collection.")
     rows = sorted(random.Random(0).sample(list(rows), min(limit, len(rows))))
     targets = Targets(collection, [judge], target)
-    labels = [targets.of(row) > 0.5 for row in rows]
-    label, counts = torch.cat(labels), torch.tensor([len(each) for each in labels])
-    owner = _owners(collection, rows).repeat_interleave(counts)
+    labels = [targets.of(row) for row in rows]
+    known = torch.cat(labels).isnan().logical_not()
+    label, counts = torch.cat(labels)[known] > 0.5, torch.tensor([len(each) for each in labels])
+    owner = _owners(collection, rows).repeat_interleave(counts)[known]
     if label.all() or not label.any() or owner.max() == 0:
         raise ValueError(
             f"The {len(label)} tokens that were read are all of one class, or of one prompt: pass more `rows`, or "
@@ -133,7 +134,7 @@ def suggest_feature_layers(
         texts = [collection.features(row, [layer]).float() for row in rows]
         for temporal in MEMORIES:
             seen = [_seen(text, temporal) for text in texts]
-            states = torch.cat([text[len(text) - len(of) :] for text, of in zip(seen, labels, strict=True)])
+            states = torch.cat([text[len(text) - len(of) :] for text, of in zip(seen, labels, strict=True)])[known]
             scores = held_out_scores(states, label, owner % folds).numpy()
             auroc, draws = bootstrap.auroc(scores, label.numpy())
             lower, upper = interval(draws) or [0.0, 1.0]

@@ -17,7 +17,12 @@ from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.files.reading import read_object, read_record, reading
 from hf_value_steer.files.writing import claim, write_json
 from hf_value_steer.heads.value_head import ValueHead
-from hf_value_steer.training.balance import refuse_one_class, refuse_what_cannot_be_told, report_balance
+from hf_value_steer.training.balance import (
+    refuse_one_class,
+    refuse_what_cannot_be_told,
+    report_balance,
+    report_hard_negatives,
+)
 from hf_value_steer.training.chance import METRICS, chance_report
 from hf_value_steer.training.checkpoints import train_on, training_arguments
 from hf_value_steer.training.label import Labels
@@ -77,6 +82,7 @@ def train(arguments: TrainArguments) -> ValueHead:
         **asdict(arguments.settings()),
         "seed": arguments.seed,
         **({"attributes": arguments.attributes} if arguments.attributes else {"judge": arguments.judge}),
+        **(head.config.training or {}),
         "metrics": history[-1],
     }
     _refuse_chance(head.config.training, arguments)
@@ -158,6 +164,7 @@ def fit(
     refuse_one_class(targets, train_rows, judges)
     refuse_what_cannot_be_told(targets, validation_rows, judges, arguments.accept_chance)
     report_balance(targets, judges, {"training": train_rows, "validation": validation_rows})
+    examples = report_hard_negatives(targets, judges, train_rows) if settings.target == "onset" else None
     layers, whole = _layers(collection, arguments), arguments.temporal != "none"
     training, validation = (TokenRows(targets, rows, layers, whole) for rows in (train_rows, validation_rows))
     set_seed(arguments.seed)
@@ -180,7 +187,9 @@ def fit(
             f"The validation loss was never finite: lower `learning_rate` (it is {settings.learning_rate:g}), or look "
             "for infinite features in the collection."
         )
-    return model.folded(), [*history, min(finite, key=lambda entry: entry["loss"])]
+    head = model.folded()
+    head.config.training = {"examples": examples} if examples else None
+    return head, [*history, min(finite, key=lambda entry: entry["loss"])]
 
 
 def _layers(collection: Collection, arguments: TrainArguments) -> tuple[Layer, ...]:

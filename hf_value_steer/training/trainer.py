@@ -45,8 +45,8 @@ def join_rows(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
     Returns:
         `features` `(tokens, width)`; `lengths` `(rows,)`, how many of them each row has; `labels` `(n,)` or `(n, A)`
-        of the last ones of each row; `labelled` `(tokens,)`, which these are; and `follows` `(n,)`, whether a label
-        follows the one before it in its row.
+        of the last ones of each row, NaN where there is none; `labelled` `(tokens,)`, which these are; and `follows`
+        `(n,)`, whether a label follows the one before it in its row.
     """
     counts = [(len(item["features"]), len(item["labels"])) for item in items]
     joined = {name: torch.cat([item[name] for item in items]) for name in ("features", "labels")}
@@ -88,9 +88,10 @@ class HeadInTraining(nn.Module):
     def forward(
         self, features: Tensor, lengths: Tensor, labels: Tensor, labelled: Tensor, follows: Tensor
     ) -> dict[str, Tensor]:
-        """Loss `()`, the mean over tokens and attributes, and logits of the shape of `labels`; see [`join_rows`]."""
+        """Loss `()`, the mean over labels that are there, and logits of the shape of `labels`; see [`join_rows`]."""
         logits = self.logits(features, lengths)[labelled].squeeze(-1)
-        loss = token_loss(logits, labels, self.loss, self.positive_weight).mean()
+        known = ~labels.isnan()
+        loss = token_loss(logits[known], labels[known], self.loss, self.positive_weight).mean()
         if self.coherence_weight:
             loss = loss + self.coherence_weight * coherence(logits, follows)
         return {"loss": loss, "logits": logits}
@@ -235,7 +236,7 @@ def token_metrics(prediction: EvalPrediction, names: Sequence[str] = ()) -> dict
     The AUROC is left out where all labels are on one side, and both are where logits are not finite.
 
     Args:
-        prediction: logits and labels, `(tokens,)` or `(tokens, A)`.
+        prediction: logits and labels, `(tokens,)` or `(tokens, A)`; labels of NaN do not count.
         names: of several attributes. There is `auroc_<name>` and `calibration_error_<name>` of each then, and the
             others are means.
     """
@@ -253,6 +254,7 @@ def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
     if not logits.isfinite().all():
         return {}
+    logits, labels = logits[~labels.isnan()], labels[~labels.isnan()]
     positive = labels > 0.5
     both = bool(positive.any()) and not bool(positive.all())
     auroc = {"auroc": float(roc_auc_score(positive, logits))} if both else {}

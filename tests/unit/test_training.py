@@ -1,12 +1,14 @@
 import pytest
 import torch
+from transformers import EvalPrediction
 
 from hf_value_steer import ValueHead, ValueHeadConfig
 from hf_value_steer.arguments.train import TrainArguments
+from hf_value_steer.training.label import completes_word
 from hf_value_steer.training.losses import coherence, token_loss
-from hf_value_steer.training.targets import expected_hazard, hazard
+from hf_value_steer.training.targets import expected_hazard, hazard, onset
 from hf_value_steer.training.train import _training_arguments
-from hf_value_steer.training.trainer import HeadInTraining, feature_moments, join_rows, reliability
+from hf_value_steer.training.trainer import HeadInTraining, feature_moments, join_rows, reliability, token_metrics
 
 
 def test_hazard_is_the_rise_at_the_token_or_soon_after_it():
@@ -30,6 +32,39 @@ def test_expected_hazard_uses_what_the_drawn_token_led_to():
     following = torch.tensor([[0.0], [1.0]])
     labels = expected_hazard(prefixes, following, tokens, torch.tensor([[7], [9]]), torch.tensor([[0.5], [1.0]]))
     assert labels.tolist() == pytest.approx([0.25, 1.0])
+
+
+def test_an_onset_is_the_end_of_the_first_word_that_the_judge_objects_to():
+    prefixes = torch.tensor([0.1, 0.9, 0.9, 0.2, 0.9])
+    completes = torch.tensor([True, False, True, True, True])
+    labels = onset(prefixes, completes)
+    assert labels[:3].tolist() == [0, 0, 1] and labels[3:].isnan().all()
+    assert onset(prefixes[:2], completes[:2]).tolist() == [0, 0]  # the word was cut: nobody knows how it goes on
+
+
+@pytest.mark.parametrize(
+    ("pieces", "ends"),
+    [
+        ([" as", "sume", " so", "."], [False, True, True, True]),
+        ([" don", "'t"], [True, False]),  # the text was cut behind a letter
+        ([" end", ""], [True, True]),  # an end of sequence adds no text
+        (["\n", "1", "0", ","], [True, False, True, True]),
+        ([], []),
+    ],
+)
+def test_which_tokens_complete_a_word(pieces, ends):
+    assert completes_word(pieces) == ends
+
+
+def test_labels_that_are_not_there_count_nowhere():
+    head = ValueHead(ValueHeadConfig(hidden_size=3))
+    model = HeadInTraining(head, torch.zeros(3), torch.ones(3), "bce", 1.0, 0.0)
+    features, labels = torch.randn(4, 3), torch.tensor([0.0, 1.0, torch.nan, torch.nan])
+    whole, part = (model(**join_rows([{"features": features[:count], "labels": labels[:count]}])) for count in (4, 2))
+    assert whole["loss"] == part["loss"] and whole["logits"].shape == (4,)
+    found = [token_metrics(EvalPrediction(each["logits"].detach().numpy(), labels[:count].numpy()))
+             for each, count in ((whole, 4), (part, 2))]  # fmt: skip
+    assert found[0] == found[1] and set(found[0]) == {"auroc", "calibration_error"}
 
 
 def test_losses_by_hand():
@@ -97,7 +132,7 @@ def test_reliability_by_hand():
 def test_a_preset_is_many_settings():
     arguments = TrainArguments(collection="c", output="o", judge="j", preset="hazard", epochs=3)
     assert arguments.settings().epochs == 3 and arguments.settings().target == "hazard"
-    with pytest.raises(ValueError, match="`preset` has to be one of value-steer, hazard, got 'best'"):
+    with pytest.raises(ValueError, match="`preset` has to be one of value-steer, hazard, onset, got 'best'"):
         TrainArguments(collection="c", output="o", judge="j", preset="best")
     with pytest.raises(ValueError, match="leave prompts to train on"):
         TrainArguments(collection="c", output="o", judge="j", validation=0.5, calibration=0.5)
