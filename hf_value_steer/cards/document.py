@@ -34,8 +34,10 @@ def check_evaluation(evaluation: Evaluation) -> None:
 
 
 def main_run(evaluation: Evaluation) -> Run | None:
-    """The run that headlines quote: the head's method at the head's own threshold, else the first run of a head."""
-    steered = [run for run in evaluation["runs"] if run["method"] in ("filter", "abstain")]
+    """The run that headlines quote: as the head is meant to be used, at its own threshold; else the first one."""
+    point = evaluation["head"].get("operating_point") or {}
+    meant = "soft" if point.get("selection") == "soft" else "rollback" if point.get("rollback") else "filter"
+    steered = [run for name in (meant, "filter", "abstain") for run in evaluation["runs"] if run["method"] == name]
     own = [run for run in steered if run["threshold"] == evaluation["head"]["threshold"]]
     return next(iter([*own, *steered]), None)
 
@@ -65,7 +67,10 @@ def judge_title(evaluation: Evaluation, name: str) -> str:
 
 
 def is_measured(evaluation: Evaluation, key: str) -> bool:
-    """Whether a run has a number under `key`."""
+    """Whether a run has a number under `key`, and no better one under another."""
+    better = _REPLACED_BY.get(key)
+    if better and is_measured(evaluation, better):
+        return False
     return any(run.get(key) is not None for run in evaluation["runs"])
 
 
@@ -168,13 +173,20 @@ COLUMNS: Mapping[str, tuple[str, Callable[[float | None, Interval], str]]] = {
     "perplexity": ("perplexity", _digits(1)),
     "perplexity_ratio": ("perplexity ratio", factor),
     "intervention_rate": ("steps intervened", percent),
+    "touched_safe": ("safe texts touched", percent),
     "intervened_on_safe": ("safe texts intervened on", percent),
     "abstention_rate": ("abstained", percent),
     "identical_to_base": ("identical to base", percent),
     "distinct_1": ("distinct-1", _digits(3)),
     "distinct_2": ("distinct-2", _digits(3)),
+    "mean_tokens": ("mean length", _digits(1)),
     "tokens": ("tokens", _digits(0)),
+    "tokens_per_second": ("tokens/s", _digits(0)),
 }
+
+
+# Older documents have the first ones only.
+_REPLACED_BY = {"intervened_on_safe": "touched_safe", "tokens": "mean_tokens"}
 
 
 def cell(run: Run, key: str) -> str:

@@ -155,7 +155,8 @@ def _main_metrics(evaluation: Evaluation) -> list[tuple[str, str, float | None, 
         if base and judged:
             details = {**about, "interval": judged["rate_interval"], "base": base["rate"]}
             found.append(("rate", f"{rate}, {judge_title(evaluation, name)}", judged["rate"], details))
-    for key in ("perplexity_ratio", "intervention_rate", "intervened_on_safe"):
+    costs = ("perplexity_ratio", "intervention_rate", "touched_safe", "intervened_on_safe")
+    for key in (each for each in costs if is_measured(evaluation, each)):
         found.append((key, COLUMNS[key][0], main.get(key), {**about, "interval": main.get(f"{key}_interval")}))
     return found
 

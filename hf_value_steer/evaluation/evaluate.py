@@ -24,6 +24,7 @@ from hf_value_steer.files.writing import write_atomically, write_json
 from hf_value_steer.generation.scorer import require_fit
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.judges import check_judges, load_judge
+from hf_value_steer.judges.in_the_loop import TextJudge
 from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.collect import load_backbone
@@ -74,6 +75,8 @@ def check_sources(arguments: EvaluateArguments, prompts: Sequence[Prompt]) -> No
     """
     check_drawing()
     check_judges(arguments.all_judges(), prompts)
+    for name in arguments.in_the_loop:
+        TextJudge(name)
     masking(arguments.mask, {})
     forbidden_words(arguments)
 
@@ -132,11 +135,11 @@ class Evaluator:
         owners = [prompt for prompt in prompts for _ in range(arguments.samples)]
         runs = [_pooled(runs) for runs in zip(*(part.runs for part in parts), strict=True)]
         watched = Texts.joined([part.watched for part in parts])
-        labelled = {arguments.label_judge, *_learned_from(head)}
+        labelled = {arguments.label_judge or "", *_learned_from(head)}
         safe_judge = next((name for name in self.judge_names if name in labelled), self.judge_names[0])
         worst = torch.tensor([worst_value(values, head) for values in watched.values])
         measures = Measures(
-            self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1], head.config.polarity
+            self.model, self.formatter, owners, self.judges, safe_judge, runs[0][1], head.config.polarity, labelled
         )
         rows = [measures.base if texts is measures.base_texts else measures.rows(texts) for _, texts in runs]
         document = {
@@ -171,6 +174,7 @@ class Evaluator:
             "attribute",
             "polarity",
             "threshold",
+            "operating_point",
             "backbone",
             "backbone_fingerprint",
             "feature_layers",
@@ -209,6 +213,7 @@ def _conditions(arguments: EvaluateArguments, head: ValueHead) -> dict[str, Any]
     """What has to be the same, besides prompts and sampling, for runs that are there already to be used again."""
     return {
         "value_head": head.fingerprint(),
-        "thresholds": arguments.thresholds or head.config.threshold,
+        "thresholds": arguments.thresholds or arguments.alphas or head.config.threshold,
         "baselines": [arguments.bad_words, arguments.system_prompt, arguments.best_of],
+        **({"rollback": arguments.rollback} if arguments.alphas or arguments.in_the_loop else {}),
     }

@@ -31,6 +31,10 @@ _METHODS = {
     "base": ("base", ("ink",), "--", "o"),
     "filter": ("filter", _FILTER, "-", "o"),
     "abstain": ("abstention", _FILTER, "-", "o"),
+    "rollback": ("filter, going back", ("s-best",), "-", "o"),
+    "soft": ("soft selection", ("s-args",), "-", "o"),
+    "end": ("ending instead", ("s-prompt",), "-", "o"),
+    "in_the_loop": ("judge in the loop", ("s-words", "s-placebo"), "-", "X"),
     "placebo": ("placebo", ("s-placebo",), ":", "P"),
     "best_of_n": ("best of N", ("s-best",), "-", "s"),
     "args": ("ARGS", ("s-args",), "-", "D"),
@@ -40,10 +44,11 @@ _METHODS = {
 
 
 def pareto_charts(evaluation: Evaluation, judge: str, name: str) -> list[Chart]:
-    """The rate by one judge against the perplexity ratio, and against the intervention rate."""
+    """The rate by one judge against what it costs: perplexity, steps intervened, and safe texts touched."""
     costs = {
         "perplexity_ratio": ("perplexity, relative to base", "against perplexity"),
         "intervention_rate": ("steps intervened", "against steps intervened"),
+        "touched_safe": ("safe texts touched", "against safe texts touched"),
     }
     charts = [_pareto(evaluation, judge, f"{name}-{key}", key, *texts) for key, texts in costs.items()]
     return [chart for chart in charts if chart is not None]
@@ -57,7 +62,7 @@ def _pareto(evaluation: Evaluation, judge: str, name: str, cost: str, label: str
     reach = [bound for point in points for bound in (point.x, *(point.x_interval or ()))]
 
     def finish(axes: "Axes") -> None:
-        if cost == "intervention_rate":
+        if cost != "perplexity_ratio":
             axes.update_datalim([(0, 0)])
             axes.autoscale_view()
             percents(axes.xaxis)
@@ -97,8 +102,7 @@ def _series(evaluation: Evaluation, judge: str, cost: str) -> list[Series]:
             for run in ordered
             if _has(run, judge, cost)
         ]
-        base = method == "base"
-        rule = runs[0]["judges"][judge]["rate"] if base else None
+        rule = runs[0]["judges"][judge]["rate"] if (base := method == "base") else None
         colour = colours[seen[method] % len(colours)]
         found.append(Series(title, points, colour, line if base or len(runs) > 1 else "", marker, rule=rule))
         seen[method] += 1
@@ -112,7 +116,7 @@ def _has(run: Run, judge: str, cost: str) -> bool:
 def _point(run: Run, judge: str, cost: str, label: str, ring: bool) -> Point:
     judged, interval = run["judges"][judge], run.get(f"{cost}_interval")
     text = factor if cost == "perplexity_ratio" else percent
-    about = "perplexity" if cost == "perplexity_ratio" else "intervened"
+    about = {"perplexity_ratio": "perplexity", "intervention_rate": "intervened"}.get(cost, "safe texts touched")
     return Point(
         x=run[cost],
         y=judged["rate"],
@@ -129,7 +133,7 @@ def _label(run: Run, several: bool) -> str:
     """What stands beside a run: its method, or what sets it apart in its method; no text of the document."""
     title, count = _METHODS[run["method"]][0], run["num_candidates"]
     if several and run["threshold"]:
-        return f"c={run['threshold']:.3g}"
+        return f"{run['alpha']:g}" if run.get("alpha") else f"c={run['threshold']:.3g}"
     if not isinstance(count, int):
         return "" if several else title
     if run["method"] == "best_of_n":

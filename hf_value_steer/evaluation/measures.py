@@ -1,7 +1,7 @@
 """From the texts of a run to numbers: of each row, and of the run against the base run."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,7 @@ class Measures:
         safe_judge (`str`): the judge by which a text of the base run is called safe.
         base: texts of the base run.
         polarity: of the head: whether a high score of a judge is bad.
+        labelled: names of judges that gave labels, whose opinion does not say which texts were touched for nothing.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class Measures:
         safe_judge: str,
         base: Texts,
         polarity: Polarity,
+        labelled: Collection[str] = (),
     ):
         self.model, self.formatter, self.prompts, self.judges = model, formatter, prompts, judges
         self.safe_judge, self.polarity = safe_judge, polarity
+        self.unbiased = [name for name in judges if name not in labelled] or list(judges)
         identities = {prompt.text: index for index, prompt in enumerate(prompts)}
         self.bootstrap = Bootstrap(np.array([identities[prompt.text] for prompt in prompts]))
         self.base_texts, self.base = base, self.rows(base)
@@ -118,14 +121,29 @@ class Measures:
             "method": setting.method,
             "num_candidates": setting.num_candidates,
             "threshold": setting.threshold,
+            "alpha": setting.alpha,
             "judges": judged,
             **compare_perplexity(self.base, rows, self.bootstrap),
             "distinct_1": distinct(texts.ids, 1),
             "distinct_2": distinct(texts.ids, 2),
             "identical_to_base": round(sum(same) / len(same), 4),
+            **self._touched(texts),
             **(self._steering(rows) if setting.value_steer else {}),
+            "mean_tokens": round(float(rows["tokens"].mean()), 2),
             "tokens": int(rows["tokens"].sum()),
             "tokens_per_second": round(rows["tokens"].sum() / texts.seconds, 1),
+        }
+
+    def _touched(self, texts: Texts) -> dict[str, Any]:
+        """The share of safe texts, those that only a judge of labels objects to included, that are others here."""
+        if texts is self.base_texts:
+            return {}
+        safe = 1 - np.max([self.undesirable(name) for name in self.unbiased], axis=0)
+        pairs = zip(texts.ids, self.base_texts.ids, strict=True)
+        touched = np.array([one != other for one, other in pairs], dtype=float) * safe
+        return {
+            "touched_safe": round(float(touched.sum() / safe.sum()), 4) if safe.any() else None,
+            "touched_safe_interval": interval(self.bootstrap.ratio(touched, safe)),
         }
 
     def _steering(self, rows: Mapping[str, Any]) -> dict[str, Any]:

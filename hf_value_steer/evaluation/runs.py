@@ -65,6 +65,7 @@ class Setting:
     value_steer: ValueFilterConfig | None = None
     num_candidates: int | None = None
     threshold: float | None = None
+    alpha: float | None = None
     system_prompt: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -130,7 +131,7 @@ class Runner:
             **inputs,
             **generate_arguments(self.sampling),
             **setting.options,
-            **(steer if setting.value_steer else {}),
+            **({**steer, "text_tokenizer": formatter.tokenizer} if setting.value_steer else {}),
             num_return_sequences=samples,
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,
@@ -155,7 +156,8 @@ class Runner:
             return
         texts.interventions += output.interventions.sum(dim=1).tolist()
         texts.values += [row[:count] for row, count in zip(output.token_values.tolist(), counts, strict=True)]
-        texts.prompt_values += output.prompt_values.tolist()
+        if output.prompt_values is not None:  # a judge of text has none
+            texts.prompt_values += output.prompt_values.tolist()
 
 
 def _slug(name: str) -> str:

@@ -11,19 +11,18 @@ from hf_value_steer.evaluation.runs import (
     shuffled,
     value_filter,
 )
+from hf_value_steer.evaluation.trade_off import in_the_loop, promised_thresholds, trade_off
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.prompts import load_prompts
 
 
 def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -> list[tuple[Setting, Texts]]:
     """The grid, the placebo that intervenes as often as its last setting, and the baselines."""
-    thresholds = filter_thresholds(head, arguments)
-    named = len(thresholds) > 1
-    settings = [value_filter(head, c, k, named) for k in arguments.num_candidates for c in thresholds]
+    settings = [*_grid(head, arguments), *in_the_loop(head, arguments)]
     runs = [(setting, runner.run(setting)) for setting in settings]
     most = max(arguments.num_candidates)
     if arguments.placebo:
-        steered = runs[-1][1]
+        steered = next(texts for setting, texts in reversed(runs) if setting.method == "filter")
         rate = sum(steered.interventions) / sum(map(len, steered.ids))
         setting = placebo(runner, shuffled(head, seed=1), most, rate)
         runs.append((setting, runner.run(setting)))
@@ -32,8 +31,18 @@ def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -
     return runs
 
 
+def _grid(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
+    if arguments.alphas:
+        return trade_off(head, arguments)
+    thresholds = filter_thresholds(head, arguments)
+    named = len(thresholds) > 1
+    return [value_filter(head, c, k, named) for k in arguments.num_candidates for c in thresholds]
+
+
 def filter_thresholds(head: ValueHead, arguments: EvaluateArguments) -> list[float]:
-    """The grid of thresholds, or the head's own; a `ValueError` if it has none."""
+    """The grid of thresholds, those of the promises, or the head's own; a `ValueError` if it has none."""
+    if arguments.alphas:
+        return promised_thresholds(head, arguments.alphas)
     if not arguments.thresholds and head.config.threshold is None:
         raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
     return arguments.thresholds or [head.config.threshold]

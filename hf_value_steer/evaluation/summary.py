@@ -21,8 +21,13 @@ from hf_value_steer.cards.document import (
 )
 
 
-_METHODS = {"filter": "Value-filtered decoding", "abstain": "Dynamic abstention"}
-_IN_TILES = ("perplexity_ratio", "intervention_rate", "intervened_on_safe", "abstention_rate")
+_METHODS = {
+    "filter": "Value-filtered decoding",
+    "rollback": "Value-filtered decoding that goes back",
+    "soft": "Soft value-filtered decoding that goes back",
+    "abstain": "Dynamic abstention",
+}
+_IN_TILES = ("perplexity_ratio", "intervention_rate", "touched_safe", "intervened_on_safe", "abstention_rate")
 Cell = tuple[str, str, str]  # a number, its interval, and a CSS class
 
 
@@ -44,7 +49,7 @@ def lead(evaluation: Evaluation) -> str:
 def tiles(evaluation: Evaluation) -> list[tuple[str, str, str]]:
     """The main numbers: name, number and interval of each."""
     base, main = evaluation["runs"][0], main_run(evaluation)
-    held = [] if main is None else [*_judge_tiles(evaluation, base, main), *_run_tiles(main)]
+    held = [] if main is None else [*_judge_tiles(evaluation, base, main), *_run_tiles(evaluation, main)]
     held += _discrimination_tiles(evaluation)
     return [(name, _whole(text), _whole(note)) for name, text, note in [*held, *_coverage_tiles(evaluation)]]
 
@@ -61,11 +66,13 @@ def _judge_tiles(evaluation: Evaluation, base: Run, main: Run) -> list[tuple[str
     ]
 
 
-def _run_tiles(main: Run) -> list[tuple[str, str, str]]:
+def _run_tiles(evaluation: Evaluation, main: Run) -> list[tuple[str, str, str]]:
     return [
         (COLUMNS[key][0], *_split(cell(main, key)))
         for key in _IN_TILES
-        if main.get(key) is not None and (key != "abstention_rate" or main["method"] == "abstain")
+        if is_measured(evaluation, key)
+        and main.get(key) is not None
+        and (key != "abstention_rate" or main["method"] == "abstain")
     ]
 
 

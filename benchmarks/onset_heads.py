@@ -1,0 +1,141 @@
+"""What does a head find, if it may touch a share of the safe texts? Detection alone: nothing is steered.
+
+    hf-value-steer run examples/recipes/smollm2-toxicity-onset.yaml      # its collection is read
+    python -m benchmarks.onset_heads --output benchmarks/results/onset-heads.json
+
+For each fold of the prompts, and each choice of layers, memory and target, a head is trained without that fold. On the
+fold's texts its threshold is what a share of the safe texts reaches; the table says which share of the texts that a
+judge objects to reaches it, too. Safe: no judge objects, the one that gave the labels included. Intervals are
+bootstraps over prompts.
+"""
+
+import argparse
+import itertools
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks.environment import command, describe, save
+from examples.toxicity import cuss, profanity, word_list
+from hf_value_steer.arguments.train import TrainArguments
+from hf_value_steer.backbone.features import Layer
+from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.training.bootstrap import Bootstrap, interval
+from hf_value_steer.training.label import tokenizer_of
+from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.train import split_rows, train
+
+
+JUDGES = {"word_list": word_list, "cuss": cuss, "profanity": profanity}
+LABELS = "python:examples.toxicity:profanity"
+FOLDS, SHARES = 5, (0.05, 0.1, 0.2)
+
+
+class Choice(NamedTuple):
+    """What is tried."""
+
+    layers: tuple[Layer, ...]
+    target: str = "onset"
+    temporal: str = "none"
+
+    @property
+    def name(self) -> str:
+        where = ", ".join(map(str, self.layers))
+        return f"{self.target}, layer {where}" + (f", {self.temporal}" if self.temporal != "none" else "")
+
+
+LAYERS: tuple[Layer, ...] = (3, 7, 11, 15, 19, 23, 27, "final")
+CHOICES = [
+    *(Choice((layer,)) for layer in LAYERS),
+    Choice((3, 11, 19, 27)),
+    *(Choice((layer,), temporal="mean") for layer in (3, 11)),
+    *(Choice((layer,), "hazard") for layer in (3, 11, "final")),
+]
+
+
+def arguments_of(collection: Collection, choice: Choice, fold: int, output: str) -> TrainArguments:
+    """The recipe's, with the layers, target and memory of a choice."""
+    return TrainArguments(
+        collection=str(collection.folder), output=output, judge=LABELS, attribute="toxicity", preset="onset",
+        target=choice.target, feature_layers=list(choice.layers), temporal=choice.temporal, projection_size=256,
+        validation=0.1, calibration=0, held_out=1 / FOLDS, rotation=fold / FOLDS, accept_chance=True,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def worst_values(collection: Collection, head: ValueHead, rows: list[int]) -> list[float]:
+    """The highest value of each text's new tokens."""
+    layers = collection.resolve(head.config.feature_layers)
+    return [float(head(collection.features(row, layers)).value[1:].max()) for row in rows]
+
+
+def examine(collection: Collection, choice: Choice, fold: int) -> dict[str, Any]:
+    """Values of the held-out texts by a head that never saw their prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = arguments_of(collection, choice, fold, f"{folder}/head")
+        start = time.perf_counter()
+        head = train(arguments)
+        seconds = time.perf_counter() - start
+        rows = split_rows(collection, arguments)["held_out"]
+    return {"rows": rows, "values": worst_values(collection, head, rows), "seconds": round(seconds, 1)}
+
+
+def verdicts(collection: Collection) -> dict[str, np.ndarray]:
+    """What each judge says of each text, `(rows,)` of 0 and 1."""
+    tokenizer = tokenizer_of(collection)
+    ids = [collection.read("tokens", row).tolist() for row in range(len(collection.rows))]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return {name: (judge(texts, texts) > 0.5).astype(float) for name, judge in JUDGES.items()}
+
+
+def summarised(collection: Collection, known: dict[str, Any], judged: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a choice finds at each share of the safe texts; thresholds are those of each fold's own texts."""
+    rows = np.array(list(itertools.chain.from_iterable(each["rows"] for each in known.values())))
+    bad = {name: verdict[rows] for name, verdict in judged.items()}
+    safe = 1 - np.max(list(bad.values()), axis=0)
+    bootstrap = Bootstrap(collection.rows.prompt.numpy()[rows])
+    found: dict[str, Any] = {"seconds_to_train": round(float(np.median([e["seconds"] for e in known.values()])), 1)}
+    for share in SHARES:
+        reached, start = np.zeros(len(rows)), 0
+        for each in known.values():
+            part = slice(start, start + len(each["rows"]))
+            values = np.array(each["values"])
+            reached[part] = values > np.quantile(values[safe[part] > 0], 1 - share)
+            start = part.stop
+        found[str(share)] = {
+            name: {
+                "found": round(float((reached * each).sum() / each.sum()), 4),
+                "interval": interval(bootstrap.ratio(reached * each, each)),
+            }
+            for name, each in bad.items()
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collection", default="runs/smollm2-toxicity-onset/collection")
+    parser.add_argument("--folds", type=int, default=FOLDS, help="so many of the five, to try it")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    collection = Collection(arguments.collection)
+    report: dict[str, Any] = {"command": command(), **describe(), "choices": {}}
+    if arguments.output.exists():  # a run that was stopped goes on
+        report["choices"] = json.loads(arguments.output.read_text(encoding="utf-8"))["choices"]
+    judged = verdicts(collection)
+    for fold, choice in itertools.product(range(arguments.folds), CHOICES):
+        entry = report["choices"].setdefault(choice.name, {"folds": {}})
+        if str(fold) not in entry["folds"]:
+            entry["folds"][str(fold)] = examine(collection, choice, fold)
+            entry |= summarised(collection, entry["folds"], judged)
+            print(choice.name, fold, entry["seconds_to_train"], {s: entry[str(s)] for s in SHARES}, flush=True)
+            save(report, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Which runs draw a trade-off: each way to use a head, at the thresholds of several promises, and judges of text."""
+
+from typing import Any
+
+from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.evaluation.runs import Setting
+from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.in_the_loop import TextJudge
+
+
+# By method: its name, and what it asks of the filter.
+_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "filter": ("filter", {"rollback": 0, "selection": "first"}),
+    "rollback": ("filter, going back", {"selection": "first"}),
+    "soft": ("soft selection, going back", {"selection": "soft"}),
+    "end": ("ending instead", {"rollback": 0, "selection": "first", "num_candidates": 1, "fallback": "abstain"}),
+}
+
+
+def promised_thresholds(head: ValueHead, alphas: list[float]) -> list[float]:
+    """The threshold of each promise.
+
+    Raises:
+        ValueError: if the head is not calibrated, or a promise cannot be made.
+    """
+    if head.calibration is None:
+        raise ValueError("`alphas` need what they promise: calibrate the head, or pass `thresholds`.")
+    return [head.calibration.promised_threshold(alpha) for alpha in alphas]
+
+
+def trade_off(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
+    """Every way to use the head, at every `alpha`."""
+    count, settings = max(arguments.num_candidates), []
+    thresholds = promised_thresholds(head, arguments.alphas)
+    for method, (name, asked) in _WAYS.items():
+        for alpha, threshold in zip(arguments.alphas, thresholds, strict=True):
+            how: dict[str, Any] = {"num_candidates": count, "rollback": arguments.rollback, **asked}
+            config = ValueFilterConfig(value_head=head, threshold=threshold, **how)
+            settings.append(Setting(f"{name}, alpha={alpha:g}", method, config, count, threshold, alpha=alpha))
+    return settings
+
+
+def in_the_loop(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
+    """Judges of text in the place of the head, with the same way back."""
+    count, settings = max(arguments.num_candidates), []
+    for name in arguments.in_the_loop:
+        judge = TextJudge(name, polarity=head.config.polarity)
+        config = ValueFilterConfig(value_head=judge, num_candidates=count, rollback=arguments.rollback)
+        settings.append(Setting(f"{name} in the loop, going back", "in_the_loop", config, count))
+    return settings

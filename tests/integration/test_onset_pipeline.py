@@ -1,0 +1,146 @@
+"""From prompts to a head that detects, its thresholds from prompts of their own, and the trade-off that it draws."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from hf_value_steer import ValueHead
+from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.cards.document import is_measured, main_run
+from hf_value_steer.files.marked import Marked
+from hf_value_steer.recipe import run_recipe
+from hf_value_steer.recipe.sections import Steps
+from hf_value_steer.training.label import Labels
+from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.targets import Targets
+from tests.tiny_text import BAD, GOOD, write_world
+
+
+ALPHAS = [0.2, 0.5]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), 24)
+
+
+@pytest.fixture(scope="module")
+def judge(world):
+    return f"lexicon:{world / 'bad.txt'}"
+
+
+def recipe(world, judge, output, **sections):
+    known = (world / "prompts.txt").read_text().splitlines()
+    (world / "others.txt").write_text("\n".join(f"{line} {GOOD[0]}" for line in known))
+    (world / "words.txt").write_text("\n".join([*BAD, *GOOD[: len(BAD)]]))
+    return {
+        "output": str(output),
+        "collect": {
+            "model": str(world / "model"), "prompts": str(world / "prompts.txt"), "feature_layers": [0, "final"],
+            "samples": 4, "forced_samples": 2, "force_words": str(world / "words.txt"), "max_new_tokens": NEW_TOKENS,
+            "batch_size": 4,
+        },
+        "label": {"judges": [judge], "prefixes": True},
+        "train": {
+            "preset": "onset", "feature_layers": [0], "validation": 0.25, "calibration": 0, "learning_rate": 0.01,
+            "epochs": 4, "batch_rows": 8, "accept_chance": True,
+        },
+        "calibrate": {"prompts": str(world / "others.txt"), "alpha": 0.5, "rollback": 2},
+        "evaluate": {
+            "prompts": str(world / "prompts.txt"), "judges": [judge], "samples": 2, "num_candidates": [4],
+            "alphas": ALPHAS, "in_the_loop": [judge], "rollback": 2, "baselines": ["best_of_n"], "best_of": 2,
+        },
+        **sections,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(world, judge, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        logged = []
+        patch.setattr(logging.getLogger("hf_value_steer.training.balance"), "info", logged.append)
+        run_recipe(recipe(world, judge, output))
+    return output, logged
+
+
+def test_onsets_are_where_the_judge_objects_first(finished, judge):
+    collection = Collection(finished[0] / "collection")
+    targets, labels, found = Targets(collection, [judge], "onset"), Labels(collection, judge), 0
+    for row in range(len(collection.rows)):
+        of, prefixes, ends = targets.of(row), labels.read("prefixes", row), labels.read("completes", row)
+        wanted = ((prefixes > 0.5) & ends).nonzero().flatten().tolist()
+        assert (of == 1).nonzero().flatten().tolist() == wanted[:1]
+        assert (of.isnan().nonzero().flatten() > (wanted or [len(of)])[0]).all()
+        found += len(wanted[:1])
+    assert found > 10
+
+
+def test_forced_words_are_known(finished, judge):
+    collection = Collection(finished[0] / "collection")
+    targets = Targets(collection, [judge], "onset")
+    hard = [int(targets.hard_negatives(row).sum()) for row in range(len(collection.rows))]
+    natural = collection.rows.natural.tolist()
+    assert not any(count for count, alone in zip(hard, natural, strict=True) if alone)
+    [counts] = ValueHead.from_pretrained(finished[0] / "head").config.training["examples"].values()
+    assert 0 < counts["hard_negatives"] <= sum(hard) and counts["onsets"] > 0
+    said = f"{counts['onsets']:,} onsets, and accepts {counts['hard_negatives']:,} forced words"
+    assert any(said in line for line in finished[1])
+    card = (finished[0] / "head" / "README.md").read_text()
+    assert "hard negatives" in card
+
+
+def test_thresholds_come_from_prompts_of_their_own(finished):
+    head = ValueHead.from_pretrained(finished[0] / "head")
+    own = Collection(finished[0] / "calibration")
+    assert head.calibration.n <= len(own.rows) == len(own.prompts) and own.rows.natural.all()
+    assert head.config.threshold == head.calibration.promised_threshold(0.5)
+    assert head.config.operating_point == {"rollback": 2}
+
+
+def test_prompts_for_thresholds_train_nothing(world, judge, tmp_path):
+    given = recipe(world, judge, tmp_path)
+    given["calibrate"]["prompts"] = given["collect"]["prompts"]
+    steps = Steps(Marked(given))
+    with pytest.raises(ValueError, match="calibrate.prompts: `prompts` hold 24 of those of section 'collect'"):
+        steps.look_for_sources()
+
+
+def test_the_trade_off(finished, judge):
+    document = json.loads((finished[0] / "evaluation" / "evaluation.json").read_text())
+    runs = {run["name"]: run for run in document["runs"]}
+    ways = ("filter", "filter, going back", "soft selection, going back", "ending instead")
+    expected = [f"{way}, alpha={alpha:g}" for way in ways for alpha in ALPHAS]
+    assert list(runs) == ["base", *expected, f"{judge} in the loop, going back", "placebo", "best of 2"]
+    head = ValueHead.from_pretrained(finished[0] / "head")
+    for way in ways:
+        for alpha in ALPHAS:
+            run = runs[f"{way}, alpha={alpha:g}"]
+            assert run["alpha"] == alpha and run["threshold"] == head.calibration.promised_threshold(alpha)
+    assert main_run(document)["name"] == "filter, going back, alpha=0.5"
+    assert all(0 <= run["touched_safe"] <= 1 for name, run in runs.items() if name != "base")
+    assert "touched_safe" not in runs["base"] and not is_measured(document, "intervened_on_safe")
+    listed = runs[f"{judge} in the loop, going back"]
+    assert listed["touched_safe"] == 0 and listed["judges"][judge]["rate"] < runs["base"]["judges"][judge]["rate"]
+    page = (finished[0] / "evaluation" / "report.html").read_text()
+    assert "against safe texts touched" in page and "safe texts touched" in page
+
+
+def test_alphas_or_thresholds():
+    given = {"output": "o", "value_head": "h", "prompts": "p", "judges": ["j"], "model": "m"}
+    with pytest.raises(ValueError, match="`alphas` and `thresholds` both say"):
+        EvaluateArguments(**given, alphas=[0.1], thresholds=[0.5])
+    with pytest.raises(ValueError, match="are for the method 'filter'"):
+        EvaluateArguments(**given, alphas=[0.1], method="abstain")
+
+
+def test_older_collections_do_not_know_what_was_forced(finished, judge):
+    collection = Collection(finished[0] / "collection")
+    row = int((~collection.rows.natural).nonzero()[0])
+    for shard in collection.shards:
+        shard.tensors.pop("forced", None)
+    found = Targets(collection, [judge], "onset").hard_negatives(row)
+    assert torch.equal(found, torch.zeros(collection.length(row), dtype=torch.bool))
