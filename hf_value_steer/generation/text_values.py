@@ -54,13 +54,15 @@ class TextValues:
             ScoringError: if the judge fails, or does not answer with numbers in [0, 1].
         """
         begun, places = time.perf_counter(), asked.nonzero().tolist()
+        values = torch.full(tokens.shape, torch.nan)
+        if not places:  # a row without another candidate, of which nobody has to be asked
+            return values.to(tokens.device)
         written, candidates = draw.input_ids[rows, self.begin :].tolist(), tokens.tolist()
         hidden = since.tolist()
         ids = [[*written[index][hidden[index] :], candidates[index][column]] for index, column in places]
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         pairs = [(numbers[place[0]], text.rstrip("\ufffd")) for place, text in zip(places, texts, strict=True)]
         answers = self._ask(list(dict.fromkeys(pairs)), draw.step)
-        values = torch.full(tokens.shape, torch.nan)
         for (index, column), pair in zip(places, pairs, strict=True):
             values[index, column] = answers[pair]
         self.seconds += time.perf_counter() - begun

@@ -62,7 +62,7 @@ def write(world, value_head, rows=50, seed=0, tokens=24, **options):
     model, tokenizer, _ = world
     inputs = tokenizer(["ab d", "b"] * (rows // 2), return_tensors="pt", padding=True)
     how = {"do_sample": options.pop("do_sample", True), "max_new_tokens": tokens, "return_dict_in_generate": True}
-    how |= {"suppress_tokens": [0, 1, 2], "top_k": 0}
+    how |= {"suppress_tokens": [0, 1, 2], "top_k": options.pop("top_k", 0)}
     streamer = options.pop("streamer", None)
     config = ValueFilterConfig(value_head=value_head, seed=seed, **options)
     set_seed(seed)
@@ -74,6 +74,18 @@ def found(text):
     """The whole words of the list in a text, written down once more."""
     spaced = re.sub(r"\s+", " ", text.lower())
     return [word for word in WORDS if re.search(rf"(^|[^a-z]){word}($|[^a-z])", spaced)]
+
+
+def test_a_judge_is_never_asked_about_nothing(world):
+    """Where the natural sample is all that may come there is no alternative to ask about."""
+    asked = []
+
+    def judge(texts):
+        asked.append(len(texts))
+        return np.ones(len(texts))
+
+    _, out = write(world, judge, rows=2, tokens=3, top_k=1)
+    assert asked and 0 not in asked and bool(out.dead_ends.all())
 
 
 @pytest.mark.parametrize("back", [0, 8])
