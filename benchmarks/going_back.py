@@ -38,7 +38,8 @@ from hf_value_steer.training.bootstrap import Bootstrap, interval
 from hf_value_steer.training.continuation import until_end
 from hf_value_steer.training.prompts import Formatter, Prompt
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import recorded_arguments, split_rows
+from hf_value_steer.training.splits import split_rows
+from hf_value_steer.training.train import recorded_arguments
 
 
 JUDGES = {"word_list": word_list, "cuss": cuss, "profanity": profanity}

@@ -28,7 +28,8 @@ from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.bootstrap import Bootstrap, interval
 from hf_value_steer.training.label import tokenizer_of
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.splits import split_rows
+from hf_value_steer.training.train import train
 
 
 JUDGES = {"word_list": word_list, "cuss": cuss, "profanity": profanity}

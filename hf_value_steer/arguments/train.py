@@ -25,6 +25,7 @@ class Preset:
     patience: int
 
 
+SUGGESTED = "suggested"  # as feature layers: let `suggest_feature_layers` choose
 # What works out of the box. "value-steer" is that of the package of arXiv 2605.14746.
 PRESETS = {
     "value-steer": Preset(
@@ -121,7 +122,11 @@ class TrainArguments(SplitArguments):
     )
     feature_layers: Layers | None = field(
         default=None,
-        metadata={"help": "layers that the head reads; those named in `collect` by default, to be named after `all`"},
+        metadata={
+            "help": "layers that the head reads; those named in `collect` by default, to be named after `all`; or "
+            "`suggested`: the cheapest that may be as good as the best one, and its memory, by probes of the prompts "
+            "that train"
+        },
     )
     temporal: Temporal = field(
         default="none", metadata={"help": "what the head remembers of the tokens before: nothing, or a mean of them"}
@@ -172,8 +177,16 @@ class TrainArguments(SplitArguments):
             raise ValueError(f"`combine`={self.combine!r} is for several `attributes`.")
         check_projection(self.projection_size, self.architecture)
         check_decay(self.temporal_decay, self.temporal)
-        if self.feature_layers is not None:
+        if self.feature_layers == [SUGGESTED]:
+            self._check_suggested()
+        elif self.feature_layers is not None:
             check_layers(self.feature_layers)
+
+    def _check_suggested(self) -> None:
+        if self.attributes or self.temporal != "none":
+            raise FieldError(
+                "feature_layers", f"`feature_layers` {SUGGESTED!r} is for one `judge`, and chooses `temporal`, too."
+            )
 
     def judges(self) -> list[str]:
         """Whose labels are learned, one judge for each attribute."""

@@ -25,7 +25,8 @@ from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import Labels, label, tokenizer_of
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.splits import split_rows
+from hf_value_steer.training.train import train
 from hf_value_steer.vllm.start import vllm_engine
 
 

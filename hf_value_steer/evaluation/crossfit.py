@@ -13,7 +13,8 @@ from hf_value_steer.evaluation.evaluate import Evaluator
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.splits import split_rows
+from hf_value_steer.training.train import train
 
 
 def evaluate_crossfitted(

@@ -14,7 +14,7 @@ from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.guidance import GuidanceTrainArguments
 from hf_value_steer.arguments.hub import CardArguments, RecipePushArguments
 from hf_value_steer.arguments.kinds import Folds, check_kind, shown
-from hf_value_steer.arguments.train import TrainArguments, parse_attributes
+from hf_value_steer.arguments.train import SUGGESTED, TrainArguments, parse_attributes
 from hf_value_steer.checks import refuse_unknown
 from hf_value_steer.errors import FieldError
 from hf_value_steer.evaluation.evaluate import check_sources, evaluation_prompts
@@ -210,6 +210,8 @@ def _prompts_of(given: CollectArguments) -> list[Prompt]:
 
 def _check_kept(read: Sequence[Any] | None, kept: Sequence[Any]) -> None:
     """Raise a `ValueError` unless the layers that are read are some of those that are kept, as both are written."""
+    if read == [SUGGESTED]:
+        return
     if kept == ["all"]:
         if read is None:
             raise ValueError("it lacks feature_layers: section 'collect' keeps all, of which a head reads a few.")

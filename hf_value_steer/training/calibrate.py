@@ -24,7 +24,8 @@ from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.chance import chance_report
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
-from hf_value_steer.training.train import recorded_arguments, split_rows
+from hf_value_steer.training.splits import split_rows
+from hf_value_steer.training.train import recorded_arguments
 
 
 logger = logging.getLogger(__name__)

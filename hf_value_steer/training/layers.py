@@ -19,8 +19,8 @@ from hf_value_steer.training.bootstrap import Bootstrap, interval
 from hf_value_steer.training.probe import held_out_scores
 from hf_value_steer.training.prompts import share
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.splits import split_rows
 from hf_value_steer.training.targets import Targets
-from hf_value_steer.training.train import split_rows
 
 
 MEMORIES: tuple[Temporal, ...] = ("none", "mean")

@@ -1,17 +1,17 @@
 """`train`: from a labelled collection to a saved head."""
 
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from hf_value_steer.arguments.base import renamed
-from hf_value_steer.arguments.train import SplitArguments, TrainArguments
+from hf_value_steer.arguments.train import SUGGESTED, TrainArguments
 from hf_value_steer.backbone.features import Layer
 from hf_value_steer.configuration.value_head import ValueHeadConfig
 from hf_value_steer.files.reading import read_object, read_record, reading
@@ -26,8 +26,9 @@ from hf_value_steer.training.balance import (
 from hf_value_steer.training.chance import METRICS, chance_report
 from hf_value_steer.training.checkpoints import train_on, training_arguments
 from hf_value_steer.training.label import Labels
-from hf_value_steer.training.prompts import share
+from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.splits import split_rows
 from hf_value_steer.training.targets import Targets
 from hf_value_steer.training.trainer import (
     HeadInTraining,
@@ -38,20 +39,9 @@ from hf_value_steer.training.trainer import (
 )
 
 
-def split_rows(collection: Collection, arguments: SplitArguments) -> dict[str, list[int]]:
-    """Rows of the splits `"held_out"`, `"calibration"`, `"validation"` and `"train"`; a prompt is in one of them.
+logger = logging.getLogger(__name__)
 
-    Where a prompt belongs follows from its text. Generations with forced words are in `"train"` only.
-    """
-    shares = torch.tensor([share(prompt.text) for prompt in collection.prompts], dtype=torch.float64)
-    shares = ((shares - arguments.rotation) % 1.0)[collection.rows.prompt]
-    chosen, lower = {}, 0.0
-    for name in ("held_out", "calibration", "validation"):
-        upper = lower + getattr(arguments, name)
-        chosen[name] = (shares >= lower) & (shares < upper) & collection.rows.natural
-        lower = upper
-    chosen["train"] = shares >= lower
-    return {name: mask.nonzero().flatten().tolist() for name, mask in chosen.items()}
+PROBED = 2000  # rows, to choose a layer
 
 
 def train(arguments: TrainArguments) -> ValueHead:
@@ -159,6 +149,8 @@ def fit(
         The head of the best epoch, and the metrics of every epoch, those of the best one last. What cannot be
         computed, such as the AUROC where all labels are on one side, is `None`.
     """
+    claimed = _learned(collection, arguments)
+    arguments = _with_layers(collection, arguments, [*train_rows, *validation_rows])
     settings, judges = arguments.settings(), arguments.judges()
     targets = Targets(collection, judges, settings.target)
     refuse_one_class(targets, train_rows, judges)
@@ -179,7 +171,7 @@ def fit(
             *(() if arguments.accept_chance else (StopAtChance(settings.patience),)),
         ],
     )
-    _claim(work / "arguments.json", _learned(collection, arguments))
+    _claim(work / "arguments.json", claimed)
     train_on(trainer)
     history = _history(trainer.state.log_history, [each["name"] for each in arguments.head_attributes()])
     if not (finite := [entry for entry in history if entry["loss"] is not None]):
@@ -190,6 +182,16 @@ def fit(
     head = model.folded()
     head.config.training = {"examples": examples} if examples else None
     return head, [*history, min(finite, key=lambda entry: entry["loss"])]
+
+
+def _with_layers(collection: Collection, arguments: TrainArguments, rows: Sequence[int]) -> TrainArguments:
+    """The arguments with the layer and the memory that are suggested for these rows, if that is asked for."""
+    if arguments.feature_layers != [SUGGESTED]:
+        return arguments
+    target, judge = arguments.settings().target, str(arguments.judge)
+    best = suggest_feature_layers(collection, judge, rows, target=target, limit=PROBED).best
+    logger.info(f"Layer {best.layer}, temporal {best.temporal!r}: the cheapest that may be as good as the best one.")
+    return replace(arguments, feature_layers=[best.layer], temporal=best.temporal)
 
 
 def _layers(collection: Collection, arguments: TrainArguments) -> tuple[Layer, ...]:

@@ -20,8 +20,9 @@ from hf_value_steer.training.collect import collect
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection, TensorFile, shard_path
+from hf_value_steer.training.splits import split_rows
 from hf_value_steer.training.targets import Targets
-from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.train import train
 from hf_value_steer.training.trainer import HeadInTraining, TokenRows, join_rows
 from tests.families import layered_head
 from tests.tiny_text import write_world

@@ -2,19 +2,24 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hf_value_steer import ValueHead
 from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cards.document import is_measured, main_run
 from hf_value_steer.files.marked import Marked
 from hf_value_steer.recipe import run_recipe
 from hf_value_steer.recipe.sections import Steps
 from hf_value_steer.training.label import Labels
+from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.splits import split_rows
 from hf_value_steer.training.targets import Targets
+from hf_value_steer.training.train import train
 from tests.tiny_text import BAD, GOOD, write_world
 
 
@@ -127,6 +132,41 @@ def test_the_trade_off(finished, judge):
     assert listed["touched_safe"] == 0 and listed["judges"][judge]["rate"] < runs["base"]["judges"][judge]["rate"]
     page = (finished[0] / "evaluation" / "report.html").read_text()
     assert "against safe texts touched" in page and "safe texts touched" in page
+
+
+def test_a_layer_that_is_suggested(finished, judge, tmp_path, monkeypatch, caplog):
+    collection = Collection(finished[0] / "collection")
+    options = {
+        "collection": str(collection.folder), "judge": judge, "preset": "onset", "validation": 0.25, "calibration": 0,
+        "held_out": 0.25, "epochs": 1, "accept_chance": True,
+    }  # fmt: skip
+    asked = []
+
+    def suggest(of, its_judge, rows, **given):
+        asked.append(rows)
+        return suggest_feature_layers(of, its_judge, rows, **given)
+
+    monkeypatch.setattr("hf_value_steer.training.train.suggest_feature_layers", suggest)
+    arguments = TrainArguments(**options, feature_layers=["suggested"], output=str(tmp_path / "a"))
+    with caplog.at_level(logging.INFO):
+        head = train(arguments)
+    split = split_rows(collection, arguments)
+    [rows] = asked
+    assert sorted(rows) == sorted(split["train"] + split["validation"])  # none of those that are held out
+    best = suggest_feature_layers(collection, judge, rows, target="onset").best
+    assert head.config.feature_layers == [best.layer] and head.config.temporal == best.temporal
+    assert f"Layer {best.layer}, temporal {best.temporal!r}" in caplog.text
+    again = replace(arguments, feature_layers=[best.layer], temporal=best.temporal, output=str(tmp_path / "b"))
+    assert train(again).fingerprint() == head.fingerprint()
+    train(arguments)  # it is there: nothing is probed again
+    assert len(asked) == 1
+
+
+def test_what_is_suggested_is_not_said_twice():
+    with pytest.raises(ValueError, match="is for one `judge`, and chooses `temporal`, too"):
+        TrainArguments(collection="c", output="o", judge="j", feature_layers=["suggested"], temporal="mean")
+    with pytest.raises(ValueError, match="feature_layers"):
+        TrainArguments(collection="c", output="o", judge="j", feature_layers=["suggested", 3])
 
 
 def test_alphas_or_thresholds():

@@ -28,7 +28,8 @@ from hf_value_steer.recipe.sections import Steps
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import Labels, label, labels_folder, vocabulary_pieces
 from hf_value_steer.training.shards import Collection, shard_path
-from hf_value_steer.training.train import split_rows, train
+from hf_value_steer.training.splits import split_rows
+from hf_value_steer.training.train import train
 from hf_value_steer.training.trainer import ValueHeadTrainer
 from tests.families import random_head
 from tests.tiny_text import BAD, save_tiny_model, write_lexicon, write_world

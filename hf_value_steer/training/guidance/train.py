@@ -37,8 +37,9 @@ from hf_value_steer.training.guidance.stages import (
 from hf_value_steer.training.guidance.states import States
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
+from hf_value_steer.training.splits import split_rows
 from hf_value_steer.training.targets import Targets
-from hf_value_steer.training.train import recorded_arguments, split_rows
+from hf_value_steer.training.train import recorded_arguments
 
 
 STAGES = ("text", "pair", "bridge")
