@@ -134,12 +134,13 @@ def bans_and_warpers(
     processors: LogitsProcessorList,
 ) -> tuple[LogitsProcessorList, LogitsProcessorList, LogitsProcessorList]:
     """Processors that may forbid tokens; from the first one on that only narrows the sampling, the others; and of
-    these those of the user, which may forbid tokens, too.
+    these those of the user, which may forbid tokens, too, unless they say `only_narrows`.
     """
     users = [not type(each).__module__.startswith("transformers.") for each in processors]
     warping = [type(each).__name__.endswith("LogitsWarper") for each in processors]
     first = next((i for i, warps in enumerate(warping) if warps and not users[i]), len(processors))
-    late = [each for each, of_user in zip(processors[first:], users[first:], strict=True) if of_user]
+    rest = zip(processors[first:], users[first:], strict=True)
+    late = [each for each, of_user in rest if of_user and not getattr(each, "only_narrows", False)]
     return LogitsProcessorList(processors[:first]), LogitsProcessorList(processors[first:]), LogitsProcessorList(late)
 
 

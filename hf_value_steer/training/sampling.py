@@ -21,6 +21,8 @@ class NucleusWarper(LogitsProcessor):  # type: ignore[misc]
         top_p (`float`): in (0, 1).
     """
 
+    only_narrows = True  # what is outside of the nucleus is not forbidden: a text may end there
+
     def __init__(self, top_p: float):
         self.whole = TopPLogitsWarper(top_p)
 

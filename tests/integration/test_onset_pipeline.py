@@ -46,7 +46,7 @@ def recipe(world, judge, output, **sections):
         "collect": {
             "model": str(world / "model"), "prompts": str(world / "prompts.txt"), "feature_layers": [0, "final"],
             "samples": 4, "forced_samples": 2, "force_words": str(world / "words.txt"), "max_new_tokens": NEW_TOKENS,
-            "batch_size": 4,
+            "batch_size": 4, "top_p": 0.9,
         },
         "label": {"judges": [judge], "prefixes": True},
         "train": {
@@ -128,6 +128,7 @@ def test_the_trade_off(finished, judge):
     assert main_run(document)["name"] == "filter, going back, alpha=0.5"
     assert all(0 <= run["touched_safe"] <= 1 for name, run in runs.items() if name != "base")
     assert "touched_safe" not in runs["base"] and not is_measured(document, "intervened_on_safe")
+    assert runs["ending instead, alpha=0.5"]["mean_tokens"] < runs["base"]["mean_tokens"]
     listed = runs[f"{judge} in the loop, going back"]
     assert listed["touched_safe"] == 0 and listed["judges"][judge]["rate"] < runs["base"]["judges"][judge]["rate"]
     page = (finished[0] / "evaluation" / "report.html").read_text()
