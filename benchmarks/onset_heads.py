@@ -18,21 +18,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from benchmarks.environment import command, describe, save
-from examples.toxicity import cuss, profanity, word_list
+from benchmarks.going_back import JUDGES
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.backbone.features import Layer
-from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.evaluation.crossfit import without_fold
 from hf_value_steer.training.bootstrap import Bootstrap, interval
+from hf_value_steer.training.calibrate import row_values
 from hf_value_steer.training.label import tokenizer_of
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.splits import split_rows
 from hf_value_steer.training.train import train
 
 
-JUDGES = {"word_list": word_list, "cuss": cuss, "profanity": profanity}
 LABELS = "python:examples.toxicity:profanity"
 FOLDS, SHARES = 5, (0.05, 0.1, 0.2)
 
@@ -61,18 +60,12 @@ CHOICES = [
 
 def arguments_of(collection: Collection, choice: Choice, fold: int, output: str) -> TrainArguments:
     """The recipe's, with the layers, target and memory of a choice."""
-    return TrainArguments(
+    training = TrainArguments(
         collection=str(collection.folder), output=output, judge=LABELS, attribute="toxicity", preset="onset",
         target=choice.target, feature_layers=list(choice.layers), temporal=choice.temporal, projection_size=256,
-        validation=0.1, calibration=0, held_out=1 / FOLDS, rotation=fold / FOLDS, accept_chance=True,
+        validation=0.1, calibration=0,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def worst_values(collection: Collection, head: ValueHead, rows: list[int]) -> list[float]:
-    """The highest value of each text's new tokens."""
-    layers = collection.resolve(head.config.feature_layers)
-    return [float(head(collection.features(row, layers)).value[1:].max()) for row in rows]
+    return without_fold(training, output, fold, FOLDS)
 
 
 def examine(collection: Collection, choice: Choice, fold: int) -> dict[str, Any]:
@@ -83,7 +76,8 @@ def examine(collection: Collection, choice: Choice, fold: int) -> dict[str, Any]
         head = train(arguments)
         seconds = time.perf_counter() - start
         rows = split_rows(collection, arguments)["held_out"]
-    return {"rows": rows, "values": worst_values(collection, head, rows), "seconds": round(seconds, 1)}
+    values = row_values(collection, head, rows, "filter").worst.tolist()
+    return {"rows": rows, "values": values, "seconds": round(seconds, 1)}
 
 
 def verdicts(collection: Collection) -> dict[str, np.ndarray]:

@@ -64,16 +64,18 @@ def profanity_score(texts: list[str]) -> np.ndarray:
 
 def disliked_words() -> list[str]:
     """Words that the label judge knows and dislikes when they stand alone."""
-    known = sorted({*vectorizer.vocabulary_, *label_words()})
-    words = [word for word in known if word.isalpha() and 3 <= len(word) <= 15]
+    words = _plain({*vectorizer.vocabulary_, *label_words()})
     return [words[index] for index in np.flatnonzero(profanity_score(words) > 0.3)]
+
+
+def _plain(words: set[str]) -> list[str]:
+    return [word for word in sorted(words) if word.isalpha() and 3 <= len(word) <= 15]
 
 
 def mentions() -> list[str]:
     """The words that the label judge dislikes, and as many that it knows and just accepts: what a head has to tell."""
     disliked = disliked_words()
-    known = sorted(set(vectorizer.vocabulary_) - set(disliked))
-    words = [word for word in known if word.isalpha() and 3 <= len(word) <= 15]
+    words = _plain(set(vectorizer.vocabulary_) - set(disliked))
     order = np.argsort(-profanity_score(words), kind="stable")
     return disliked + [words[index] for index in order[: len(disliked)]]
 

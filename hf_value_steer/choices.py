@@ -14,5 +14,6 @@ DirectionMethod = Literal["mean_difference", "pca", "logistic"]
 Pooling = Literal["last", "mean"]
 PromiseMode = Literal["marginal", "pac", "uniform", "martingale", "selective"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Target = Literal["response", "prefix", "hazard", "onset", "risk"]
+TargetOfAll = Literal["response", "prefix", "hazard", "risk"]  # of every token
+Target = Literal[TargetOfAll, "onset"]
 Loss = Literal["bce", "focal"]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from hf_value_steer.arguments.base import Arguments, BackboneArguments
 from hf_value_steer.arguments.kinds import Amount, Count, Limit, NotNegative, NumpySeed, Share
 from hf_value_steer.arguments.train import SplitArguments
+from hf_value_steer.choices import TargetOfAll
 
 
 @dataclass(kw_only=True)
@@ -39,9 +40,7 @@ class GuidanceTrainArguments(SplitArguments, BackboneArguments, LossWeights):
     output: str = field(metadata={"help": "folder of the module"})
     judge: str = field(metadata={"help": "the judge whose labels are learned"})
     attribute: str | None = field(default=None, metadata={"help": "what is valued, for instance toxicity"})
-    target: Literal["response", "prefix", "hazard", "risk"] = field(
-        default="response", metadata={"help": "what a token is labelled with"}
-    )
+    target: TargetOfAll = field(default="response", metadata={"help": "what a token is labelled with"})
     layer: Amount | None = field(
         default=None, metadata={"help": "layer l* whose states are valued; by default what a probe sweep finds"}
     )

@@ -38,16 +38,21 @@ def evaluate_crossfitted(
     collection, evaluator, parts = Collection(training.collection), Evaluator(arguments), []
     for fold in range(folds):
         folder = Path(arguments.output) / f"fold-{fold}"
-        own = replace(
-            training,
-            output=str(folder / "head"),
-            held_out=1 / folds,
-            rotation=fold / folds,
-            accept_chance=True,  # what it is worth is what is about to be measured
-        )
+        own = without_fold(training, str(folder / "head"), fold, folds)
         train(own)
         calibrate(replace(calibration, value_head=own.output))
         rows = torch.tensor(split_rows(collection, own)["held_out"])
         prompts = [collection.prompts[index] for index in sorted(set(collection.rows.prompt[rows].tolist()))]
         parts.append(evaluator.part(ValueHead.from_pretrained(own.output), prompts, folder / "runs"))
     return evaluator.report(ValueHead.from_pretrained(arguments.value_head), parts)
+
+
+def without_fold(training: TrainArguments, output: str, fold: int, folds: int) -> TrainArguments:
+    """How the head of a fold is trained: without its prompts, which are the split `"held_out"`."""
+    return replace(
+        training,
+        output=output,
+        held_out=1 / folds,
+        rotation=fold / folds,
+        accept_chance=True,  # what it is worth is what is about to be measured
+    )

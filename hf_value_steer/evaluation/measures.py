@@ -115,7 +115,8 @@ class Measures:
             name: compare_rates(self.base["verdicts"][name], rows["verdicts"][name], self.bootstrap)
             for name in self.judges
         }
-        same = [one == other for one, other in zip(texts.ids, self.base_texts.ids, strict=True)]
+        pairs = zip(texts.ids, self.base_texts.ids, strict=True)
+        changed = np.array([one != other for one, other in pairs], dtype=float)
         return {
             "name": setting.name,
             "method": setting.method,
@@ -126,24 +127,25 @@ class Measures:
             **compare_perplexity(self.base, rows, self.bootstrap),
             "distinct_1": distinct(texts.ids, 1),
             "distinct_2": distinct(texts.ids, 2),
-            "identical_to_base": round(sum(same) / len(same), 4),
-            **self._touched(texts),
+            "identical_to_base": round(float(1 - changed.mean()), 4),
+            **(self._touched(changed) if texts is not self.base_texts else {}),
             **(self._steering(rows) if setting.value_steer else {}),
             "mean_tokens": round(float(rows["tokens"].mean()), 2),
             "tokens": int(rows["tokens"].sum()),
             "tokens_per_second": round(rows["tokens"].sum() / texts.seconds, 1),
         }
 
-    def _touched(self, texts: Texts) -> dict[str, Any]:
+    def _touched(self, changed: Array) -> dict[str, Any]:
         """The share of safe texts, those that only a judge of labels objects to included, that are others here."""
-        if texts is self.base_texts:
-            return {}
-        safe = 1 - np.max([self.undesirable(name) for name in self.unbiased], axis=0)
-        pairs = zip(texts.ids, self.base_texts.ids, strict=True)
-        touched = np.array([one != other for one, other in pairs], dtype=float) * safe
+        bad = np.max([self.undesirable(name) for name in self.unbiased], axis=0)
+        return self._among("touched_safe", changed, 1 - bad)
+
+    def _among(self, key: str, found: Array, among: Array) -> dict[str, Any]:
+        """Under `key`, the share of the rows `among` all that are also `found`, and its interval; 0 and 1 each."""
+        both = found * among
         return {
-            "touched_safe": round(float(touched.sum() / safe.sum()), 4) if safe.any() else None,
-            "touched_safe_interval": interval(self.bootstrap.ratio(touched, safe)),
+            key: round(float(both.sum() / among.sum()), 4) if among.any() else None,
+            f"{key}_interval": interval(self.bootstrap.ratio(both, among)),
         }
 
     def _steering(self, rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,9 +154,7 @@ class Measures:
     def _interventions(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""
         safe = 1 - self.undesirable(self.safe_judge)
-        touched = (rows["interventions"] > 0) * safe
         return {
             "intervention_rate": round(float(rows["interventions"].sum() / rows["tokens"].sum()), 4),
-            "intervened_on_safe": round(float(touched.sum() / safe.sum()), 4) if safe.any() else None,
-            "intervened_on_safe_interval": interval(self.bootstrap.ratio(touched, safe)),
+            **self._among("intervened_on_safe", rows["interventions"] > 0, safe),
         }

@@ -125,13 +125,17 @@ class Runner:
         if setting.system_prompt:
             formatter = Formatter(formatter.tokenizer, formatter.chat, setting.system_prompt)
         inputs = formatter(prompts, self.model.device)
-        steer = {"custom_generate": value_steer_generate, "value_steer": setting.value_steer}
+        steer = {
+            "custom_generate": value_steer_generate,
+            "value_steer": setting.value_steer,
+            "text_tokenizer": formatter.tokenizer,
+        }
         torch.manual_seed(seed)
         output = self.model.generate(
             **inputs,
             **generate_arguments(self.sampling),
             **setting.options,
-            **({**steer, "text_tokenizer": formatter.tokenizer} if setting.value_steer else {}),
+            **(steer if setting.value_steer else {}),
             num_return_sequences=samples,
             max_new_tokens=self.max_new_tokens,
             return_dict_in_generate=True,

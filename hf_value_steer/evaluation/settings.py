@@ -11,7 +11,7 @@ from hf_value_steer.evaluation.runs import (
     shuffled,
     value_filter,
 )
-from hf_value_steer.evaluation.trade_off import in_the_loop, promised_thresholds, trade_off
+from hf_value_steer.evaluation.trade_off import in_the_loop, trade_off
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.prompts import load_prompts
 
@@ -32,9 +32,9 @@ def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -
 
 
 def _grid(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
-    if arguments.alphas:
-        return trade_off(head, arguments)
     thresholds = filter_thresholds(head, arguments)
+    if arguments.alphas:
+        return trade_off(head, arguments, thresholds)
     named = len(thresholds) > 1
     return [value_filter(head, c, k, named) for k in arguments.num_candidates for c in thresholds]
 
@@ -42,7 +42,9 @@ def _grid(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
 def filter_thresholds(head: ValueHead, arguments: EvaluateArguments) -> list[float]:
     """The grid of thresholds, those of the promises, or the head's own; a `ValueError` if it has none."""
     if arguments.alphas:
-        return promised_thresholds(head, arguments.alphas)
+        if head.calibration is None:
+            raise ValueError("`alphas` need what they promise: calibrate the head, or pass `thresholds`.")
+        return [head.calibration.promised_threshold(alpha) for alpha in arguments.alphas]
     if not arguments.thresholds and head.config.threshold is None:
         raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
     return arguments.thresholds or [head.config.threshold]

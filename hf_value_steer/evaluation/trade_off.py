@@ -18,21 +18,9 @@ _WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def promised_thresholds(head: ValueHead, alphas: list[float]) -> list[float]:
-    """The threshold of each promise.
-
-    Raises:
-        ValueError: if the head is not calibrated, or a promise cannot be made.
-    """
-    if head.calibration is None:
-        raise ValueError("`alphas` need what they promise: calibrate the head, or pass `thresholds`.")
-    return [head.calibration.promised_threshold(alpha) for alpha in alphas]
-
-
-def trade_off(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
-    """Every way to use the head, at every `alpha`."""
+def trade_off(head: ValueHead, arguments: EvaluateArguments, thresholds: list[float]) -> list[Setting]:
+    """Every way to use the head, at the threshold of every `alpha`."""
     count, settings = max(arguments.num_candidates), []
-    thresholds = promised_thresholds(head, arguments.alphas)
     for method, (name, asked) in _WAYS.items():
         for alpha, threshold in zip(arguments.alphas, thresholds, strict=True):
             how: dict[str, Any] = {"num_candidates": count, "rollback": arguments.rollback, **asked}

@@ -58,28 +58,29 @@ class Steps:
         self.card, self.push = self._publishing()
         if "calibrate" in recipe.content:
             judged = {} if "judge" in self._own("calibrate") else learned
-            chosen = {**self._fresh(folder, collection), "value_head": head, **judged}
+            self.fresh = self._fresh(str(folder / "calibration"))
+            where = {"collection": self.fresh.output} if self.fresh else collection
+            chosen = {**where, "value_head": head, **judged}
             self.calibrate = self._arguments(CalibrateArguments, "calibrate", chosen, "prompts")
         if "evaluate" in recipe.content:
             own = {"output": str(folder / "evaluation"), "value_head": head, "label_judge": _label_judge(learned)}
             self.folds, self.evaluate = self._evaluate({**self._same(*_SHARED), **own}, learned)
 
-    def _fresh(self, folder: Path, collection: dict[str, str]) -> dict[str, str]:
-        """Where the texts are that `calibrate` reads: of prompts of its own, one each, or a part of the collection."""
+    def _fresh(self, output: str) -> CollectArguments | None:
+        """What is collected for `calibrate`, if it has prompts of its own: one text for each."""
         if "prompts" not in self._own("calibrate"):
-            return collection
+            return None
         with self.recipe.blaming("calibrate"):
-            self.fresh = replace(
+            return replace(
                 self.collect,
                 prompts=self._own("calibrate")["prompts"],
-                output=str(folder / "calibration"),
+                output=output,
                 limit=None,
                 samples=1,
                 forced_samples=0,
                 force_words=None,
                 next_tokens=0,
             )
-        return {"collection": self.fresh.output}
 
     def _check_sections(self) -> None:
         """Raise a `ValueError` for what is no recipe: sections, those that are needed among them, of fields."""
@@ -190,15 +191,17 @@ class Steps:
 
     def look_for_sources(self) -> None:
         """Look for everything that later steps will ask for; `collect` does so for its own."""
-        with self.recipe.blaming("collect"):
-            prompts = _prompts_of(self.collect) if self.folds or self.calibrate is not None else []
-        if self.calibrate is not None:
-            with self.recipe.blaming("calibrate"):
-                calibrated = prompts if self.fresh is None else _prompts_of(self.fresh)
-                if self.fresh is not None and (both := {each.text for each in prompts} & {e.text for e in calibrated}):
-                    raise FieldError("prompts", f"`prompts` hold {len(both)} of those of section 'collect'.")
-                if self.calibrate.group_column is not None:
-                    check_column(self.calibrate.group_column, calibrated)
+        column = self.calibrate.group_column if self.calibrate is not None else None
+        prompts: list[Prompt] = []
+        if self.folds or self.fresh is not None or column is not None:
+            with self.recipe.blaming("collect"):
+                prompts = _prompts_of(self.collect)
+        with self.recipe.blaming("calibrate"):
+            calibrated = prompts if self.fresh is None else _prompts_of(self.fresh)
+            if self.fresh is not None and (both := {each.text for each in prompts} & {e.text for e in calibrated}):
+                raise FieldError("prompts", f"`prompts` hold {len(both)} of those of section 'collect'.")
+            if column is not None:
+                check_column(column, calibrated)
         if self.evaluate is not None:
             with self.recipe.blaming("evaluate"):
                 check_sources(self.evaluate, prompts if self.folds else evaluation_prompts(self.evaluate))

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Values:
+class RowValues:
     """Values of rows: `worst` and `prompts` of shape `(rows,)`, and all their tokens', `(tokens,)`."""
 
     worst: Tensor
@@ -68,7 +68,7 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         chosen = _safe(chosen, bad, named)
     if arguments.token_rate is not None and _worst_counts(head):
         _set_attribute_thresholds(collection, head, rows.tolist(), arguments.token_rate)
-    values = _values(collection, head, chosen.tolist(), arguments.method)
+    values = row_values(collection, head, chosen.tolist(), arguments.method)
     calibration = Calibration.from_scores(
         values.worst.numpy(),
         mode=arguments.mode,
@@ -154,7 +154,7 @@ def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
 
 
 @torch.no_grad()
-def _values(collection: Collection, head: ValueHead, rows: Sequence[int], method: str) -> _Values:
+def row_values(collection: Collection, head: ValueHead, rows: Sequence[int], method: str) -> RowValues:
     """Values of some rows, the worst over what `method` acts on: abstention on the prompt, but not the last token."""
     layers = collection.resolve(head.config.feature_layers)
     worst, prompts, tokens = [], [], []
@@ -164,7 +164,7 @@ def _values(collection: Collection, head: ValueHead, rows: Sequence[int], method
         worst.append(watched.max() if head.config.polarity == "undesirable" else watched.min())
         prompts.append(values[0])
         tokens.append(values[1:])
-    return _Values(torch.stack(worst), torch.stack(prompts), torch.cat(tokens))
+    return RowValues(torch.stack(worst), torch.stack(prompts), torch.cat(tokens))
 
 
 def _worst_counts(head: ValueHead) -> bool:
@@ -203,7 +203,7 @@ def _default_threshold(
     if arguments.token_rate is not None:
         if _worst_counts(head):  # whose own thresholds are set
             return 0.5
-        tokens = _values(collection, head, rows, arguments.method).tokens.numpy()
+        tokens = row_values(collection, head, rows, arguments.method).tokens.numpy()
         return _failed_by(arguments.token_rate, tokens, head.config.polarity)
     if arguments.alpha is None or arguments.mode == "martingale":
         return None if head.config.attributes is None else 0.5

@@ -174,17 +174,17 @@ class _Reader:
         self, prompts: Sequence[Prompt], rows: list[list[int]], offsets: list[int], following: list[list[int]] | None
     ) -> dict[str, Tensor]:
         assert self.pieces is not None
-        owners, texts, next_texts = [], [], []
+        owners, texts, next_texts, completes = [], [], [], list[bool]()
         for prompt, row, start in zip(prompts, rows, offsets, strict=False):
-            text = ""
-            for step, token in enumerate(row):
-                text += self.pieces[token]
+            text, pieces = "", [self.pieces[token] for token in row]
+            completes += completes_word(pieces)
+            for step, piece in enumerate(pieces):
+                text += piece
                 owners.append(prompt)
                 texts.append(self._cut(text))
                 for after in following[start + step] if following else ():
                     next_texts.append(self._cut(text + self.pieces[after]))
-        completes = [each for row in rows for each in completes_word([self.pieces[token] for token in row])]
-        labels = {"prefixes": self._score(owners, texts), "completes": torch.tensor(completes)}
+        labels = {"prefixes": self._score(owners, texts), "completes": torch.tensor(completes, dtype=torch.bool)}
         if following:
             width = len(following[0])
             repeated = [owner for owner in owners for _ in range(width)]

@@ -15,7 +15,13 @@ from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.train import SplitArguments, TrainArguments
 from hf_value_steer.cli import main
-from hf_value_steer.training.calibrate import _failed_by, _set_attribute_thresholds, _share_as_bad, _values, calibrate
+from hf_value_steer.training.calibrate import (
+    _failed_by,
+    _set_attribute_thresholds,
+    _share_as_bad,
+    calibrate,
+    row_values,
+)
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.prompts import Formatter
@@ -36,11 +42,6 @@ LAYERS = [[0], [1, "final"], ["final"], ["final", 0]]
 def world(tmp_path_factory):
     """A folder with a tiny model of two layers, prompts of several lengths, and a word list."""
     return write_world(tmp_path_factory.mktemp("world"), 40)
-
-
-@pytest.fixture(scope="module")
-def judge(world):
-    return f"lexicon:{world / 'bad.txt'}"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_values_of_a_collection_are_those_of_the_engine(model, world, judge, gre
     expected = list(steered(model, world, greedy, head))
     rows = list(range(len(greedy.rows)))
     for method, watched in (("filter", slice(1, None)), ("abstain", slice(0, -1))):
-        values = _values(greedy, head, rows, method)
+        values = row_values(greedy, head, rows, method)
         close(values.tokens, torch.cat([each[1:] for each in expected]))
         close(values.prompts, torch.stack([each[0] for each in expected]))
         close(values.worst, torch.stack([each[watched].max() for each in expected]))

@@ -32,11 +32,6 @@ def world(tmp_path_factory):
     return write_world(tmp_path_factory.mktemp("world"), 24)
 
 
-@pytest.fixture(scope="module")
-def judge(world):
-    return f"lexicon:{world / 'bad.txt'}"
-
-
 def recipe(world, judge, output, **sections):
     known = (world / "prompts.txt").read_text().splitlines()
     (world / "others.txt").write_text("\n".join(f"{line} {GOOD[0]}" for line in known))
