@@ -3,7 +3,7 @@
     python -m benchmarks.activation --output benchmarks/results/activation-toxicity.json \
         --page docs/activation-toxicity.html
 
-Reads what `hf-value-steer run examples/recipes/smollm2-toxicity.yaml` left: directions come from its labelled
+Reads what `hf-value-steer run examples/recipes/smollm2-toxicity-final.yaml` left: directions come from its labelled
 generations, and everything is judged on the prompts of one of its folds, which neither the directions nor the head of
 the fold have seen, by judges that gave no label. What was generated is kept, and a second run goes on from there.
 """
@@ -39,7 +39,7 @@ from hf_value_steer.training.vectors import vectors_from_collection
 FOLD, FOLDS, LABELS = 1, 5, "python:examples.toxicity:profanity"
 JUDGES = ["python:examples.toxicity:word_list", "python:examples.toxicity:cuss"]
 BUDGET, TEXTS, SCALING_TEXTS, SAMPLES = 1.5, 60, 60, 3
-RUN, WORK = Path("runs/smollm2-toxicity"), Path("runs/activation-toxicity")
+RUN, WORK = Path("runs/smollm2-toxicity-final"), Path("runs/activation-toxicity")
 MULTIPLIERS, STRONG = (-1, -0.5, -0.25, 0.25, 0.5, 1, 2), 0.5  # that which is compared with its negative
 THRESHOLDS = (0.02, 0.05)  # of the gate
 Sequences = list[list[int]]

@@ -264,8 +264,8 @@ def begun(path: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", type=Path, default=Path("runs/smollm2-toxicity/evaluation"))
-    parser.add_argument("--collection", type=Path, default=Path("runs/smollm2-toxicity/collection"))
+    parser.add_argument("--heads", type=Path, default=Path("runs/smollm2-toxicity-final/evaluation"))
+    parser.add_argument("--collection", type=Path, default=Path("runs/smollm2-toxicity-final/collection"))
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--prompts", type=int, help="at most so many of each fold, to try it")

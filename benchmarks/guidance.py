@@ -24,7 +24,7 @@ from hf_value_steer.training.prompts import Formatter, share
 
 
 JUDGES = ("python:examples.toxicity:word_list", "python:examples.toxicity:cuss")
-HEAD, GUIDE, SAMPLES = "model_cards/smollm2-135m-toxicity", {"momentum": 0.0}, 4
+HEAD, GUIDE, SAMPLES = "model_cards/smollm2-135m-toxicity-final", {"momentum": 0.0}, 4
 
 
 def settings(arguments: argparse.Namespace) -> list[Setting]:

@@ -1,6 +1,6 @@
 """What does a head find, if it may touch a share of the safe texts? Detection alone: nothing is steered.
 
-    hf-value-steer run examples/recipes/smollm2-toxicity-onset.yaml      # its collection is read
+    hf-value-steer run examples/recipes/smollm2-toxicity.yaml      # its collection is read
     python -m benchmarks.onset_heads --output benchmarks/results/onset-heads.json
 
 For each fold of the prompts, and each choice of layers, memory and target, a head is trained without that fold. On the
@@ -114,7 +114,7 @@ def summarised(collection: Collection, known: dict[str, Any], judged: dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--collection", default="runs/smollm2-toxicity-onset/collection")
+    parser.add_argument("--collection", default="runs/smollm2-toxicity/collection")
     parser.add_argument("--folds", type=int, default=FOLDS, help="so many of the five, to try it")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

@@ -38,7 +38,7 @@ def unseen() -> list[str]:
 
 
 PROMPTS: dict[str, Callable[[], list[str]]] = {
-    "smollm2-135m-toxicity": unseen,
+    "smollm2-135m-toxicity-final": unseen,
     "smollm2-135m-sentiment": eval_prompts,
 }
 

@@ -2,15 +2,15 @@
 
     python -m benchmarks.picture
 
-Reads `benchmarks/results/smollm2-135m-toxicity.json` and writes `docs/results.png`; needs matplotlib, as in the extra
-`bench`.
+Reads `benchmarks/results/smollm2-135m-toxicity-final.json` and writes `docs/results.png`; needs matplotlib, as in the
+extra `bench`.
 """
 
 import json
 
 from matplotlib.figure import Figure
 
-from benchmarks.tables import JUDGES, RESULTS, ROOT
+from benchmarks.markdown import JUDGES, RESULTS, ROOT
 
 
 SHOWN = {
@@ -24,7 +24,7 @@ COLOURS = ("#5b6475", "#b4bac5", "#b8336a", "#c2571a", "#1d5fd0")
 
 
 def main() -> None:
-    document = json.loads((RESULTS / "smollm2-135m-toxicity.json").read_text(encoding="utf-8"))
+    document = json.loads((RESULTS / "smollm2-135m-toxicity-final.json").read_text(encoding="utf-8"))
     runs = {run["name"]: run["judges"] for run in document["runs"]}
     figure = Figure((9, 3.2), dpi=150, layout="constrained")
     axes = figure.add_subplot(ylabel="toxic texts (%)")

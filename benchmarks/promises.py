@@ -32,7 +32,7 @@ from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 
 
-RUN = Path("runs/smollm2-toxicity")
+RUN = Path("runs/smollm2-toxicity-final")
 ALPHAS, SIZES, DRAWS, DELTA = (0.01, 0.05, 0.1, 0.25, 0.45), (10, 59, 100, 1000), 2000, 0.05
 
 

@@ -20,7 +20,7 @@ HEAD = ("README.md", "config.json", "model.safetensors", "calibration.json")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the recipe's run")
-    parser.add_argument("name", help="of the head below model_cards/, for instance smollm2-135m-toxicity")
+    parser.add_argument("name", help="of the head below model_cards/, for instance smollm2-135m-toxicity-final")
     arguments = parser.parse_args()
     card = ROOT / "model_cards" / arguments.name
     card.mkdir(parents=True, exist_ok=True)

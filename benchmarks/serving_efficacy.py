@@ -32,7 +32,7 @@ from hf_value_steer.training.prompts import Formatter, load_prompts
 from hf_value_steer.vllm import steered_engine_args
 
 
-HEAD, SEED, NEW_TOKENS, SAMPLES = "model_cards/smollm2-135m-toxicity", 0, 32, 2
+HEAD, SEED, NEW_TOKENS, SAMPLES = "model_cards/smollm2-135m-toxicity-final", 0, 32, 2
 JUDGES = {"python:examples.toxicity:word_list": word_list, "python:examples.toxicity:cuss": cuss}
 ENGINE = {
     "dtype": "bfloat16",

@@ -5,74 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.head_tables import abstention, efficacy, going_back
+from benchmarks.markdown import JUDGES, RESULTS, ROOT, percent, row, span
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.sweep import sweep_page
-
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-JUDGES = {
-    "python:examples.toxicity:word_list": "word list (LDNOOBW)",
-    "python:examples.toxicity:cuss": "cuss-inspect",
-    "python:examples.toxicity:profanity": "label judge (alt-profanity-check, better-profanity)",
-}
-
-
-def percent(number: float) -> str:
-    return f"{100 * number:.1f} %"
-
-
-def span(bounds: list[float]) -> str:
-    return f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def efficacy(document: dict[str, Any]) -> str:
-    """Rates and perplexity of every run of an evaluation."""
-    names = {judge["name"]: JUDGES[judge["name"]] for judge in document["judges"]}
-    lines = [row("", *names.values(), "perplexity", "steps intervened"), row(*["---"] * (len(names) + 3))]
-    for run in document["runs"]:
-        rates = [
-            f"{percent(run['judges'][name]['rate'])} {span(run['judges'][name]['rate_interval'])}" for name in names
-        ]
-        ratio = run["perplexity_ratio"]
-        perplexity = f"{run['perplexity']:.1f}" + ("" if run["method"] == "base" else f" (x{ratio:.3f})")
-        steps = percent(run["intervention_rate"]) if "intervention_rate" in run else ""
-        lines.append(row(run["name"], *rates, perplexity, steps))
-    steered = next(run for run in document["runs"] if run["method"] == "filter")
-    reductions = [
-        f"{percent(judge['relative_reduction'])} {span(judge['relative_reduction_interval'])}"
-        for judge in (steered["judges"][name] for name in names)
-    ]
-    lines.append(row("reduction by the filter", *reductions, "", ""))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{document['generations']} continuations of {document['prompts']} prompts, each steered by one of "
-            f"{document['folds']} heads, the one that was trained without it; 95 % intervals by prompt. "
-            "`hf-value-steer run examples/recipes/smollm2-toxicity.yaml`.",
-        ]
-    )
-
-
-def abstention(document: dict[str, Any]) -> str:
-    """Accuracy of what is answered, by the head and by the table."""
-    points, base = document["at_coverage"], percent(document["accuracy"])
-    lines = [row("share of the problems answered", *(percent(point["coverage"]) for point in points), "all")]
-    lines.append(row(*["---"] * (len(points) + 2)))
-    for name, title in (("head", "right, chosen by the head"), ("table", "right, chosen by operator and digits")):
-        lines.append(row(title, *(percent(point[name]) for point in points), base))
-    difference = span(document["head_minus_table_at_0.2_interval"])
-    lines.append("")
-    lines.append(
-        f"{document['problems']} problems that training never saw; head minus table at 20 %: {difference} points. "
-        f"`{document['command']}`, {document['date']}."
-    )
-    return "\n".join(lines)
 
 
 def ratio(case: dict[str, Any]) -> str:
@@ -156,38 +92,6 @@ def memory(models: list[dict[str, Any]]) -> list[str]:
         sizes = (f"{model['with'][kind] / 1e6:.1f} ({model['without'][kind] / 1e6:.1f})" for kind in kinds)
         lines.append(row(model["model"], *sizes))
     return lines
-
-
-def going_back(document: dict[str, Any]) -> str:
-    """What the filter lets through, without and with going back."""
-    names = list(document["runs"][0]["judges"])
-    titles = (JUDGES[f"python:examples.toxicity:{name}"] for name in names)
-    lines = [
-        row("", *titles, "texts with unacceptable tokens", "such tokens", "safe texts touched", "forwards a token")
-    ]
-    lines.append(row(*["---"] * (5 + len(names))))
-    for run in document["runs"]:
-        rates = [rated(run["judges"][name]) for name in names]
-        known = run["texts_with_unacceptable"]
-        unacceptable = ["", ""] if known is None else [rated(known), f"{run['unacceptable']:,}"]
-        touched = f"{percent(run['safe_touched'])} {span(run['safe_touched_interval'])}"
-        lines.append(row(run["name"], *rates, *unacceptable, touched, f"{run['forwards_per_token']:.2f}"))
-    lines.append("")
-    for run in document["runs"]:
-        if run["searches"]:
-            found = f"{run['searches']} searches, {run['found']} found a way, {run['taken_back']} tokens taken back"
-            lines.append(f"{run['name']}: {found}, {run['dead_ends']} dead ends left.")
-    settings = document["settings"]
-    lines.append(
-        f"{document['prompts']} prompts, {settings['max_new_tokens']} tokens, K = {settings['num_candidates']}, "
-        f"threshold {settings['threshold']}; each steered by the one of {len(document['folds'])} heads that was "
-        f"trained without it; 95 % intervals by prompt. `{document['command']}`, {document['date']}."
-    )
-    return "\n".join(lines)
-
-
-def rated(judge: dict[str, Any]) -> str:
-    return f"{percent(judge['rate'])} {span(judge['rate_interval'])}"
 
 
 def activation(document: dict[str, Any]) -> str:
@@ -275,7 +179,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    replace(ROOT / "docs" / "results.md", "efficacy", efficacy(load("smollm2-135m-toxicity")))
+    replace(ROOT / "docs" / "results.md", "efficacy", efficacy(load("smollm2-135m-toxicity-final")))
     replace(ROOT / "docs" / "results.md", "abstention", abstention(load("abstention-arithmetic")))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "docs" / "results.md", "overhead", overhead([load(name) for name in measured]))

@@ -80,7 +80,7 @@ def reviews(use: Literal["label judge", "other judge", "train", "eval"], sentenc
     return [each for each in all_reviews() if each.digest[0] in USES[use] and each.sentence == sentences]
 
 
-def openings(use: Literal["train", "eval"]) -> list[str]:
+def openings(use: Literal["other judge", "train", "eval"]) -> list[str]:
     """Different beginnings of long reviews, without a word that `vaderSentiment` likes or dislikes."""
     starts = dict.fromkeys(" ".join(each.text.split()[:PROMPT_WORDS]) for each in reviews(use, sentences=False))
     plain = [start for start in starts if re.fullmatch(r"[A-Z][A-Za-z' ,-]*[a-z]", start)]

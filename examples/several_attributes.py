@@ -26,13 +26,13 @@ judges = {"number": "lexicon:examples/recipes/numbers.txt", "comma": f"lexicon:{
 
 texts = {"model": arguments.model, "dtype": "float32", "prompts": str(openings), "limit": arguments.prompts}
 sizes = {"samples": 4, "max_new_tokens": arguments.new_tokens, "next_tokens": 16}
-settings = {"preset": "hazard", "validation": 0.25, "calibration": 0.25}
+settings = {"preset": "hazard", "validation": 0.25, "calibration": 0.3}
 recipe = {  # the same as a YAML file is taken by `hf-value-steer run`
     "output": str(output),
     "collect": {**texts, **sizes},
     "label": {"judges": list(judges.values()), "prefixes": True, "prefix_words": 1},
     "train": {"attributes": [f"{name}={judge}" for name, judge in judges.items()], **settings},
-    "calibrate": {"token_rate": 0.1},  # a tenth of all tokens fails at least one attribute
+    "calibrate": {"alpha": 0.4},  # of the texts that both judges find fine, so many may be touched
 }
 head = ValueHead.from_pretrained(run_recipe(recipe))
 print("thresholds:", {each["name"]: each["threshold"] for each in head.config.attributes})

@@ -58,8 +58,12 @@ def profanity_score(texts: list[str]) -> np.ndarray:
 
     The latter is a linear model over words, 0.03 ms a text. Neither knows all words that the other does.
     """
-    listed = [not label_words().isdisjoint(re.findall(r"[^\W\d_]+", text.lower())) for text in texts]
-    return np.maximum(predict_prob(texts), listed)
+    return np.maximum(predict_prob(texts), list_score(texts))
+
+
+def list_score(texts: list[str]) -> np.ndarray:
+    """The first half of the label judge: 1.0 for a text with a word of `better-profanity`, else 0.0."""
+    return np.array([not label_words().isdisjoint(re.findall(r"[^\W\d_]+", text.lower())) for text in texts], float)
 
 
 def disliked_words() -> list[str]:
@@ -126,6 +130,10 @@ def cuss_score(texts: list[str]) -> np.ndarray:
 # The same as judges of a recipe, `python:examples.toxicity:...`.
 def profanity(_prompts: Sequence[object], responses: Sequence[str]) -> np.ndarray:
     return profanity_score(list(responses))
+
+
+def label_list(_prompts: Sequence[object], responses: Sequence[str]) -> np.ndarray:
+    return list_score(list(responses))
 
 
 def word_list(_prompts: Sequence[object], responses: Sequence[str]) -> np.ndarray:

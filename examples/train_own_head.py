@@ -35,9 +35,10 @@ collect(
     LabelArguments(judges=[made["judge"]], prefixes=True, prefix_words=1),
 )
 # 2. The head learns from hidden states when a number is about to come. A head that learned nothing is refused.
-train(TrainArguments(**made, output=arguments.value_head, attribute="a number", preset="hazard", validation=0.25))
-# 3. The threshold, on prompts that training never saw: a tenth of all tokens is to be replaced.
-calibrate(CalibrateArguments(**made, value_head=arguments.value_head, token_rate=0.1))
+shares = {"validation": 0.25, "calibration": 0.25}
+train(TrainArguments(**made, output=arguments.value_head, attribute="a number", preset="hazard", **shares))
+# 3. The threshold, on prompts that training never saw: of the texts without a number, one in five may be touched.
+calibrate(CalibrateArguments(**made, value_head=arguments.value_head, alpha=0.2))
 
 model = enable_value_steer(AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32"))
 tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left")

@@ -30,10 +30,8 @@ class CalibrateArguments(Arguments):
         default=None, metadata={"help": "how often a promise with confidence may fail, in (0, 1)"}
     )
     alpha: Probability | None = field(
-        default=None, metadata={"help": "make the threshold of this promise the default"}
-    )
-    token_rate: Probability | None = field(
-        default=None, metadata={"help": "make the default threshold one that this share of tokens fails; no promise"}
+        default=None,
+        metadata={"help": "make the threshold of this promise the default: the share of safe texts it may touch"},
     )
     num_candidates: Candidates | None = field(
         default=None, metadata={"help": "the head's operating point: candidates of its filter"}
@@ -61,7 +59,5 @@ class CalibrateArguments(Arguments):
     def check(self) -> None:
         if self.method != "filter" and (said := ", ".join(self.operating_point())):
             raise ValueError(f"`{said}` is for a filter, this head is calibrated for {self.method!r}.")
-        if self.alpha is not None and self.token_rate is not None:
-            raise ValueError("`alpha` and `token_rate` both set the default threshold: pass one of them.")
         if (self.judge is None) != bool(self.attributes):
             raise ValueError("`judge` says which generations are safe, or `attributes` do: pass one of them.")

@@ -58,7 +58,8 @@ def head_card(
         _metadata(facts.config, evaluation, datasets, license),
         facts.config,
         **_described(facts),
-        runtime=_runtime(facts.config["polarity"], evaluation),
+        runtime=(runtime := _runtime(facts.config["polarity"], evaluation)),
+        filters=runtime == "ValueFilterConfig",
         repo_id=literal(repo_id),
         results=results_markdown(evaluation) if evaluation else "",
         guarantee=calibration_markdown(calibration) if calibration else "",
@@ -171,7 +172,7 @@ def _metadata(
 
 def _described(facts: Facts) -> dict[str, Any]:
     """What the head itself says, for the template."""
-    config, threshold = facts.config, facts.config["threshold"]
+    config = facts.config
     return {
         "title": plain(_title(config)),
         "architecture": {"mlp": "three-layer MLP", "linear": "linear map"}[config["architecture"]],
@@ -180,13 +181,22 @@ def _described(facts: Facts) -> dict[str, Any]:
         "feature": _feature(config.get("feature_layers", _UNSAID["feature_layers"])),
         "memory": _memory(config),
         "polarity": config["polarity"],
-        "threshold": (f"Default threshold: {threshold:.4g}." if threshold else "It has no default threshold.")
+        "threshold": _threshold(config["threshold"], facts.calibration)
         + _operating_point(config.get("operating_point")),
         "attributes": _attributes_markdown(config) if config.get("attributes") else "",
         "chat_template": recorded(config["chat_template"]),
         "feature_dtype": recorded(config["feature_dtype"]),
         "training": training_markdown(config["training"]),
     }
+
+
+def _threshold(threshold: float | None, calibration: Mapping[str, Any] | None) -> str:
+    """The default threshold in a sentence, and the least alpha that has it."""
+    if threshold is None:
+        return "It has no default threshold."
+    curve = calibration["curve"] if calibration else []
+    alphas = [point["alpha"] for point in curve if point["threshold"] == threshold]
+    return f"Default threshold: {threshold:.4g}" + (f", that of `alpha={min(alphas):g}`." if alphas else ".")
 
 
 def _operating_point(point: Mapping[str, Any] | None) -> str:

@@ -84,13 +84,12 @@ def train_command(arguments: TrainArguments) -> None:
 def calibrate_command(arguments: CalibrateArguments) -> None:
     """Calibrate, and say what is promised, from which alpha on, and which threshold is the default."""
     calibration = calibrate(arguments)
-    if arguments.token_rate is None:  # which promises nothing
-        print(calibration.guarantee)
-        kept = [point for point in calibration.curve if point["threshold"] is not None]
-        for point in kept:
-            print(f"alpha {point['alpha']:<6}threshold {point['threshold']}")
-        if beyond := len(calibration.curve) - len(kept):
-            print(f"{beyond} smaller alphas cannot be promised from so few texts.")
+    print(calibration.guarantee)
+    kept = [point for point in calibration.curve if point["threshold"] is not None]
+    for point in kept:
+        print(f"alpha {point['alpha']:<6}threshold {point['threshold']}")
+    if beyond := len(calibration.curve) - len(kept):
+        print(f"{beyond} smaller alphas cannot be promised from so few texts.")
     head, card = ValueHead.from_pretrained(arguments.value_head), Path(arguments.value_head) / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else ""
     if "model-index" in text:

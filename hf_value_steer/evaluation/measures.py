@@ -79,6 +79,7 @@ class Measures:
         self.unbiased = [name for name in judges if name not in labelled] or list(judges)
         identities = {prompt.text: index for index, prompt in enumerate(prompts)}
         self.bootstrap = Bootstrap(np.array([identities[prompt.text] for prompt in prompts]))
+        self.read: dict[tuple[str, tuple[int, ...]], float] = {}
         self.base_texts, self.base = base, self.rows(base)
 
     def rows(self, texts: Texts) -> dict[str, Any]:
@@ -86,10 +87,19 @@ class Measures:
         decoded = self.formatter.tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
         return {
             "verdicts": {n: (judge(self.prompts, decoded) > 0.5).astype(float) for n, judge in self.judges.items()},
-            "nll": negative_log_likelihood(self.model, self.formatter, self.prompts, texts.ids),
+            "nll": self._likelihoods(texts),
             "tokens": np.array([len(row) for row in texts.ids], dtype=float),
             "interventions": np.array(texts.interventions, dtype=float),
         }
+
+    def _likelihoods(self, texts: Texts) -> Array:
+        """[`negative_log_likelihood`] of each row; the model reads a text once, whichever runs hold it."""
+        keys = [(prompt.text, tuple(ids)) for prompt, ids in zip(self.prompts, texts.ids, strict=True)]
+        first = {key: row for row, key in enumerate(keys) if key not in self.read}
+        prompts, ids = [self.prompts[row] for row in first.values()], [texts.ids[row] for row in first.values()]
+        found = negative_log_likelihood(self.model, self.formatter, prompts, ids)
+        self.read |= zip(first, found.tolist(), strict=True)
+        return np.array([self.read[key] for key in keys])
 
     def undesirable(self, judge: str, rows: Mapping[str, Any] | None = None) -> Array:
         """Whether a judge finds each text of a run, by default the base run, bad, `(rows,)` of 0 and 1."""

@@ -179,7 +179,8 @@ class ValueFilterLogitsProcessor(LogitsProcessor):  # type: ignore[misc]
             "`max_interventions`": config.max_interventions is not None,
             "`output_candidates`": config.output_candidates,
             '`selection="soft"` (pass `selection="first"` if the head asks for it)': config.selection != "first",
-            f"`rollback`={config.rollback} (pass `rollback=0`)": config.rollback > 0,
+            f"`rollback`={config.rollback} (pass `rollback=0`, or take a head that was calibrated without it, such as "
+            "that of model_cards/smollm2-135m-toxicity-final)": config.rollback > 0,
         }
         if asked := [name for name, is_asked in cannot.items() if is_asked]:
             raise UnsupportedError(

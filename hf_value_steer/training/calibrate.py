@@ -33,22 +33,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class RowValues:
-    """Values of rows: `worst` and `prompts` of shape `(rows,)`, and all their tokens', `(tokens,)`."""
+    """Values of rows, each of shape `(rows,)`: the `worst` one that a method acts on, and that of the prompt."""
 
     worst: Tensor
     prompts: Tensor
-    tokens: Tensor
 
 
 def calibrate(arguments: CalibrateArguments) -> Calibration:
-    """Write `calibration.json`, and with `alpha` or `token_rate` a default threshold, into the head's folder.
+    """Write `calibration.json`, and with `alpha` a default threshold, into the head's folder.
 
     Scores come from the split that training set aside, one generation a prompt: for the filter only those that the
     judge finds safe (or, for a head whose high values are desirable, correct).
 
-    For a head of several attributes whose worst counts, `token_rate` sets the thresholds of the attributes: equally
-    many tokens fail each of them, and `token_rate` of all fail at least one. `alpha` sets the threshold of the value
-    that stands for all of them, and leaves those of the attributes.
+    For a head of several attributes whose worst counts, `alpha` sets the thresholds of the attributes, too, from every
+    other of these texts: equally many reach each of them, and a share `alpha` reaches at least one. The rest of the
+    texts makes the promise.
 
     Raises:
         ValueError: if nothing was set aside, no generation is safe, or `alpha` cannot be promised.
@@ -66,8 +65,9 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     chosen = rows[one_per_prompt(prompts[rows].tolist(), arguments.seed)]
     if arguments.method == "filter":  # only now: a prompt that is seldom safe must not count more than it does
         chosen = _safe(chosen, bad, named)
-    if arguments.token_rate is not None and _worst_counts(head):
-        _set_attribute_thresholds(collection, head, rows.tolist(), arguments.token_rate)
+    if arguments.alpha is not None and head.config.attributes is not None and head.config.combine == "worst":
+        _set_attribute_thresholds(collection, head, chosen[::2].tolist(), arguments.alpha)
+        chosen = chosen[1::2]
     values = row_values(collection, head, chosen.tolist(), arguments.method)
     calibration = Calibration.from_scores(
         values.worst.numpy(),
@@ -82,7 +82,7 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         data=hashlib.sha256(f"{collection.digest()} {named} {chosen.tolist()}".encode()).hexdigest(),
         **{name: collection.manifest[name] for name in ("sampling", "kernel", "backend")},
     )
-    head.config.threshold = _default_threshold(arguments, collection, head, calibration, rows.tolist())
+    head.config.threshold = _default_threshold(arguments, head, calibration)
     if point := arguments.operating_point():
         head.config.operating_point = {**(head.config.operating_point or {}), **point}
     # Not the weights, which are as they were: a kill in the middle of writing them would lose the head.
@@ -157,54 +157,31 @@ def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
 def row_values(collection: Collection, head: ValueHead, rows: Sequence[int], method: str) -> RowValues:
     """Values of some rows, the worst over what `method` acts on: abstention on the prompt, but not the last token."""
     layers = collection.resolve(head.config.feature_layers)
-    worst, prompts, tokens = [], [], []
+    worst, prompts = [], []
     for row in rows:
         values = head(collection.features(row, layers)).value
         watched = values[:-1] if method == "abstain" else values[1:]
         worst.append(watched.max() if head.config.polarity == "undesirable" else watched.min())
         prompts.append(values[0])
-        tokens.append(values[1:])
-    return RowValues(torch.stack(worst), torch.stack(prompts), torch.cat(tokens))
-
-
-def _worst_counts(head: ValueHead) -> bool:
-    return head.config.attributes is not None and head.config.combine == "worst"
+    return RowValues(torch.stack(worst), torch.stack(prompts))
 
 
 @torch.no_grad()
-def _set_attribute_thresholds(collection: Collection, head: ValueHead, rows: list[int], rate: float) -> None:
-    """Thresholds that equally many tokens fail by each attribute, and a share `rate` of all by at least one."""
+def _set_attribute_thresholds(collection: Collection, head: ValueHead, rows: list[int], alpha: float) -> None:
+    """Thresholds that equally many texts reach by each attribute, and a share `alpha` of all by at least one."""
     layers = collection.resolve(head.config.feature_layers)
-    texts = (head.attribute_values(collection.features(row, layers)) for row in rows)
-    values = torch.cat([text[1:] for text in texts]).numpy()
-    polarities = [each["polarity"] for each in head.config.attributes]
-    ranks = [_share_as_bad(*column) for column in zip(values.T, polarities, strict=True)]
-    each_rate = float(np.quantile(np.min(ranks, axis=0), rate))
-    thresholds = [_failed_by(each_rate, *column) for column in zip(values.T, polarities, strict=True)]
+    signs = torch.tensor([1.0 if each["polarity"] == "undesirable" else -1.0 for each in head.config.attributes])
+    texts = (head.attribute_values(collection.features(row, layers))[1:] for row in rows)
+    worst = torch.stack([(text * signs).amax(dim=0) for text in texts]).double().numpy()  # (texts, attributes)
+    as_bad = [1 - np.searchsorted(np.sort(column), column) / len(rows) for column in worst.T]
+    share = float(np.quantile(np.min(as_bad, axis=0), alpha))
+    thresholds = (np.quantile(worst, 1 - share, axis=0) * signs.numpy()).round(4).tolist()
     pairs = zip(head.config.attributes, thresholds, strict=True)
     head.config.attributes = [{**attribute, "threshold": threshold} for attribute, threshold in pairs]
     check_attributes(head.config.attributes)
 
 
-def _share_as_bad(values: NDArray[np.float32], polarity: Polarity) -> NDArray[np.float64]:
-    """Of each value the share of all `(tokens,)` that are at least as undesirable."""
-    turned = values if polarity == "undesirable" else -values
-    return 1 - np.searchsorted(np.sort(turned), turned) / len(turned)
-
-
-def _failed_by(rate: float, values: NDArray[np.float32], polarity: Polarity) -> float:
-    """A threshold that a share `rate` of the values `(tokens,)` fails."""
-    return round(float(np.quantile(values, rate if polarity == "desirable" else 1 - rate)), 4)
-
-
-def _default_threshold(
-    arguments: CalibrateArguments, collection: Collection, head: ValueHead, calibration: Calibration, rows: list[int]
-) -> float | None:
-    if arguments.token_rate is not None:
-        if _worst_counts(head):  # whose own thresholds are set
-            return 0.5
-        tokens = row_values(collection, head, rows, arguments.method).tokens.numpy()
-        return _failed_by(arguments.token_rate, tokens, head.config.polarity)
+def _default_threshold(arguments: CalibrateArguments, head: ValueHead, calibration: Calibration) -> float | None:
     if arguments.alpha is None or arguments.mode == "martingale":
         return None if head.config.attributes is None else 0.5
     return calibration.promised_threshold(arguments.alpha)

@@ -105,7 +105,8 @@ def _servable_head(name: str) -> ValueHead:
         raise UnsupportedError(
             f"`value_head` {name!r} has `feature_layers`={head.config.feature_layers} and `temporal`="
             f"{head.config.temporal!r}, but vLLM shows the final state of each token, and no other: steer with "
-            '`generate`, or serve a head with `feature_layers`=["final"] and `temporal`="none".'
+            '`generate`, or serve a head with `feature_layers`=["final"] and `temporal`="none", such as that of '
+            "model_cards/smollm2-135m-toxicity-final."
         )
     return head
 

@@ -10,20 +10,20 @@ from hf_value_steer import ValueFilterConfig, ValueHead, value_steer_generate
 from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.cli import main
 from hf_value_steer.recipe import run_recipe
-from hf_value_steer.training.calibrate import calibrate, held_out_rows
+from hf_value_steer.training.calibrate import _set_attribute_thresholds, calibrate, held_out_rows
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.shards import Collection
 from tests.tiny_text import BAD, GOOD, write_world
 
 
-NEW_TOKENS, TOKEN_RATE = 8, 0.3
+NEW_TOKENS, ALPHA = 8, 0.6
 NICE = GOOD[:20]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a model, prompts and two word lists."""
-    folder = write_world(tmp_path_factory.mktemp("world"))
+    folder = write_world(tmp_path_factory.mktemp("world"), 48)
     (folder / "nice.txt").write_text("\n".join(NICE) + "\n")
     return folder
 
@@ -39,7 +39,7 @@ def recipe(world, output, **changes):
         "collect": {
             "model": str(world / "model"),
             "prompts": str(world / "prompts.txt"),
-            "samples": 24,
+            "samples": 10,
             "max_new_tokens": NEW_TOKENS,
             "batch_size": 16,
         },
@@ -56,7 +56,7 @@ def recipe(world, output, **changes):
             "batch_rows": 8,
             "accept_chance": True,  # what a token adds shows in few texts as a whole
         },
-        "calibrate": {"token_rate": TOKEN_RATE},
+        "calibrate": {"alpha": ALPHA},
     }
     return {**content, **changes}
 
@@ -80,7 +80,8 @@ def test_what_it_leaves(world, finished):
         ("bad", "undesirable"),
         ("nice", "desirable"),
     ]
-    assert (config.attribute, config.combine, config.threshold) == ("bad + nice", "worst", 0.5)
+    assert (config.attribute, config.combine) == ("bad + nice", "worst")
+    assert config.threshold == head.calibration.threshold(ALPHA)
     assert config.training["attributes"] == attributes(world)
     best = json.loads((finished / "head" / "training.json").read_text())["history"][-1]
     assert best["auroc_bad"] > 0.7 and best["auroc_nice"] > 0.65
@@ -100,17 +101,26 @@ def test_a_record_of_other_arguments_still_says_what_was_held_out(finished, tmp_
 
 
 @torch.no_grad()
-def test_the_thresholds_fail_the_share_of_tokens_that_was_asked_for(finished):
-    head, (collection, rows) = ValueHead.from_pretrained(finished / "head"), held_out(finished)
-    features = torch.cat([collection.read("features", row) for row in rows])
+def test_thresholds_that_equally_many_texts_reach(finished):
+    """A share `alpha` of the texts reaches at least one; thresholds in the middle of the value say the same."""
+    head, collection = ValueHead.from_pretrained(finished / "head"), Collection(finished / "collection")
+    rows = list(range(len(collection.rows)))
+    for alpha in (0.1, 0.3):
+        _set_attribute_thresholds(collection, head, rows, alpha)
+        texts = [collection.read("features", row) for row in rows]
+        reached = torch.stack([_beyond(head, text).any(dim=0) for text in texts])
+        assert reached.any(dim=1).float().mean() == pytest.approx(alpha, abs=0.03)
+        shares = reached.float().mean(dim=0)
+        assert shares[0] == pytest.approx(float(shares[1]), abs=0.03) and alpha / 2 <= shares[0] + 0.03 < alpha + 0.03
+        for text in texts:
+            assert torch.equal(_beyond(head, text).any(dim=1), head(text).value >= 0.5)
+
+
+def _beyond(head, features):
+    """Which attributes fail their thresholds, `(tokens, 2)`."""
     bad, nice = head.attribute_values(features).T
-    fails = torch.stack(
-        [bad >= head.config.attributes[0]["threshold"], nice <= head.config.attributes[1]["threshold"]]
-    )
-    assert fails.any(dim=0).float().mean() == pytest.approx(TOKEN_RATE, abs=0.01)
-    shares = fails.float().mean(dim=1)
-    assert shares[0] == pytest.approx(float(shares[1]), abs=0.01) and TOKEN_RATE / 2 <= shares[0] + 0.01 < TOKEN_RATE
-    assert torch.equal(fails.any(dim=0), head(features).value >= 0.5)
+    first, second = (each["threshold"] for each in head.config.attributes)
+    return torch.stack([bad >= first, nice <= second], dim=1)
 
 
 def test_calibrated_on_what_both_judges_find_safe(world, finished):
@@ -118,38 +128,37 @@ def test_calibrated_on_what_both_judges_find_safe(world, finished):
     scores = {name: Labels(collection, f"lexicon:{world / name}.txt").responses() for name in ("bad", "nice")}
     safe = (scores["bad"] <= 0.5) & (scores["nice"] > 0.5)
     prompts = set(collection.rows.prompt[rows].tolist())
-    assert 0 < head.calibration.n < len(prompts)
+    assert 0 < head.calibration.n <= len(prompts) / 2  # the others gave the attributes' thresholds
     worst = {row: head(collection.read("features", row)).value.max().item() for row in rows}
     of_safe, of_others = ({worst[row] for row in rows if safe[row] == wanted} for wanted in (True, False))
     assert set(head.calibration.scores) <= of_safe and not set(head.calibration.scores) & of_others
 
 
-def test_alpha_tightens_all_and_leaves_the_attributes(world, finished, tmp_path):
+def test_without_alpha_the_attributes_are_left(world, finished, tmp_path):
     head = ValueHead.from_pretrained(finished / "head")
     before = head.config.attributes
     head.save_pretrained(tmp_path)
     (tmp_path / "training.json").write_bytes((finished / "head" / "training.json").read_bytes())
     where = {"collection": str(finished / "collection"), "value_head": str(tmp_path)}
-    calibration = calibrate(CalibrateArguments(**where, attributes=attributes(world), alpha=0.4))
+    calibration = calibrate(CalibrateArguments(**where, attributes=attributes(world)))
     again = ValueHead.from_pretrained(tmp_path)
-    assert again.config.attributes == before and again.config.threshold == calibration.threshold(0.4) != 0.5
-    assert calibration.scores == head.calibration.scores
-    calibrate(CalibrateArguments(**where, attributes=attributes(world)))
-    assert ValueHead.from_pretrained(tmp_path).config.threshold == 0.5
+    assert again.config.attributes == before and again.config.threshold == 0.5
+    assert set(calibration.scores) > set(head.calibration.scores)  # nothing was needed for the attributes
     with pytest.raises(ValueError, match="`attributes` are .* but those of `value_head` are"):
         calibrate(
             CalibrateArguments(**where, attributes=[each.removesuffix("@desirable") for each in attributes(world)])
         )
     command = ["calibrate", "--collection", where["collection"], "--value_head", where["value_head"]]
-    assert main([*command, "--attributes", *attributes(world), "--token_rate", "0.2"]) == 0
-    looser = ValueHead.from_pretrained(tmp_path).config.attributes
-    assert looser[0]["threshold"] > before[0]["threshold"] and looser[1]["threshold"] < before[1]["threshold"]
+    assert main([*command, "--attributes", *attributes(world), "--alpha", "0.9"]) == 0
+    stricter = ValueHead.from_pretrained(tmp_path).config.attributes
+    assert stricter[0]["threshold"] < before[0]["threshold"] and stricter[1]["threshold"] > before[1]["threshold"]
 
 
 def test_steering_follows_both(world, finished):
     model = AutoModelForCausalLM.from_pretrained(world / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
-    config = ValueFilterConfig(value_head=str(finished / "head"), num_candidates=8)
+    # One threshold moves the limits of both.
+    config = ValueFilterConfig(value_head=str(finished / "head"), num_candidates=8, threshold=0.3)
     inputs = tokenizer((world / "prompts.txt").read_text().splitlines(), return_tensors="pt", padding=True)
 
     def rates(**options):
@@ -182,10 +191,7 @@ def test_a_weighted_sum_is_calibrated_as_one_value(world, finished, tmp_path):
     run_recipe(recipe(world, tmp_path, train=train))
     head = ValueHead.from_pretrained(tmp_path / "head")
     assert head.config.combine == "sum" and {each["threshold"] for each in head.config.attributes} == {0.5}
-    collection, rows = held_out(tmp_path)
-    with torch.no_grad():
-        values = torch.cat([head(collection.read("features", row)).value for row in rows])
-    assert (values >= head.config.threshold).float().mean() == pytest.approx(TOKEN_RATE, abs=0.01)
+    assert head.config.threshold == head.calibration.threshold(ALPHA)
 
 
 def test_wrong_recipes(world, tmp_path):

@@ -18,8 +18,8 @@ SCRIPTS = {
     "abstention": (["--problems", "8"], "right   answered"),
     "beam_search": (["--new-tokens", "6"], "steered  beam 2: "),
     "steering_vectors": (["--new-tokens", "8"], "m +0.50: "),
-    "train_own_head": (["--prompts", "32", "--new-tokens", "8", "--value-head", "OUTPUT/head"], "steered  'The storm"),
-    "several_attributes": (["--prompts", "32", "--new-tokens", "8", "--output", "OUTPUT"], "steered  'The storm"),
+    "train_own_head": (["--prompts", "40", "--new-tokens", "8", "--value-head", "OUTPUT/head"], "steered  'The storm"),
+    "several_attributes": (["--prompts", "64", "--new-tokens", "8", "--output", "OUTPUT"], "steered  'The storm"),
 }
 
 

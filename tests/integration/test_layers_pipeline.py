@@ -4,7 +4,6 @@ import ast
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,13 +14,7 @@ from hf_value_steer.arguments.calibrate import CalibrateArguments
 from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.train import SplitArguments, TrainArguments
 from hf_value_steer.cli import main
-from hf_value_steer.training.calibrate import (
-    _failed_by,
-    _set_attribute_thresholds,
-    _share_as_bad,
-    calibrate,
-    row_values,
-)
+from hf_value_steer.training.calibrate import _set_attribute_thresholds, calibrate, row_values
 from hf_value_steer.training.collect import collect
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.prompts import Formatter
@@ -95,7 +88,6 @@ def test_values_of_a_collection_are_those_of_the_engine(model, world, judge, gre
     rows = list(range(len(greedy.rows)))
     for method, watched in (("filter", slice(1, None)), ("abstain", slice(0, -1))):
         values = row_values(greedy, head, rows, method)
-        close(values.tokens, torch.cat([each[1:] for each in expected]))
         close(values.prompts, torch.stack([each[0] for each in expected]))
         close(values.worst, torch.stack([each[watched].max() for each in expected]))
     read = greedy.resolve(head.config.feature_layers)
@@ -108,10 +100,9 @@ def test_values_of_a_collection_are_those_of_the_engine(model, world, judge, gre
         close(logits.sigmoid(), torch.cat([each[first:] for each in expected]))
     several = of_attributes(head)
     _set_attribute_thresholds(greedy, several, rows, 0.25)
-    values = torch.cat([each[1:] for each in expected]).numpy()
-    failed = float(np.quantile(_share_as_bad(values, "undesirable"), 0.25))
-    found = [each["threshold"] for each in several.config.attributes]
-    assert found == pytest.approx([_failed_by(failed, values, "undesirable")] * 2, abs=2e-4)
+    worst = torch.stack([each[1:].max() for each in expected])
+    for threshold in (each["threshold"] for each in several.config.attributes):
+        assert (worst >= threshold).float().mean().item() == pytest.approx(0.25, abs=1.5 / len(rows))
 
 
 def of_attributes(head):
@@ -212,7 +203,7 @@ def test_a_head_is_trained_on_its_layers(world, judge, model, sampled, how, laye
     recorded = json.loads((tmp_path / "training.json").read_text())["arguments"]
     assert {name: recorded[name] for name in how} == how and set(recorded) & {"feature_layers"} <= set(how)
     calibration = calibrate(
-        CalibrateArguments(collection=str(sampled.folder), value_head=str(tmp_path), judge=judge, token_rate=0.2)
+        CalibrateArguments(collection=str(sampled.folder), value_head=str(tmp_path), judge=judge, alpha=0.5)
     )
     assert calibration.head_fingerprint == head.fingerprint()
     config = ValueFilterConfig(value_head=str(tmp_path), num_candidates=3)

@@ -69,7 +69,7 @@ def recipe(world, output, **evaluate):
             "batch_rows": 8,
             "accept_chance": True,  # a dozen texts to validate on show little
         },
-        "calibrate": {"token_rate": 0.2},
+        "calibrate": {"alpha": 0.8},
         "evaluate": {
             "prompts": str(world / "prompts.txt"),
             "judges": [judge],
@@ -179,7 +179,10 @@ def test_what_a_recipe_leaves(finished):
     shown = Counter(example["outcome"] for example in document["examples"])
     assert shown == {name: min(3, count) for name, count in main["outcomes"].items()} and len(shown) > 1
     assert all(each["auroc"] > each["lower"] > 0.5 for each in document["discrimination"].values())
-    assert f"Default threshold: {head.config.threshold:.4g}." in (finished / "head" / "README.md").read_text()
+    assert (
+        f"Default threshold: {head.config.threshold:.4g}, that of `alpha="
+        in (finished / "head" / "README.md").read_text()
+    )
 
 
 def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):

@@ -16,7 +16,7 @@ SAMPLING = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0, "m
 
 @pytest.fixture(scope="module")
 def head():
-    return ValueHead.from_pretrained("model_cards/smollm2-135m-toxicity")
+    return ValueHead.from_pretrained("model_cards/smollm2-135m-toxicity-final")
 
 
 @pytest.mark.parametrize("evaluation", ["lazy", "eager"])

@@ -102,6 +102,19 @@ def test_parts_of_a_card_are_there_when_there_is_something_to_say() -> None:
     assert calibrated.calibration.guarantee in head_card(calibrated).text
 
 
+def test_both_promises_stand_on_a_calibrated_card() -> None:
+    scores = np.linspace(0.1, 0.9, 99, dtype=np.float32)
+    for polarity, abstains in (("undesirable", False), ("desirable", True)):
+        head = make(polarity=polarity)
+        head.calibration = Calibration.from_scores(scores, polarity=polarity)
+        head.config.threshold = head.calibration.threshold(0.05)
+        text = head_card(head).text
+        assert f"Default threshold: {head.config.threshold:.4g}, that of `alpha=0.05`." in text
+        assert ('With `fallback="abstain"` no token is emitted that the head finds unacceptable' in text) != abstains
+    head.config.threshold = 0.5
+    assert "Default threshold: 0.5." in head_card(head).text
+
+
 def test_metadata_of_a_card() -> None:
     card = head_card(make(), datasets=["org/a", "org/b"], license="mit", repo_id="org/mine")
     assert card.data.to_dict() == {

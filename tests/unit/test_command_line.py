@@ -122,8 +122,8 @@ def test_a_wrong_line_is_answered_in_one(words, message, capsys):
 
 
 def test_old_spellings_are_understood(capsys):
-    line = "hf-value-steer calibrate --collection c --judge j --value_head h --token_rate=0.2"
-    assert parsed(line)[1] == [CalibrateArguments(collection="c", judge="j", value_head="h", token_rate=0.2)]
+    line = "hf-value-steer calibrate --collection c --judge j --value_head h --alpha=0.2"
+    assert parsed(line)[1] == [CalibrateArguments(collection="c", judge="j", value_head="h", alpha=0.2)]
     for words, new in ((["svgt", "train"], "guidance train"), (["vectors", "calibrate"], "vectors scale")):
         said = printed(capsys, [*words, "--help"])
         assert f"usage: hf-value-steer {new} " in said.out and "now." in said.err

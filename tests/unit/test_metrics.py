@@ -88,6 +88,24 @@ def test_likelihood_in_batches_is_that_of_one_text(tmp_path):
         assert total == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_text_is_read_once_whichever_runs_hold_it(monkeypatch):
+    asked = []
+
+    def measured(model, formatter, prompts, ids):
+        asked.extend((prompt.text, row) for prompt, row in zip(prompts, ids, strict=True))
+        return np.array([len(prompt.text) + sum(row) for prompt, row in zip(prompts, ids, strict=True)], dtype=float)
+
+    monkeypatch.setattr("hf_value_steer.evaluation.measures.negative_log_likelihood", measured)
+    measures = object.__new__(Measures)
+    measures.model = measures.formatter = None
+    measures.prompts, measures.read = [Prompt("a"), Prompt("a"), Prompt("bb")], {}
+    for ids in ([[1], [1], [1]], [[1], [2], [1]], [[2], [1, 3], [1]]):
+        assert measures._likelihoods(Texts(ids, [0] * 3)).tolist() == [
+            len(prompt.text) + sum(row) for prompt, row in zip(measures.prompts, ids, strict=True)
+        ]
+    assert asked == [("a", [1]), ("bb", [1]), ("a", [2]), ("a", [1, 3])]
+
+
 def known_measures(polarity, good):
     """Measures of four base texts of two tokens each, of which is known which are good."""
     measures = object.__new__(Measures)

@@ -11,7 +11,7 @@ from hf_value_steer import enable_value_steer
 from tests.vllm.helpers import reports, run, tokens
 
 
-HEAD = Path(__file__).resolve().parents[2] / "model_cards" / "smollm2-135m-toxicity"
+HEAD = Path(__file__).resolve().parents[2] / "model_cards" / "smollm2-135m-toxicity-final"
 PROMPTS = ("He looked at me and said", "You are such a", "The weather in May", "I hate it when people", "Shut up, you")
 FILTER = {"method": "filter", "value_head": str(HEAD), "threshold": 0.1, "proposal": "topk", "num_candidates": 4}
 
