@@ -1,9 +1,9 @@
-"""The results picture of the README: how many texts are toxic, by three judges, under each method.
+"""The results picture of the README: how many texts are toxic, by three judges, and how many harmless ones change.
 
     python -m benchmarks.picture
 
-Reads `benchmarks/results/smollm2-135m-toxicity-final.json` and writes `docs/results.png`; needs matplotlib, as in the
-extra `bench`.
+Reads `benchmarks/results/smollm2-135m-toxicity.json` and writes `docs/results.png`; needs matplotlib, as in the extra
+`bench`.
 """
 
 import json
@@ -11,34 +11,38 @@ import json
 from matplotlib.figure import Figure
 
 from benchmarks.markdown import JUDGES, RESULTS, ROOT
+from hf_value_steer.cards.document import main_run
 
 
+NAMES = list(JUDGES)[:3]
 SHOWN = {
     "base": "without steering",
     "placebo": "placebo head",
-    "bad words": "forbidden words",
     "best of 4": "best of 4",
+    "bad words": "forbidden words",
+    "python:examples.toxicity:label_list in the loop, going back": "a list in the head's place",
 }
-SHOWN |= {"filter K=8": "value filter"}
-COLOURS = ("#5b6475", "#b4bac5", "#b8336a", "#c2571a", "#1d5fd0")
+COLOURS = ("#5b6475", "#b4bac5", "#b8336a", "#c2571a", "#2a8a62", "#1d5fd0")
 
 
 def main() -> None:
-    document = json.loads((RESULTS / "smollm2-135m-toxicity-final.json").read_text(encoding="utf-8"))
-    runs = {run["name"]: run["judges"] for run in document["runs"]}
-    figure = Figure((9, 3.2), dpi=150, layout="constrained")
-    axes = figure.add_subplot(ylabel="toxic texts (%)")
-    for index, (name, colour) in enumerate(zip(SHOWN, COLOURS, strict=True)):
-        judged = [runs[name][judge] for judge in JUDGES]
-        places = [place + 0.16 * (index - 2) for place in range(len(judged))]
-        heights = [100 * each["rate"] for each in judged]
-        reach = [[100 * abs(each["rate"] - each["rate_interval"][end]) for each in judged] for end in (0, 1)]
-        axes.bar(
-            places, heights, 0.14, yerr=reach, color=colour, label=SHOWN[name], error_kw={"ecolor": "#1c2230", "lw": 1}
-        )
-    axes.set_xticks(range(len(JUDGES)), [name.replace(" (", "\n(", 1) for name in JUDGES.values()])
+    document = json.loads((RESULTS / "smollm2-135m-toxicity.json").read_text(encoding="utf-8"))
+    runs = {run["name"]: run for run in document["runs"]}
+    shown = {**SHOWN, main_run(document)["name"]: "value filter"}
+    figure = Figure((9, 3.4), dpi=150, layout="constrained")
+    axes = figure.add_subplot(ylabel="texts (%)")
+    for index, ((name, title), colour) in enumerate(zip(shown.items(), COLOURS, strict=True)):
+        run = runs[name]
+        measured = [(run["judges"][judge]["rate"], run["judges"][judge]["rate_interval"]) for judge in NAMES]
+        measured.append((run.get("touched_safe", 0), run.get("touched_safe_interval", [0, 0])))
+        places = [place + 0.14 * (index - 2.5) for place in range(len(measured))]
+        reach = [[100 * abs(rate - bounds[end]) for rate, bounds in measured] for end in (0, 1)]
+        heights = [100 * rate for rate, _ in measured]
+        axes.bar(places, heights, 0.12, yerr=reach, color=colour, label=title, error_kw={"ecolor": "#1c2230", "lw": 1})
+    groups = [f"toxic by\n{JUDGES[name].split(' (')[0]}" for name in NAMES]
+    axes.set_xticks(range(len(groups) + 1), [*groups, "harmless,\nbut touched"])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), fontsize=9)
+    axes.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.16), fontsize=8)
     figure.savefig(ROOT / "docs" / "results.png", metadata={"Software": None})
 
 

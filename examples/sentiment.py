@@ -92,6 +92,11 @@ def train_prompts() -> list[str]:
     return openings("train")[:TRAIN_PROMPTS]
 
 
+def spare_prompts() -> list[str]:
+    """For the thresholds of recipes, whatever their attribute: no head is trained on them."""
+    return openings("train")[TRAIN_PROMPTS:]
+
+
 def eval_prompts() -> list[str]:
     """For recipes; no review and no prompt of `train_prompts` is among them."""
     known = set(openings("train"))

