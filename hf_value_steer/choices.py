@@ -6,6 +6,7 @@ from typing import Literal
 Polarity = Literal["undesirable", "desirable"]
 Temporal = Literal["none", "mean", "ema"]
 Evaluation = Literal["lazy", "eager", "auto"]
+Way = Literal["filter", "rollback", "soft", "end"]  # in which a filter uses a head
 Selection = Literal["first", "soft"]
 Fallback = Literal["argmin", "args", "abstain"]
 VectorMode = Literal["broadcast", "last_token"]

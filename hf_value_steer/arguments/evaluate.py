@@ -1,13 +1,13 @@
 """What `evaluate` and `vectors sweep` are told."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, get_args
 
 from annotated_types import Len
 
 from hf_value_steer.arguments.base import GenerationArguments
 from hf_value_steer.arguments.kinds import Candidates, Count, NotNegative, Probability, Rollback, Texts
-from hf_value_steer.choices import HeadMethod, VectorMode
+from hf_value_steer.choices import HeadMethod, VectorMode, Way
 from hf_value_steer.errors import FieldError
 
 
@@ -38,9 +38,12 @@ class EvaluateArguments(GenerationArguments):
     alphas: list[Probability] = field(
         default_factory=list,
         metadata={
-            "help": "instead of thresholds: draw the trade-off of the filter, with and without going back, soft "
-            "selection, and ending, at each of these promises"
+            "help": "instead of thresholds: draw the trade-off of the ways to use the head, at each of these promises"
         },
+    )
+    ways: Annotated[list[Way], Len(1)] = field(
+        default_factory=lambda: list(get_args(Way)),
+        metadata={"help": "which: the filter, the filter that goes back, soft selection that does, ending the text"},
     )
     rollback: Rollback = field(
         default=6, metadata={"help": "tokens that may be taken back in runs of `alphas` and `in_the_loop`"}

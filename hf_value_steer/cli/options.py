@@ -160,11 +160,14 @@ def _unbounded(kind: Any) -> Any:
     return types.GenericAlias(list, _unbounded(get_args(kind)[0])) if get_origin(kind) is list else kind
 
 
+def _entry(kind: Any) -> Any:
+    """The type of one of the words that an option takes."""
+    return get_args(kind)[0] if get_origin(kind) is list else kind
+
+
 def _metavar(each: Field[Any]) -> str:
-    kind = _type(each)
-    if get_origin(kind) is Literal:
-        return "{" + ",".join(get_args(kind)) + "}"
-    return _METAVARS[get_args(kind)[0] if get_origin(kind) is list else kind]
+    entry = _entry(_type(each))
+    return "{" + ",".join(get_args(entry)) + "}" if get_origin(entry) is Literal else _METAVARS[entry]
 
 
 def _number_or_text(word: str) -> int | float | str:
@@ -187,9 +190,9 @@ def _how(each: Field[Any], kinds: Kinds) -> dict[str, Any]:
     if _positional(each):
         return how | {"metavar": _name(each), "nargs": None if _is_required(each) else "?"}
     how |= {"metavar": _metavar(each), "required": _is_required(each)}
-    if get_origin(kind) is Literal:
-        return how | {"choices": get_args(kind)}
+    entry = _entry(kind)
     if get_origin(kind) is list:
-        entry = get_args(kind)[0]
-        return how | {"type": _number_or_text if entry is Any else entry, "nargs": "+"}
-    return how | {"type": kind}
+        how["nargs"] = "+"
+    if get_origin(entry) is Literal:
+        return how | {"choices": get_args(entry)}
+    return how | {"type": _number_or_text if entry is Any else entry}

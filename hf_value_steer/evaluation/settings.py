@@ -21,9 +21,9 @@ def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -
     settings = [*_grid(head, arguments), *in_the_loop(head, arguments)]
     runs = [(setting, runner.run(setting)) for setting in settings]
     most = max(arguments.num_candidates)
-    if arguments.placebo:
-        steered = next(texts for setting, texts in reversed(runs) if setting.method == "filter")
-        rate = sum(steered.interventions) / sum(map(len, steered.ids))
+    steered = [texts for setting, texts in runs if setting.method in ("filter", "rollback", "soft")]
+    if arguments.placebo and steered:
+        rate = sum(steered[-1].interventions) / sum(map(len, steered[-1].ids))
         setting = placebo(runner, shuffled(head, seed=1), most, rate)
         runs.append((setting, runner.run(setting)))
     for baseline in arguments.baselines:

@@ -3,14 +3,15 @@
 from typing import Any
 
 from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.choices import Way
 from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.evaluation.runs import Setting
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.judges.in_the_loop import TextJudge
 
 
-# By method: its name, and what it asks of the filter.
-_WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+# By way: its name, and what it asks of the filter.
+_WAYS: dict[Way, tuple[str, dict[str, Any]]] = {
     "filter": ("filter", {"rollback": 0, "selection": "first"}),
     "rollback": ("filter, going back", {"selection": "first"}),
     "soft": ("soft selection, going back", {"selection": "soft"}),
@@ -19,9 +20,10 @@ _WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def trade_off(head: ValueHead, arguments: EvaluateArguments, thresholds: list[float]) -> list[Setting]:
-    """Every way to use the head, at the threshold of every `alpha`."""
+    """The ways to use the head, at the threshold of every `alpha`."""
     count, settings = max(arguments.num_candidates), []
-    for method, (name, asked) in _WAYS.items():
+    for method in arguments.ways:
+        name, asked = _WAYS[method]
         for alpha, threshold in zip(arguments.alphas, thresholds, strict=True):
             how: dict[str, Any] = {"num_candidates": count, "rollback": arguments.rollback, **asked}
             config = ValueFilterConfig(value_head=head, threshold=threshold, **how)

@@ -44,7 +44,8 @@ def report_balance(targets: Targets, judges: Sequence[str], splits: Mapping[str,
 def report_hard_negatives(targets: Targets, judges: Sequence[str], rows: Sequence[int]) -> dict[str, dict[str, int]]:
     """Log, for targets of the kind `"onset"`, how many tokens are positive, and how many negatives look like them.
 
-    Warns where there are fewer of the latter: the head may learn to know a word, not what the judge says of it.
+    Warns where words were forced in and there are fewer of the latter: the head may learn to know a word, not what the
+    judge says of it.
 
     Returns:
         Both counts by judge.
@@ -52,6 +53,8 @@ def report_hard_negatives(targets: Targets, judges: Sequence[str], rows: Sequenc
     columns = [(targets.of(row) == 1, targets.hard_negatives(row)) for row in rows]
     onsets, hard = (torch.cat(each).view(-1, len(judges)).sum(dim=0).tolist() for each in zip(*columns, strict=True))
     counts = {judge: {"onsets": a, "hard_negatives": b} for judge, a, b in zip(judges, onsets, hard, strict=True)}
+    if targets.collection.rows.natural[list(rows)].all():
+        return counts
     for judge, each in counts.items():
         logger.info(
             f"training: {judge} finds {each['onsets']:,} onsets, and accepts {each['hard_negatives']:,} forced words."

@@ -11,6 +11,8 @@ from hf_value_steer import ValueHead
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cards.document import is_measured, main_run
+from hf_value_steer.evaluation.settings import filter_thresholds
+from hf_value_steer.evaluation.trade_off import trade_off
 from hf_value_steer.files.marked import Marked
 from hf_value_steer.recipe import run_recipe
 from hf_value_steer.recipe.sections import Steps
@@ -128,6 +130,17 @@ def test_the_trade_off(finished, judge):
     assert listed["touched_safe"] == 0 and listed["judges"][judge]["rate"] < runs["base"]["judges"][judge]["rate"]
     page = (finished[0] / "evaluation" / "report.html").read_text()
     assert "against safe texts touched" in page and "safe texts touched" in page
+
+
+def test_some_ways_only(finished):
+    head = ValueHead.from_pretrained(finished[0] / "head")
+    given = {"output": "o", "value_head": "h", "prompts": "p", "judges": ["j"], "model": "m", "alphas": ALPHAS}
+    arguments = EvaluateArguments(**given, ways=["soft", "end"])
+    settings = trade_off(head, arguments, filter_thresholds(head, arguments))
+    assert [setting.method for setting in settings] == ["soft", "soft", "end", "end"]
+    for wrong in ([], ["hard"]):
+        with pytest.raises(ValueError, match="ways"):
+            EvaluateArguments(**given, ways=wrong)
 
 
 def test_a_layer_that_is_suggested(finished, judge, tmp_path, monkeypatch, caplog):
