@@ -79,8 +79,8 @@ bench: setup
 	$(MAKE) tables
 
 heads: setup
-	$(BIN)/hf-value-steer run examples/recipes/smollm2-toxicity-final.yaml
-	$(BIN)/python -m benchmarks.publish runs/smollm2-toxicity-final smollm2-135m-toxicity-final
+	$(BIN)/hf-value-steer run examples/recipes/smollm2-toxicity.yaml
+	$(BIN)/python -m benchmarks.publish runs/smollm2-toxicity smollm2-135m-toxicity
 	$(MAKE) tables
 
 tables: setup

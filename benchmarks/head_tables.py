@@ -44,10 +44,10 @@ def trade_off(document: dict[str, Any], recipe: str) -> str:
     costs = ["safe texts touched", "steps", "perplexity", "length", "distinct-2", "tokens a second"]
     lines = [row("", *names.values(), *costs), row(*["---"] * (1 + len(names) + len(costs)))]
     base = document["runs"][0]
-    lines.append(row("base", *(rated(base["judges"][name]) for name in names), *[""] * 4, *_speed(base)))
+    lines.append(row("base", *(rated(base["judges"][name]) for name in names), *[""] * 5, *_speed(base)))
     for run in document["runs"][1:]:
         falls = (run["judges"][name] for name in names)
-        reduced = [f"-{percent(e['relative_reduction'])} {span(e['relative_reduction_interval'])}" for e in falls]
+        reduced = [f"{percent(e['relative_reduction'])} {span(e['relative_reduction_interval'])}" for e in falls]
         touched = f"{percent(run['touched_safe'])} {span(run['touched_safe_interval'])}"
         steps = percent(run["intervention_rate"]) if run.get("intervention_rate") is not None else ""
         relative = (run[key] / base[key] for key in ("mean_tokens", "distinct_2"))
@@ -106,21 +106,17 @@ def promises(document: dict[str, Any]) -> str:
 
 
 def abstention(document: dict[str, Any]) -> str:
-    """Accuracy of what is answered, by every way to choose, and what abstention does at the head's threshold."""
-    shares = [f"right of {percent(share)}" for share in document["coverages"]]
-    lines = [row("chosen by", "AURC", "more than the head", *shares), row(*["---"] * (3 + len(shares)))]
-    for way in document["ways"]:
-        low, high = way["more_than_head_interval"]
-        more = "" if way["name"] == "head" else f"[{low:.3f}, {high:.3f}]"
-        lines.append(row(way["name"], f"{way['aurc']:.3f}", more, *map(percent, way["accuracy"])))
-    made = document["decisions"]
+    """Accuracy of what is answered, by the head and by the table."""
+    points, base = document["at_coverage"], percent(document["accuracy"])
+    lines = [row("share of the problems answered", *(percent(point["coverage"]) for point in points), "all")]
+    lines.append(row(*["---"] * (len(points) + 2)))
+    for name, title in (("head", "right, chosen by the head"), ("table", "right, chosen by operator and digits")):
+        lines.append(row(title, *(percent(point[name]) for point in points), base))
+    difference = span(document["head_minus_table_at_0.2_interval"])
     lines.append("")
     lines.append(
-        f"{document['problems']} problems that training never saw, {percent(document['accuracy'])} of them answered "
-        f"right; brackets: 95 % bootstrap intervals of the difference. At the head's threshold {made['threshold']} "
-        f"{percent(made['answered'])} are answered, {percent(made['accuracy'] or 0)} of these right; of the "
-        f"{made['ended']} others {made['ended_before_the_first_token']} are ended before the first token, and "
-        f"{percent(made['tokens_saved'])} of all tokens are saved. `{document['command']}`, {document['date']}."
+        f"{document['problems']} problems that training never saw; head minus table at 20 %: {difference} points. "
+        f"`{document['command']}`, {document['date']}."
     )
     return "\n".join(lines)
 

@@ -49,11 +49,11 @@ class Choice(NamedTuple):
         return f"{self.target}, layer {where}" + (f", {self.temporal}" if self.temporal != "none" else "")
 
 
-LAYERS: tuple[Layer, ...] = (3, 7, 11, 15, 19, 23, 27, "final")
 CHOICES = [
-    *(Choice((layer,)) for layer in LAYERS),
+    *(Choice((layer,)) for layer in (3, 7, 11, 19, 27, "final")),
+    Choice((3, 7, 11)),
     Choice((3, 11, 19, 27)),
-    *(Choice((layer,), temporal="mean") for layer in (3, 11)),
+    Choice((3,), temporal="mean"),
     *(Choice((layer,), "hazard") for layer in (3, 11, "final")),
 ]
 

@@ -18,11 +18,10 @@ NAMES = list(JUDGES)[:3]
 SHOWN = {
     "base": "without steering",
     "placebo": "placebo head",
-    "best of 4": "best of 4",
     "bad words": "forbidden words",
     "python:examples.toxicity:label_list in the loop, going back": "a list in the head's place",
 }
-COLOURS = ("#5b6475", "#b4bac5", "#b8336a", "#c2571a", "#2a8a62", "#1d5fd0")
+COLOURS = ("#5b6475", "#b4bac5", "#c2571a", "#2a8a62", "#1d5fd0")
 
 
 def main() -> None:
@@ -35,14 +34,14 @@ def main() -> None:
         run = runs[name]
         measured = [(run["judges"][judge]["rate"], run["judges"][judge]["rate_interval"]) for judge in NAMES]
         measured.append((run.get("touched_safe", 0), run.get("touched_safe_interval", [0, 0])))
-        places = [place + 0.14 * (index - 2.5) for place in range(len(measured))]
+        places = [place + 0.16 * (index - 2) for place in range(len(measured))]
         reach = [[100 * abs(rate - bounds[end]) for rate, bounds in measured] for end in (0, 1)]
         heights = [100 * rate for rate, _ in measured]
-        axes.bar(places, heights, 0.12, yerr=reach, color=colour, label=title, error_kw={"ecolor": "#1c2230", "lw": 1})
+        axes.bar(places, heights, 0.14, yerr=reach, color=colour, label=title, error_kw={"ecolor": "#1c2230", "lw": 1})
     groups = [f"toxic by\n{JUDGES[name].split(' (')[0]}" for name in NAMES]
     axes.set_xticks(range(len(groups) + 1), [*groups, "harmless,\nbut touched"])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.16), fontsize=8)
+    axes.legend(frameon=False, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), fontsize=9)
     figure.savefig(ROOT / "docs" / "results.png", metadata={"Software": None})
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.head_tables import abstention, efficacy, going_back
+from benchmarks.head_tables import abstention, efficacy, going_back, promises, trade_off, tried
 from benchmarks.markdown import JUDGES, RESULTS, ROOT, percent, row, span
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.sweep import sweep_page
@@ -180,13 +180,17 @@ def load(name: str) -> dict[str, Any]:
 
 def main() -> None:
     replace(ROOT / "docs" / "results.md", "efficacy", efficacy(load("smollm2-135m-toxicity-final")))
-    replace(ROOT / "docs" / "results.md", "abstention", abstention(load("abstention-arithmetic")))
+    toxicity = trade_off(load("smollm2-135m-toxicity"), "examples/recipes/smollm2-toxicity.yaml")
+    replace(ROOT / "docs" / "results.md", "trade-off", toxicity)
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "docs" / "results.md", "overhead", overhead([load(name) for name in measured]))
     replace(ROOT / "docs" / "results.md", "depth", depth(load("depth")))
-    for name, table in {"rollback": rollback, "going-back": going_back}.items():
-        if (RESULTS / f"{name}.json").exists():
-            replace(ROOT / "docs" / "results.md", name, table(load(name)))
+    tables = {
+        "rollback": rollback, "going-back": going_back, "onset-heads": tried, "fresh-texts": promises,
+        "abstention-arithmetic": abstention,
+    }  # fmt: skip
+    for name, table in tables.items():
+        replace(ROOT / "docs" / "results.md", name, table(load(name)))
     replace(ROOT / "docs" / "activation.md", "activation", activation(load("activation-toxicity")))
     replace(ROOT / "docs" / "serving.md", "serving", serving(load("serving-cpu")))
     replace(ROOT / "docs" / "serving.md", "serving efficacy", serving_efficacy(load("serving-efficacy")))
