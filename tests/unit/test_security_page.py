@@ -14,5 +14,5 @@ def test_its_numbers_are_those_of_the_cards():
     measured = re.findall(r"x?[\d.]+(?: %)? \[[\d., ]+\]", page)
     assert len(measured) > 10
     assert [each for each in measured if each not in cards] == []
-    (threshold,) = re.findall(r"default \((0\.\d+)\)", page)
+    (threshold,) = re.findall(r"final state \((0\.\d+)\)", page)
     assert f"Default threshold: {threshold}." in cards
