@@ -84,8 +84,8 @@ def tried(document: dict[str, Any]) -> str:
     first = choices[next(iter(choices))][shares[0]][judges[0]]
     lines.append("")
     lines.append(
-        f"In percent; {len(next(iter(choices.values()))['folds'])} of the five folds; 95 % intervals by prompt are like "
-        f"{span(first['interval'])} in the first cell. `{document['command']}`, {document['date']}."
+        f"In percent; {len(next(iter(choices.values()))['folds'])} of the five folds; 95 % intervals by prompt are "
+        f"like {span(first['interval'])} in the first cell. `{document['command']}`, {document['date']}."
     )
     return "\n".join(lines)
 
