@@ -141,9 +141,7 @@ def print_table(rows: list[PromptTrace], summary: dict[str, str], reveal: bool) 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Base and steered generation side by side.")
-    parser.add_argument(
-        "--head", default="model_cards/smollm2-135m-toxicity", help="folder or Hub id of the head"
-    )
+    parser.add_argument("--head", default="model_cards/smollm2-135m-toxicity", help="folder or Hub id of the head")
     parser.add_argument("--prompts", type=int, default=12, help="number of prompts")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)

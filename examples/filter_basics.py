@@ -13,9 +13,7 @@ from hf_value_steer import ValueFilterConfig, ValueHead, enable_value_steer
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--model", default=".cache/SmolLM2-135M-Instruct", help="folder or Hub id of the model")
-parser.add_argument(
-    "--value-head", default="model_cards/smollm2-135m-toxicity", help="folder or Hub id of its head"
-)
+parser.add_argument("--value-head", default="model_cards/smollm2-135m-toxicity", help="folder or Hub id of its head")
 parser.add_argument("--new-tokens", type=int, default=24)
 arguments = parser.parse_args()
 
