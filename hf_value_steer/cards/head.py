@@ -57,7 +57,7 @@ def head_card(
         Path(__file__).with_suffix(".md"),
         _metadata(facts.config, evaluation, datasets, license),
         facts.config,
-        **_described(facts),
+        **_described(facts, calibration),
         runtime=(runtime := _runtime(facts.config["polarity"], evaluation)),
         filters=runtime == "ValueFilterConfig",
         repo_id=literal(repo_id),
@@ -170,7 +170,7 @@ def _metadata(
     )
 
 
-def _described(facts: Facts) -> dict[str, Any]:
+def _described(facts: Facts, calibration: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the head itself says, for the template."""
     config = facts.config
     return {
@@ -181,8 +181,7 @@ def _described(facts: Facts) -> dict[str, Any]:
         "feature": _feature(config.get("feature_layers", _UNSAID["feature_layers"])),
         "memory": _memory(config),
         "polarity": config["polarity"],
-        "threshold": _threshold(config["threshold"], facts.calibration)
-        + _operating_point(config.get("operating_point")),
+        "threshold": _threshold(config["threshold"], calibration) + _operating_point(config.get("operating_point")),
         "attributes": _attributes_markdown(config) if config.get("attributes") else "",
         "chat_template": recorded(config["chat_template"]),
         "feature_dtype": recorded(config["feature_dtype"]),
