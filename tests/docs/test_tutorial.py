@@ -15,6 +15,7 @@ from tests.tiny_text import save_tiny_model, write_prompts
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
 SMALL = {"--model": "model", "--samples": "3", "--max-new-tokens": "8", "--batch-size": "16"}
+LAYERS = "3 11 19 final", "0 1 final"
 JUDGE = r"\b(I|me|my|mine|myself)\b"
 
 
@@ -23,12 +24,12 @@ def blocks(language):
 
 
 def commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("hf-value-steer ")]
+    """The page's commands, each with the tiny model and its two layers, and fewer and shorter texts."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").replace(*LAYERS).splitlines()
+    return [at_a_tiny_size(shlex.split(line)) for line in lines if line.startswith("hf-value-steer ")]
 
 
 def at_a_tiny_size(words):
-    """A command of the page with the tiny model, and fewer and shorter texts."""
     small = [SMALL.get(before, word) for before, word in zip([None, *words], words, strict=False)]
     # What a head learns from so few texts of random words is luck.
     return small + ["--accept-chance", "--trainer", "report_to=none"] * (words[1] == "train")
@@ -58,12 +59,12 @@ def test_prompts_and_judge_are_as_the_page_says(folder):
 @pytest.mark.filterwarnings("ignore")
 def test_every_command_of_the_page_in_its_order(folder, capsys):
     save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt", 32)
+    write_prompts(folder / "prompts.txt", 96)
     (folder / "unseen.txt").write_text("goodak goodal goodam\ngoodbk goodbl\ngoodck goodcl\ngooddk gooddl\n")
     judge = next(block for block in blocks("python") if "def first_person" in block)
     assert JUDGE in judge
     (folder / "judges.py").write_text(judge.replace(JUDGE, r"\bbada\w"))
-    done = [at_a_tiny_size(words) for words in commands()]
+    done = commands()
     assert [words[1] for words in done] == ["collect", "train", "calibrate", "generate", "evaluate"]
     for words in done:
         assert not main(words[1:]), words
