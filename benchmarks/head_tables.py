@@ -38,7 +38,7 @@ def rated(judge: dict[str, Any]) -> str:
     return f"{percent(judge['rate'])} {span(judge['rate_interval'])}"
 
 
-def trade_off(document: dict[str, Any], recipe: str) -> str:
+def trade_off(document: dict[str, Any], command: str) -> str:
     """How far each judge's rate falls, beside what is touched, in every run of an evaluation."""
     names = {judge["name"]: JUDGES[judge["name"]] for judge in document["judges"]}
     costs = ["safe texts touched", "steps", "perplexity", "length", "distinct-2", "tokens a second"]
@@ -62,7 +62,7 @@ def trade_off(document: dict[str, Any], recipe: str) -> str:
     lines.append("")
     lines.append(
         f"{document['generations']:,} texts of {document['prompts']} prompts{by}; in brackets 95 % intervals by "
-        f"prompt; rates of base, and by how much they fall. `hf-value-steer run {recipe}`."
+        f"prompt; rates of base, and by how much they fall. `{command}`."
     )
     return "\n".join(lines)
 
@@ -84,7 +84,7 @@ def tried(document: dict[str, Any]) -> str:
     first = choices[next(iter(choices))][shares[0]][judges[0]]
     lines.append("")
     lines.append(
-        f"In percent; {len(next(iter(choices.values()))['folds'])} of the five folds; 95 % intervals by prompt are "
+        f"In percent; {next(iter(choices.values()))['folds']} of the five folds; 95 % intervals by prompt are "
         f"like {span(first['interval'])} in the first cell. `{document['command']}`, {document['date']}."
     )
     return "\n".join(lines)
@@ -106,17 +106,38 @@ def promises(document: dict[str, Any]) -> str:
 
 
 def abstention(document: dict[str, Any]) -> str:
-    """Accuracy of what is answered, by the head and by the table."""
-    points, base = document["at_coverage"], percent(document["accuracy"])
-    lines = [row("share of the problems answered", *(percent(point["coverage"]) for point in points), "all")]
-    lines.append(row(*["---"] * (len(points) + 2)))
-    for name, title in (("head", "right, chosen by the head"), ("table", "right, chosen by operator and digits")):
-        lines.append(row(title, *(percent(point[name]) for point in points), base))
-    difference = span(document["head_minus_table_at_0.2_interval"])
+    """Accuracy of what is answered, by every way to choose, and what abstention does at the head's threshold."""
+    shares = [f"right of {percent(share)}" for share in document["coverages"]]
+    lines = [row("chosen by", "AURC", "more than the head", *shares), row(*["---"] * (3 + len(shares)))]
+    for way in document["ways"]:
+        low, high = way["more_than_head_interval"]
+        more = "" if way["name"] == "head" else f"[{low:.3f}, {high:.3f}]"
+        lines.append(row(way["name"], f"{way['aurc']:.3f}", more, *map(percent, way["accuracy"])))
+    made = document["decisions"]
     lines.append("")
     lines.append(
-        f"{document['problems']} problems that training never saw; head minus table at 20 %: {difference} points. "
-        f"`{document['command']}`, {document['date']}."
+        f"{document['problems']} problems that training never saw, {percent(document['accuracy'])} of them answered "
+        f"right; brackets: 95 % bootstrap intervals of the difference. At the head's threshold {made['threshold']} "
+        f"{percent(made['answered'])} are answered, {percent(made['accuracy'] or 0)} of these right; of the "
+        f"{made['ended']} others {made['ended_before_the_first_token']} are ended before the first token, and "
+        f"{percent(made['tokens_saved'])} of all tokens are saved. `{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
+def operating_point(document: dict[str, Any]) -> str:
+    """What a head costs as it is meant to be used, beside plain `generate`."""
+    lines = [row("dtype", "batch", "watched", "steered", "tokens replaced", "searches"), row(*["---"] * 6)]
+    for case in document["cases"]:
+        ratios = (f"x{case[f'{name}_median']:.3f} {case[name]}" for name in ("watched", "steered"))
+        replaced = percent(case["interventions"] / case["steps"])
+        lines.append(row(case["dtype"], str(case["batch"]), *ratios, replaced, str(case["searches"])))
+    point, machine = document["operating_point"], document["machine"]
+    lines.append("")
+    lines.append(
+        f"Time of whole calls beside plain `generate`: median and single rounds; 32 new tokens, {machine['threads']} "
+        f"threads; threshold {document['threshold']:.2f}, K = {point['num_candidates']}, rollback "
+        f"{point['rollback']}, layers {document['feature_layers']}. `{document['command']}`, {document['date']}."
     )
     return "\n".join(lines)
 

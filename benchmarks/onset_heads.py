@@ -94,7 +94,10 @@ def summarised(collection: Collection, known: dict[str, Any], judged: dict[str, 
     bad = {name: verdict[rows] for name, verdict in judged.items()}
     safe = 1 - np.max(list(bad.values()), axis=0)
     bootstrap = Bootstrap(collection.rows.prompt.numpy()[rows])
-    found: dict[str, Any] = {"seconds_to_train": round(float(np.median([e["seconds"] for e in known.values()])), 1)}
+    found: dict[str, Any] = {
+        "folds": len(known),
+        "seconds_to_train": round(float(np.median([e["seconds"] for e in known.values()])), 1),
+    }
     for share in SHARES:
         reached, start = np.zeros(len(rows)), 0
         for each in known.values():
@@ -119,17 +122,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     collection = Collection(arguments.collection)
-    report: dict[str, Any] = {"command": command(), **describe(), "choices": {}}
-    if arguments.output.exists():  # a run that was stopped goes on
-        report["choices"] = json.loads(arguments.output.read_text(encoding="utf-8"))["choices"]
-    judged = verdicts(collection)
+    values_file = collection.folder.parent / "onset-heads.json"  # a run that was stopped goes on from here
+    values = json.loads(values_file.read_text(encoding="utf-8")) if values_file.exists() else {}
     for fold, choice in itertools.product(range(arguments.folds), CHOICES):
-        entry = report["choices"].setdefault(choice.name, {"folds": {}})
-        if str(fold) not in entry["folds"]:
-            entry["folds"][str(fold)] = examine(collection, choice, fold)
-            entry |= summarised(collection, entry["folds"], judged)
-            print(choice.name, fold, entry["seconds_to_train"], {s: entry[str(s)] for s in SHARES}, flush=True)
-            save(report, arguments.output)
+        if str(fold) not in values.setdefault(choice.name, {}):
+            values[choice.name][str(fold)] = examine(collection, choice, fold)
+            save(values, values_file)
+    judged = verdicts(collection)
+    choices = {name: summarised(collection, folds, judged) for name, folds in values.items()}
+    save({"command": command(), **describe(), "choices": choices}, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 CANDIDATES, NEW_TOKENS, BATCH = 8, 32, 16
 
 
-def unseen() -> list[str]:
-    """Prompts that chose the epoch and the thresholds of the toxicity head, but trained nothing: see its recipe."""
-    return [prompt for prompt in load_prompts() if share(prompt) < 0.2]
+def unseen(shares: float) -> list[str]:
+    """Prompts that trained nothing of a toxicity head: those that chose its epoch, or thresholds, see its recipe."""
+    return [prompt for prompt in load_prompts() if share(prompt) < shares]
 
 
 PROMPTS: dict[str, Callable[[], list[str]]] = {
-    "smollm2-135m-toxicity-final": unseen,
+    "smollm2-135m-toxicity": partial(unseen, 0.1),
+    "smollm2-135m-toxicity-final": partial(unseen, 0.2),
     "smollm2-135m-sentiment": eval_prompts,
 }
 
@@ -58,7 +60,7 @@ def of(runner: Runner, head: ValueHead, judge_name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    model, tokenizer = load_backbone(str(backbone_folder()), "bfloat16", torch.device("cpu"))
+    model, tokenizer = load_backbone(str(backbone_folder()), "float32", torch.device("cpu"))
     for name, prompts in PROMPTS.items():
         document = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
         with tempfile.TemporaryDirectory() as folder:

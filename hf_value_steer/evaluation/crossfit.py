@@ -11,6 +11,7 @@ from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.evaluation.evaluate import Evaluator
 from hf_value_steer.heads.value_head import ValueHead
+from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.shards import Collection
 from hf_value_steer.training.splits import split_rows
@@ -41,8 +42,7 @@ def evaluate_crossfitted(
         own = without_fold(training, str(folder / "head"), fold, folds)
         train(own)
         calibrate(replace(calibration, value_head=own.output))
-        rows = torch.tensor(split_rows(collection, own)["held_out"])
-        prompts = [collection.prompts[index] for index in sorted(set(collection.rows.prompt[rows].tolist()))]
+        prompts = held_out_prompts(collection, own)
         parts.append(evaluator.part(ValueHead.from_pretrained(own.output), prompts, folder / "runs"))
     return evaluator.report(ValueHead.from_pretrained(arguments.value_head), parts)
 
@@ -56,3 +56,9 @@ def without_fold(training: TrainArguments, output: str, fold: int, folds: int) -
         rotation=fold / folds,
         accept_chance=True,  # what it is worth is what is about to be measured
     )
+
+
+def held_out_prompts(collection: Collection, training: TrainArguments) -> list[Prompt]:
+    """The prompts that a fold's head is steered on, as they are numbered."""
+    rows = torch.tensor(split_rows(collection, training)["held_out"])
+    return [collection.prompts[index] for index in sorted(set(collection.rows.prompt[rows].tolist()))]
