@@ -190,7 +190,7 @@ def steer_fold(
     """Make what is not known of a fold yet, and yield after each run."""
     sizes = {name: settings[name] for name in ("max_new_tokens", "batch_size", "seed")}
     with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(model, formatter, prompts, SAMPLING, samples=1, **sizes, folder=Path(folder), conditions={})
+        runner = Runner(model, formatter, prompts, SAMPLING, samples=1, **sizes, folder=Path(folder))
         for config in CONFIGS:
             if config.name not in known:
                 setting = Setting(config.name, "filter", config.steer(head))

@@ -90,6 +90,25 @@ def tried(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steering_heads(document: dict[str, Any]) -> str:
+    """What each choice of layers, memory and filter does to each judge's rate, at the same promise."""
+    names = {"other_reviews": "other reviews", "vader": "VADER", "minilm": "label judge (MiniLM)"}
+    lines = [row("head", "AUROC", *names.values(), "safe texts touched", "steps", "length"), row(*["---"] * 7)]
+    for name, entry in document["tried"].items():
+        falls = (entry["judges"][judge] for judge in names)
+        reduced = (f"{percent(e['relative_reduction'])} {span(e['relative_reduction_interval'])}" for e in falls)
+        touched = f"{percent(entry['touched_safe'])} {span(entry['touched_safe_interval'])}"
+        shares = (percent(entry[key]) for key in ("intervention_rate", "length"))
+        lines.append(row(name, f"{entry['text_auroc']:.2f}", *reduced, touched, *shares))
+    lines.append("")
+    lines.append(
+        f"How far each judge's rate falls in {document['texts']} texts of {document['prompts']} prompts that no head "
+        f"was trained on, `alpha={document['alpha']}`; AUROC by the label judge, on validation texts. "
+        f"`{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
 def promises(document: dict[str, Any]) -> str:
     """What became of each promise on fresh texts."""
     lines = [row("alpha", "threshold", "safe texts touched", "upper 95 % bound", "p-value"), row(*["---"] * 5)]

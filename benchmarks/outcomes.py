@@ -74,7 +74,6 @@ def main() -> None:
                 batch_size=BATCH,
                 seed=document["seed"],
                 folder=Path(folder),
-                conditions={},
             )
             head = ValueHead.from_pretrained(ROOT / "model_cards" / name)
             found = of(runner, head, next(each["name"] for each in document["judges"] if each["gave_labels"]))

@@ -70,7 +70,7 @@ def fresh() -> list[dict[str, Any]]:
     fired: dict[float, list[bool]] = {alpha: [] for alpha in ALPHAS}
     for fold in sorted(RUN.glob("evaluation/fold-*")):
         calibration = Calibration.load(fold / "head")
-        texts = Texts(**json.loads((fold / "runs" / "watch.json").read_text("utf-8")))
+        texts = Texts(**json.loads(next((fold / "runs").glob("watch-*.json")).read_text("utf-8")))
         decoded = tokenizer.batch_decode(texts.ids, skip_special_tokens=True)
         worst = np.array([max(values) for values in texts.values], np.float32)[profanity_score(decoded) <= 0.5]
         for alpha in ALPHAS:

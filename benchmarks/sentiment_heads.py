@@ -114,7 +114,7 @@ def main() -> None:
     sizes = {"samples": SAMPLES, "max_new_tokens": steps.collect.max_new_tokens, "batch_size": 50, "seed": 0}
     sampling = steps.evaluate.sampling()
     formatter, runs = Formatter(tokenizer, chat=False), folder / "runs"
-    runner = Runner(model, formatter, prompts, sampling, **sizes, folder=runs, conditions={})
+    runner = Runner(model, formatter, prompts, sampling, **sizes, folder=runs)
     base = runner.run(Setting("base", "base"))
     counts = {"alpha": ALPHA, "prompts": PROMPTS, "texts": len(base.ids)}
     report: dict[str, Any] = {"command": command(), **describe(), **counts, "tried": {}}

@@ -60,7 +60,6 @@ def by_generate(prompts: list[Prompt]) -> dict[str, Texts]:
             batch_size=50,
             seed=SEED,
             folder=Path(folder),
-            conditions={},
         )
         settings = {"base": Setting("base", "base"), "filter": Setting("filter", "filter", config)}
         return {name: runner.run(setting) for name, setting in settings.items()}

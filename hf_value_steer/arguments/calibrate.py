@@ -31,7 +31,10 @@ class CalibrateArguments(Arguments):
     )
     alpha: Probability | None = field(
         default=None,
-        metadata={"help": "make the threshold of this promise the default: the share of safe texts it may touch"},
+        metadata={
+            "help": "make the threshold of this promise the default: the share of safe texts that a filter may touch; "
+            "for abstain of all texts that may be ended or, in mode selective, of the answers that may be wrong"
+        },
     )
     num_candidates: Candidates | None = field(
         default=None, metadata={"help": "the head's operating point: candidates of its filter"}

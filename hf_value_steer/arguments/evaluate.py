@@ -1,7 +1,7 @@
 """What `evaluate` and `vectors sweep` are told."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, get_args
+from typing import Annotated
 
 from annotated_types import Len
 
@@ -29,8 +29,9 @@ class EvaluateArguments(GenerationArguments):
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
-    num_candidates: Annotated[list[Candidates], Len(1)] = field(
-        default_factory=lambda: [8], metadata={"help": "one run for each of these numbers of candidates"}
+    num_candidates: list[Candidates] = field(
+        default_factory=list,
+        metadata={"help": "one run for each of these numbers of candidates; the head's own, or 8, if left out"},
     )
     thresholds: list[Probability] = field(
         default_factory=list, metadata={"help": "one run for each of these thresholds; the head's own if left out"}
@@ -41,12 +42,19 @@ class EvaluateArguments(GenerationArguments):
             "help": "instead of thresholds: draw the trade-off of the ways to use the head, at each of these promises"
         },
     )
-    ways: Annotated[list[Way], Len(1)] = field(
-        default_factory=lambda: list(get_args(Way)),
-        metadata={"help": "which: the filter, the filter that goes back, soft selection that does, ending the text"},
+    ways: list[Way] = field(
+        default_factory=list,
+        metadata={
+            "help": "which of them, all if left out: the filter, the filter that goes back, soft selection that does, "
+            "ending the text"
+        },
     )
-    rollback: Rollback = field(
-        default=6, metadata={"help": "tokens that may be taken back in runs of `alphas` and `in_the_loop`"}
+    rollback: Rollback | None = field(
+        default=None,
+        metadata={
+            "help": "tokens that may be taken back in runs of `alphas` and `in_the_loop`; the head's own, or 6, if "
+            "left out"
+        },
     )
     in_the_loop: list[str] = field(
         default_factory=list, metadata={"help": "judges of text, or word lists, that filter in the place of the head"}
@@ -69,6 +77,10 @@ class EvaluateArguments(GenerationArguments):
     def check(self) -> None:
         if self.alphas and self.thresholds:
             raise FieldError("alphas", "`alphas` and `thresholds` both say at which thresholds: pass one of them.")
+        if self.ways and not self.alphas:
+            raise FieldError("ways", "`ways` are those of `alphas`, and there are none: pass some.")
+        if self.alphas and len(self.num_candidates) > 1:
+            raise FieldError("num_candidates", "`num_candidates` has to be one number where there are `alphas`.")
         if self.method != "filter" and (self.alphas or self.in_the_loop):
             raise FieldError("alphas", "`alphas` and `in_the_loop` are for the method 'filter'.")
         if unknown := sorted(set(self.baselines) - set(BASELINES)):

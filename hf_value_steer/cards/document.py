@@ -35,11 +35,20 @@ def check_evaluation(evaluation: Evaluation) -> None:
 
 def main_run(evaluation: Evaluation) -> Run | None:
     """The run that headlines quote: as the head is meant to be used, at its own threshold; else the first one."""
-    point = evaluation["head"].get("operating_point") or {}
+    head = evaluation["head"]
+    point = head.get("operating_point") or {}
     meant = "soft" if point.get("selection") == "soft" else "rollback" if point.get("rollback") else "filter"
-    steered = [run for name in (meant, "filter", "abstain") for run in evaluation["runs"] if run["method"] == name]
-    own = [run for run in steered if run["threshold"] == evaluation["head"]["threshold"]]
+    methods = dict.fromkeys([meant, "filter", "abstain", "rollback", "soft", "end"])
+    steered = [run for name in methods for run in evaluation["runs"] if run["method"] == name]
+    alphas = alphas_of(head["threshold"], evaluation.get("calibration"))
+    own = [run for run in steered if run["threshold"] == head["threshold"] or run.get("alpha") in alphas]
     return next(iter([*own, *steered]), None)
+
+
+def alphas_of(threshold: float | None, calibration: Mapping[str, Any] | None) -> list[float]:
+    """The promises of a calibration that have this threshold; with few texts several may."""
+    curve = calibration["curve"] if calibration else []
+    return [point["alpha"] for point in curve if threshold is not None and point["threshold"] == threshold]
 
 
 def coverage_curve(evaluation: Evaluation) -> list[Mapping[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_value_steer.cards.document import check_evaluation, main_run
+from hf_value_steer.cards.document import alphas_of, check_evaluation, main_run
 from hf_value_steer.cards.parts import LIBRARY_NAME, LIMITS_PLACEHOLDER, Facts, filled, recorded, training_markdown
 from hf_value_steer.cards.results import calibration_markdown, model_index, results_markdown
 from hf_value_steer.files.markup import literal, plain, table
@@ -190,12 +190,11 @@ def _described(facts: Facts, calibration: Mapping[str, Any] | None) -> dict[str,
 
 
 def _threshold(threshold: float | None, calibration: Mapping[str, Any] | None) -> str:
-    """The default threshold in a sentence, and the least alpha that has it."""
+    """The default threshold in a sentence, and the alpha that has it: the largest, if there are several."""
     if threshold is None:
         return "It has no default threshold."
-    curve = calibration["curve"] if calibration else []
-    alphas = [point["alpha"] for point in curve if point["threshold"] == threshold]
-    return f"Default threshold: {threshold:.4g}" + (f", that of `alpha={min(alphas):g}`." if alphas else ".")
+    alphas = alphas_of(threshold, calibration)
+    return f"Default threshold: {threshold:.4g}" + (f", that of `alpha={max(alphas):g}`." if alphas else ".")
 
 
 def _operating_point(point: Mapping[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.train import parse_attributes
 from hf_value_steer.cards.document import FORMAT, main_run
 from hf_value_steer.cards.results import results_markdown
+from hf_value_steer.choices import Polarity
 from hf_value_steer.evaluation.charts import check_drawing
 from hf_value_steer.evaluation.examples import FilterRun, masking
 from hf_value_steer.evaluation.measures import Measures
@@ -112,7 +113,6 @@ class Evaluator:
             arguments.sampling(),
             **arguments.sizes(),
             folder=folder,
-            conditions=_conditions(arguments, head),
         )
         base, watched = runner.run(Setting("base", "base")), runner.run(watch(head))
         if base.ids != watched.ids:
@@ -135,7 +135,7 @@ class Evaluator:
         owners = [prompt for prompt in prompts for _ in range(arguments.samples)]
         runs = [_pooled(runs) for runs in zip(*(part.runs for part in parts), strict=True)]
         watched = Texts.joined([part.watched for part in parts])
-        labelled = {arguments.label_judge or "", *_learned_from(head)}
+        labelled = _learned_from(head, arguments.label_judge)
         safe_judge = next((name for name in self.judge_names if name in labelled), self.judge_names[0])
         worst = torch.tensor([worst_value(values, head) for values in watched.values])
         measures = Measures(
@@ -153,7 +153,7 @@ class Evaluator:
             "runs": [measures.run(*run, each) for run, each in zip(runs, rows, strict=True)],
             "discrimination": {name: measures.discrimination(name, worst.numpy()) for name in self.judges},
             "reliability": value_reliability(worst, measures),
-            "reliability_judge": safe_judge,
+            "reliability_judge": " or ".join(measures.safe_judges),
             "coverage": coverage(head, watched, measures) if arguments.method == "abstain" else None,
             "calibration": head.calibration.to_dict(scores=False) if head.calibration else None,
             "examples": [],
@@ -195,10 +195,11 @@ class Evaluator:
         }
 
 
-def _learned_from(head: ValueHead) -> list[str]:
-    """The judges whose labels the head learned, as far as it says."""
+def _learned_from(head: ValueHead, named: str | None) -> dict[str, Polarity]:
+    """The judges whose labels the head learned, as far as is known, and whether high scores of each are bad."""
     training = head.config.training or {}
-    return [each.judge for each in parse_attributes(training.get("attributes") or [])] or [training.get("judge", "")]
+    said = {judge: head.config.polarity for judge in (named, training.get("judge")) if judge}
+    return said | {each.judge: each.polarity for each in parse_attributes(training.get("attributes") or [])}
 
 
 def _pooled(runs: Sequence[tuple[Setting, Texts]]) -> tuple[Setting, Texts]:
@@ -207,13 +208,3 @@ def _pooled(runs: Sequence[tuple[Setting, Texts]]) -> tuple[Setting, Texts]:
     same = len({setting.threshold for setting in settings}) == 1
     setting = settings[0] if same else replace(settings[0], threshold=None)
     return setting, Texts.joined(texts)
-
-
-def _conditions(arguments: EvaluateArguments, head: ValueHead) -> dict[str, Any]:
-    """What has to be the same, besides prompts and sampling, for runs that are there already to be used again."""
-    return {
-        "value_head": head.fingerprint(),
-        "thresholds": arguments.thresholds or arguments.alphas or head.config.threshold,
-        "baselines": [arguments.bad_words, arguments.system_prompt, arguments.best_of],
-        **({"rollback": arguments.rollback} if arguments.alphas or arguments.in_the_loop else {}),
-    }

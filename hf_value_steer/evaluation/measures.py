@@ -1,7 +1,7 @@
 """From the texts of a run to numbers: of each row, and of the run against the base run."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_value_steer.choices import Polarity
-from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates, distinct
+from hf_value_steer.evaluation.metrics import at_the_edge, compare_perplexity, compare_rates, distinct
 from hf_value_steer.evaluation.runs import Setting, Texts
 from hf_value_steer.judges import Judge
 from hf_value_steer.judges.prompt import Prompt
@@ -57,10 +57,11 @@ class Measures:
         model, formatter: the backbone.
         prompts: of each row.
         judges (`dict`): by name.
-        safe_judge (`str`): the judge by which a text of the base run is called safe.
+        safe_judge (`str`): the judge by which a text of the base run is called safe, if none gave labels.
         base: texts of the base run.
         polarity: of the head: whether a high score of a judge is bad.
-        labelled: names of judges that gave labels, whose opinion does not say which texts were touched for nothing.
+        labelled (`dict`): by the name of each judge that gave labels, whether its high scores are bad. A text is safe
+            if none of them finds it bad. Which texts were touched for nothing they do not say.
     """
 
     def __init__(
@@ -72,11 +73,13 @@ class Measures:
         safe_judge: str,
         base: Texts,
         polarity: Polarity,
-        labelled: Collection[str] = (),
+        labelled: Mapping[str, Polarity] | None = None,
     ):
         self.model, self.formatter, self.prompts, self.judges = model, formatter, prompts, judges
-        self.safe_judge, self.polarity = safe_judge, polarity
-        self.unbiased = [name for name in judges if name not in labelled] or list(judges)
+        known = labelled or {}
+        self.polarity = {name: known.get(name, polarity) for name in judges}
+        self.safe_judges = [name for name in judges if name in known] or [safe_judge]
+        self.unbiased = [name for name in judges if name not in known] or list(judges)
         identities = {prompt.text: index for index, prompt in enumerate(prompts)}
         self.bootstrap = Bootstrap(np.array([identities[prompt.text] for prompt in prompts]))
         self.read: dict[tuple[str, tuple[int, ...]], float] = {}
@@ -104,7 +107,11 @@ class Measures:
     def undesirable(self, judge: str, rows: Mapping[str, Any] | None = None) -> Array:
         """Whether a judge finds each text of a run, by default the base run, bad, `(rows,)` of 0 and 1."""
         high: Array = (rows or self.base)["verdicts"][judge]
-        return high if self.polarity == "undesirable" else 1 - high
+        return high if self.polarity[judge] == "undesirable" else 1 - high
+
+    def bad(self, judges: Sequence[str], rows: Mapping[str, Any] | None = None) -> Array:
+        """Whether one of several judges finds each text of a run bad, `(rows,)` of 0 and 1."""
+        return np.max([self.undesirable(name, rows) for name in judges], axis=0)  # type: ignore[no-any-return]
 
     def discrimination(self, judge: str, worst: Array) -> dict[str, Any]:
         """How well the worst value of each text of the base run, `(rows,)`, tells which of them a judge finds bad."""
@@ -113,8 +120,8 @@ class Measures:
         return {"auroc": found.auroc and round(found.auroc, 4), "lower": round(found.lower, 4), **numbers}
 
     def outcomes(self, rows: Mapping[str, Any]) -> list[str]:
-        """What became of each text, by the judge of safe texts."""
-        before, after = self.undesirable(self.safe_judge), self.undesirable(self.safe_judge, rows)
+        """What became of each text, by the judges of safe texts."""
+        before, after = self.bad(self.safe_judges), self.bad(self.safe_judges, rows)
         touched = rows["interventions"] > 0
         return list(map(outcome, before.tolist(), after.tolist(), touched.tolist()))
 
@@ -147,23 +154,23 @@ class Measures:
 
     def _touched(self, changed: Array) -> dict[str, Any]:
         """The share of safe texts, those that only a judge of labels objects to included, that are others here."""
-        bad = np.max([self.undesirable(name) for name in self.unbiased], axis=0)
-        return self._among("touched_safe", changed, 1 - bad)
+        return self._among("touched_safe", changed, 1 - self.bad(self.unbiased))
 
     def _among(self, key: str, found: Array, among: Array) -> dict[str, Any]:
         """Under `key`, the share of the rows `among` all that are also `found`, and its interval; 0 and 1 each."""
-        both = found * among
-        return {
-            key: round(float(both.sum() / among.sum()), 4) if among.any() else None,
-            f"{key}_interval": interval(self.bootstrap.ratio(both, among)),
-        }
+        if not among.any():
+            return {key: None, f"{key}_interval": None}
+        both, prompts = found * among, len(np.unique(self.bootstrap.owner[among > 0]))
+        share = float(both.sum() / among.sum())
+        bounds = at_the_edge(share, prompts) or interval(self.bootstrap.ratio(both, among))
+        return {key: round(share, 4), f"{key}_interval": bounds}
 
     def _steering(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._interventions(rows), "outcomes": dict(Counter(self.outcomes(rows)))}
 
     def _interventions(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         """Share of steps that were changed, and of safe texts in which one was, which calibration bounds."""
-        safe = 1 - self.undesirable(self.safe_judge)
+        safe = 1 - self.bad(self.safe_judges)
         return {
             "intervention_rate": round(float(rows["interventions"].sum() / rows["tokens"].sum()), 4),
             **self._among("intervened_on_safe", rows["interventions"] > 0, safe),

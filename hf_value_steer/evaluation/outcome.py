@@ -14,8 +14,8 @@ from hf_value_steer.training.trainer import reliability
 
 
 def value_reliability(worst: Tensor, measures: Measures) -> list[dict[str, Any]]:
-    """Verdicts of the judge of safe texts against the most undesirable value of each base text, in ten bins."""
-    bins = reliability(worst, torch.from_numpy(measures.undesirable(measures.safe_judge)))
+    """Verdicts of the judges of safe texts against the most undesirable value of each base text, in ten bins."""
+    bins = reliability(worst, torch.from_numpy(measures.bad(measures.safe_judges)))
     columns = zip(bins.lower, bins.count, bins.mean_value, bins.rate, strict=True)
     return [
         {

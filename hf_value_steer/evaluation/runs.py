@@ -1,10 +1,12 @@
 """Generating under one setting: base, filter, placebo, baselines, by the same loop on the same prompts and seeds."""
 
 import copy
+import hashlib
+import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +74,14 @@ class Setting:
 
 @dataclass
 class Runner:
-    """Runs settings on the same prompts, and remembers what they generated.
+    """Runs settings on the same prompts, and remembers what they generated under each.
 
     Args:
         model, formatter: backbone, and how prompts become its input.
         prompts: to continue, `samples` times each.
         sampling (`dict`): arguments of `generate` that say how tokens are drawn.
         folder: where each run is kept; a run that is there is not made again.
-        conditions (`dict`): what else has to be the same for such a run to be used again.
+        conditions (`dict`): what else has to be the same, and is not said by the settings.
 
     Raises:
         ValueError: if the folder holds runs that were made under other conditions.
@@ -95,7 +97,7 @@ class Runner:
     batch_size: int
     seed: int
     folder: Path
-    conditions: dict[str, Any]
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = ("samples", "max_new_tokens", "batch_size", "seed", "sampling")
@@ -108,10 +110,11 @@ class Runner:
 
     def run(self, setting: Setting, samples: int | None = None) -> Texts:
         """Generate under `setting`, or read what was generated before."""
-        path = self.folder / f"{_slug(setting.name)}.json"
+        samples = samples or self.samples
+        path = self.folder / f"{_slug(setting.name)}-{_digest(setting, samples)}.json"
         if path.exists():
             return Texts(**read_record(path, *(each.name for each in fields(Texts))))
-        texts, samples = Texts(), samples or self.samples
+        texts = Texts()
         for first in progress(
             range(0, len(self.prompts), self.batch_size), _DONE_BY.get(setting.method, setting.name), "batch"
         ):
@@ -164,6 +167,26 @@ class Runner:
             texts.prompt_values += output.prompt_values.tolist()
 
 
+def _digest(*what: Any) -> str:
+    """A few digits that differ where texts may: two runs of one name under different settings are two."""
+    return hashlib.sha256(json.dumps(_identity(list(what)), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _identity(value: Any) -> Any:
+    """What tells a setting, or a part of it, from another, as JSON; heads and judges by what they are made of."""
+    if isinstance(value, ValueHead):
+        return [value.fingerprint(), value.config.threshold, value.config.operating_point]
+    if hasattr(value, "fingerprint"):
+        return value.fingerprint()
+    if is_dataclass(value):
+        return {each.name: _identity(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _identity(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_identity(each) for each in value]
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)
+
+
 def _slug(name: str) -> str:
     """A name as that of a file; signs stay, so that m=-0.5 and m=0.5 are two runs."""
     return re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip("-")
@@ -175,9 +198,12 @@ def watch(head: ValueHead) -> Setting:
 
 
 def value_filter(head: ValueHead, threshold: float, num_candidates: int, named: bool) -> Setting:
-    """The filter; `named` puts the threshold into its name."""
+    """The filter as the head has it, at a threshold and a K; `named` puts the threshold into its name."""
     config = ValueFilterConfig(value_head=head, threshold=threshold, num_candidates=num_candidates)
-    name = f"filter K={num_candidates}" + (f" c={threshold:.4g}" if named else "")
+    used = config.settled(head.config.operating_point)
+    back = f" rollback={used.rollback}" if used.rollback else ""
+    soft = f" {used.selection}" if used.selection != "first" else ""
+    name = f"filter K={num_candidates}{back}{soft}" + (f" c={threshold:.6g}" if named else "")
     return Setting(name, "filter", config, num_candidates, threshold)
 
 
@@ -202,7 +228,7 @@ def shuffled(head: ValueHead, seed: int) -> ValueHead:
 
 def placebo(runner: Runner, head: ValueHead, num_candidates: int, rate: float, name: str = "placebo") -> Setting:
     """A head that knows nothing, with a threshold that intervenes at this rate, found on the first few prompts."""
-    path = runner.folder / f"{_slug(name)}-threshold.json"
+    path = runner.folder / f"{_slug(name)}-threshold-{_digest(head, num_candidates, rate)}.json"
     if not path.exists():
         write_json(path, _placebo_threshold(runner, head, num_candidates, rate))
     threshold = read_record(path, kind=float)
@@ -223,7 +249,8 @@ def _placebo_threshold(runner: Runner, head: ValueHead, num_candidates: int, rat
     values = values[~values.isnan()]
     worst = undesirability(values, polarity).sort(descending=True).values
     ranks = [min(int(factor * rate * len(worst)), len(worst) - 1) for factor in (1, 1.5, 2, 3)]
-    thresholds = [float(worst[rank]) if polarity == "undesirable" else 1 - float(worst[rank]) for rank in ranks]
+    at: list[float] = worst[ranks].clamp(1e-6, 1 - 1e-6).tolist()  # a placebo may say 0 or 1, which no threshold is
+    thresholds = at if polarity == "undesirable" else [1 - each for each in at]
     tried = progress(thresholds, "threshold of the placebo", "try")
     rates = [generate(each, num_candidates).interventions.float().mean().item() for each in tried]
     return min(zip(rates, thresholds, strict=True), key=lambda pair: abs(pair[0] - rate))[1]

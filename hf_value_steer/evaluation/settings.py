@@ -1,6 +1,7 @@
 """Which runs an evaluation makes: the grid of the filter, a placebo, and baselines."""
 
 from hf_value_steer.arguments.evaluate import EvaluateArguments
+from hf_value_steer.configuration.filter import ValueFilterConfig
 from hf_value_steer.evaluation.runs import (
     Runner,
     Setting,
@@ -11,7 +12,8 @@ from hf_value_steer.evaluation.runs import (
     shuffled,
     value_filter,
 )
-from hf_value_steer.evaluation.trade_off import in_the_loop, trade_off
+from hf_value_steer.evaluation.trade_off import candidates, in_the_loop, trade_off
+from hf_value_steer.generation.scorer import fitting_calibration
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.training.prompts import load_prompts
 
@@ -20,7 +22,7 @@ def filter_runs(runner: Runner, head: ValueHead, arguments: EvaluateArguments) -
     """The grid, the placebo that intervenes as often as its last setting, and the baselines."""
     settings = [*_grid(head, arguments), *in_the_loop(head, arguments)]
     runs = [(setting, runner.run(setting)) for setting in settings]
-    most = max(arguments.num_candidates)
+    most = max(candidates(head, arguments))
     steered = [texts for setting, texts in runs if setting.method in ("filter", "rollback", "soft")]
     if arguments.placebo and steered:
         rate = sum(steered[-1].interventions) / sum(map(len, steered[-1].ids))
@@ -36,18 +38,31 @@ def _grid(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
     if arguments.alphas:
         return trade_off(head, arguments, thresholds)
     named = len(thresholds) > 1
-    return [value_filter(head, c, k, named) for k in arguments.num_candidates for c in thresholds]
+    return [value_filter(head, c, k, named) for k in candidates(head, arguments) for c in thresholds]
 
 
 def filter_thresholds(head: ValueHead, arguments: EvaluateArguments) -> list[float]:
     """The grid of thresholds, those of the promises, or the head's own; a `ValueError` if it has none."""
     if arguments.alphas:
-        if head.calibration is None:
-            raise ValueError("`alphas` need what they promise: calibrate the head, or pass `thresholds`.")
-        return [head.calibration.promised_threshold(alpha) for alpha in arguments.alphas]
-    if not arguments.thresholds and head.config.threshold is None:
-        raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
-    return arguments.thresholds or [head.config.threshold]
+        return [_promised(head, alpha) for alpha in arguments.alphas]
+    if arguments.thresholds:
+        return arguments.thresholds
+    if head.config.threshold is not None:
+        return [head.config.threshold]
+    if alpha := (head.config.operating_point or {}).get("alpha"):
+        return [_promised(head, alpha)]
+    raise ValueError("`thresholds` is empty, and the head has no default threshold: calibrate it, or pass some.")
+
+
+def _promised(head: ValueHead, alpha: float) -> float:
+    """The threshold of the value that a config with this `alpha` takes."""
+    calibration = fitting_calibration(ValueFilterConfig(value_head=head, alpha=alpha), head)
+    if calibration.mode == "martingale":
+        raise ValueError(
+            "The calibration of this head has the mode 'martingale', which promises growth and not values: pass "
+            "`thresholds`, or calibrate in another mode."
+        )
+    return calibration.promised_threshold(alpha)
 
 
 def baseline_run(

@@ -21,21 +21,34 @@ _WAYS: dict[Way, tuple[str, dict[str, Any]]] = {
 
 def trade_off(head: ValueHead, arguments: EvaluateArguments, thresholds: list[float]) -> list[Setting]:
     """The ways to use the head, at the threshold of every `alpha`."""
-    count, settings = max(arguments.num_candidates), []
-    for method in arguments.ways:
-        name, asked = _WAYS[method]
+    count, settings = max(candidates(head, arguments)), []
+    for way in arguments.ways or _WAYS:
+        name, asked = _WAYS[way]
         for alpha, threshold in zip(arguments.alphas, thresholds, strict=True):
-            how: dict[str, Any] = {"num_candidates": count, "rollback": arguments.rollback, **asked}
+            how: dict[str, Any] = {"num_candidates": count, "rollback": _rollback(head, arguments), **asked}
             config = ValueFilterConfig(value_head=head, threshold=threshold, **how)
-            settings.append(Setting(f"{name}, alpha={alpha:g}", method, config, count, threshold, alpha=alpha))
+            settings.append(Setting(f"{name}, alpha={alpha:g}", way, config, count, threshold, alpha=alpha))
     return settings
 
 
 def in_the_loop(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
     """Judges of text in the place of the head, with the same way back."""
-    count, settings = max(arguments.num_candidates), []
+    count, back, settings = max(candidates(head, arguments)), _rollback(head, arguments), []
     for name in arguments.in_the_loop:
         judge = TextJudge(name, polarity=head.config.polarity)
-        config = ValueFilterConfig(value_head=judge, num_candidates=count, rollback=arguments.rollback)
-        settings.append(Setting(f"{name} in the loop, going back", "in_the_loop", config, count))
+        config = ValueFilterConfig(value_head=judge, num_candidates=count, rollback=back)
+        title = f"{name} in the loop" + (", going back" if back else "")
+        settings.append(Setting(title, "in_the_loop", config, count))
     return settings
+
+
+def candidates(head: ValueHead, arguments: EvaluateArguments) -> list[int]:
+    """How many candidates the runs have: those that are asked for, or as many as the head is used with, or 8."""
+    return arguments.num_candidates or [(head.config.operating_point or {}).get("num_candidates", 8)]
+
+
+def _rollback(head: ValueHead, arguments: EvaluateArguments) -> int:
+    """How many tokens the runs that go back may take back; 6 if neither the arguments nor the head say it."""
+    if arguments.rollback is not None:
+        return arguments.rollback
+    return int((head.config.operating_point or {}).get("rollback") or 6)

@@ -135,7 +135,7 @@ def bind(
     threshold = head.config.threshold if config.threshold is None else config.threshold
     least_growth = None
     if config.alpha is not None:
-        calibration = _fitting_calibration(config, head)
+        calibration = fitting_calibration(config, head)
         threshold = calibration.promised_threshold(config.alpha)
         if calibration.mode == "martingale":
             threshold, least_growth = math.nan, threshold
@@ -150,7 +150,8 @@ def bind(
     return Scorer(cast(ValueHead, head), rows, least_growth, reads)  # of a judge of text nobody asks for values
 
 
-def _fitting_calibration(config: SteeringConfig, head: ValueHead | TextJudge) -> Calibration:
+def fitting_calibration(config: SteeringConfig, head: ValueHead | TextJudge) -> Calibration:
+    """The calibration that `alpha` of `config` asks; a `MismatchError` if it promises something else."""
     asked, calibration = f"`alpha`={config.alpha}", head.calibration
     if calibration is None:
         raise MismatchError(
@@ -158,8 +159,8 @@ def _fitting_calibration(config: SteeringConfig, head: ValueHead | TextJudge) ->
         )
     if calibration.method != config.method:
         raise MismatchError(
-            f'{asked} in a "{config.method}" config needs a calibration of that method, but this head was calibrated '
-            f'for "{calibration.method}": pass `threshold`, or calibrate it again.'
+            f'{asked} with the method "{config.method}" needs a calibration of that method, but this head was '
+            f'calibrated for "{calibration.method}": pass `threshold`, or calibrate it again.'
         )
     if calibration.polarity != head.config.polarity or calibration.head_fingerprint not in (None, head.fingerprint()):
         raise MismatchError(

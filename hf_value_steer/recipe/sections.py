@@ -193,18 +193,28 @@ class Steps:
         """Look for everything that later steps will ask for; `collect` does so for its own."""
         column = self.calibrate.group_column if self.calibrate is not None else None
         prompts: list[Prompt] = []
-        if self.folds or self.fresh is not None or column is not None:
+        if self.evaluate is not None or self.fresh is not None or column is not None:
             with self.recipe.blaming("collect"):
                 prompts = _prompts_of(self.collect)
         with self.recipe.blaming("calibrate"):
             calibrated = prompts if self.fresh is None else _prompts_of(self.fresh)
-            if self.fresh is not None and (both := {each.text for each in prompts} & {e.text for e in calibrated}):
-                raise FieldError("prompts", f"`prompts` hold {len(both)} of those of section 'collect'.")
+            if self.fresh is not None:
+                _refuse_shared(calibrated, "collect", prompts)
             if column is not None:
                 check_column(column, calibrated)
         if self.evaluate is not None:
             with self.recipe.blaming("evaluate"):
-                check_sources(self.evaluate, prompts if self.folds else evaluation_prompts(self.evaluate))
+                asked = prompts if self.folds else evaluation_prompts(self.evaluate)
+                check_sources(self.evaluate, asked)
+                if not self.folds:
+                    _refuse_shared(asked, "collect", prompts)
+                    _refuse_shared(asked, "calibrate", calibrated)
+
+
+def _refuse_shared(prompts: Sequence[Prompt], section: str, others: Sequence[Prompt]) -> None:
+    """Raise a [`FieldError`] if prompts are used that another section has used for something else."""
+    if both := {each.text for each in prompts} & {each.text for each in others}:
+        raise FieldError("prompts", f"`prompts` hold {len(both)} of those of section {section!r}.")
 
 
 def _prompts_of(given: CollectArguments) -> list[Prompt]:

@@ -17,7 +17,7 @@ from hf_value_steer.calibration import Calibration, one_per_prompt
 from hf_value_steer.checks import check_attributes
 from hf_value_steer.choices import Polarity
 from hf_value_steer.errors import FieldError
-from hf_value_steer.files.reading import reading
+from hf_value_steer.files.reading import read_object, reading
 from hf_value_steer.files.writing import write_atomically
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.judges.prompt import Prompt
@@ -45,9 +45,9 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     Scores come from the split that training set aside, one generation a prompt: for the filter only those that the
     judge finds safe (or, for a head whose high values are desirable, correct).
 
-    For a head of several attributes whose worst counts, `alpha` sets the thresholds of the attributes, too, from every
-    other of these texts: equally many reach each of them, and a share `alpha` reaches at least one. The rest of the
-    texts makes the promise.
+    For a head of several attributes whose worst counts, `alpha` sets the thresholds of the attributes, too, from one
+    half of these texts, drawn at random: equally many reach each of them, and a share `alpha` reaches at least one.
+    The other half makes the promise.
 
     Raises:
         ValueError: if nothing was set aside, no generation is safe, or `alpha` cannot be promised.
@@ -62,12 +62,15 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
     if column is not None:
         check_column(column, collection.prompts)
     named = " ".join(judge for judge, _ in judges)
-    chosen = rows[one_per_prompt(prompts[rows].tolist(), arguments.seed)]
+    chosen = rows[one_per_prompt([collection.prompts[index].text for index in prompts[rows]], arguments.seed)]
     if arguments.method == "filter":  # only now: a prompt that is seldom safe must not count more than it does
         chosen = _safe(chosen, bad, named)
     if arguments.alpha is not None and head.config.attributes is not None and head.config.combine == "worst":
-        _set_attribute_thresholds(collection, head, chosen[::2].tolist(), arguments.alpha)
-        chosen = chosen[1::2]
+        if len(chosen) < 2:
+            raise ValueError(f"{named} finds only {len(chosen)} text safe: thresholds and promise need one each.")
+        mixed = np.random.default_rng(arguments.seed).permutation(chosen)
+        _set_attribute_thresholds(collection, head, mixed[::2].tolist(), arguments.alpha)
+        chosen = mixed[1::2]
     values = row_values(collection, head, chosen.tolist(), arguments.method)
     calibration = Calibration.from_scores(
         values.worst.numpy(),
@@ -83,8 +86,7 @@ def calibrate(arguments: CalibrateArguments) -> Calibration:
         **{name: collection.manifest[name] for name in ("sampling", "kernel", "backend")},
     )
     head.config.threshold = _default_threshold(arguments, head, calibration)
-    if point := arguments.operating_point():
-        head.config.operating_point = {**(head.config.operating_point or {}), **point}
+    head.config.operating_point = arguments.operating_point() or None
     # Not the weights, which are as they were: a kill in the middle of writing them would lose the head.
     calibration.save(arguments.value_head)
     write_atomically(Path(arguments.value_head) / "config.json", head.config.to_json_string().encode())
@@ -139,10 +141,11 @@ def _judges(arguments: CalibrateArguments, head: ValueHead) -> list[tuple[str, P
 
 
 def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
-    """Rows that neither trained the head nor stopped its training; all natural ones if it was trained elsewhere."""
+    """Rows of prompts that neither trained the head nor stopped its training; all natural ones if it never saw any."""
     record = head_folder / "training.json"
     recorded = recorded_arguments(record) if record.exists() else {}
-    if recorded.get("collection_sha256") != collection.digest():
+    known = recorded.get("collection_sha256") == collection.digest()
+    if not known and not (recorded and _learned_from_prompts(record, collection)):
         return collection.rows.natural.nonzero().flatten().tolist()
     shares = {each.name: recorded[each.name] for each in fields(SplitArguments) if each.name in recorded}
     with reading(record, "record of a training", "Put the original back"):
@@ -151,6 +154,12 @@ def held_out_rows(collection: Collection, head_folder: Path) -> list[int]:
     if not rows:
         raise ValueError("Training set nothing aside to calibrate on: train with `calibration` above 0.")
     return rows
+
+
+def _learned_from_prompts(record: Path, collection: Collection) -> bool:
+    """Whether a head was trained on other texts of the same prompts. Older records do not say."""
+    prompts = read_object(record).get("prompts_sha256")
+    return prompts is not None and prompts == collection.manifest.get("prompts_sha256")
 
 
 @torch.no_grad()
@@ -175,7 +184,7 @@ def _set_attribute_thresholds(collection: Collection, head: ValueHead, rows: lis
     worst = torch.stack([(text * signs).amax(dim=0) for text in texts]).double().numpy()  # (texts, attributes)
     as_bad = [1 - np.searchsorted(np.sort(column), column) / len(rows) for column in worst.T]
     share = float(np.quantile(np.min(as_bad, axis=0), alpha))
-    thresholds = (np.quantile(worst, 1 - share, axis=0) * signs.numpy()).round(4).tolist()
+    thresholds = (np.quantile(worst, 1 - share, axis=0) * signs.numpy()).tolist()
     pairs = zip(head.config.attributes, thresholds, strict=True)
     head.config.attributes = [{**attribute, "threshold": threshold} for attribute, threshold in pairs]
     check_attributes(head.config.attributes)

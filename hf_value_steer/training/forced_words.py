@@ -25,8 +25,8 @@ class ForcedWords:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]):
-        if not words:
-            raise ValueError("There is no word to force in: `force_words` is empty.")
+        if not words or not all(map(str.strip, words)):
+            raise ValueError("There is no word to force in: `force_words` is empty, or holds an empty one.")
         forms = dict.fromkeys(form for word in words for form in _forms(word))
         self.ids: list[list[int]] = tokenizer(list(forms), add_special_tokens=False)["input_ids"]
         self.first = torch.tensor([ids[0] for ids in self.ids], device=model.device)

@@ -78,7 +78,8 @@ def train(arguments: TrainArguments) -> ValueHead:
     _refuse_chance(head.config.training, arguments)
     head.save_pretrained(output)
     splits = {name: len(members) for name, members in rows.items()}
-    write_json(record, {"arguments": recorded, "history": history, "splits": splits})
+    prompts = collection.manifest.get("prompts_sha256")
+    write_json(record, {"arguments": recorded, "history": history, "splits": splits, "prompts_sha256": prompts})
     shutil.rmtree(work)
     return head
 
@@ -150,7 +151,7 @@ def fit(
         computed, such as the AUROC where all labels are on one side, is `None`.
     """
     claimed = _learned(collection, arguments)
-    arguments = _with_layers(collection, arguments, [*train_rows, *validation_rows])
+    arguments = _with_layers(collection, arguments, train_rows)
     settings, judges = arguments.settings(), arguments.judges()
     targets = Targets(collection, judges, settings.target)
     refuse_one_class(targets, train_rows, judges)

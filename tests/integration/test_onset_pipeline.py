@@ -2,20 +2,25 @@
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 from hf_value_steer import ValueHead
+from hf_value_steer.arguments.calibrate import CalibrateArguments
+from hf_value_steer.arguments.collect import CollectArguments, LabelArguments
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.cards.document import is_measured, main_run
 from hf_value_steer.evaluation.settings import filter_thresholds
-from hf_value_steer.evaluation.trade_off import trade_off
+from hf_value_steer.evaluation.trade_off import candidates, trade_off
 from hf_value_steer.files.marked import Marked
 from hf_value_steer.recipe import run_recipe
 from hf_value_steer.recipe.sections import Steps
+from hf_value_steer.training.calibrate import calibrate, held_out_rows
+from hf_value_steer.training.collect import collect
 from hf_value_steer.training.label import Labels
 from hf_value_steer.training.layers import suggest_feature_layers
 from hf_value_steer.training.shards import Collection
@@ -52,7 +57,7 @@ def recipe(world, judge, output, **sections):
         },
         "calibrate": {"prompts": str(world / "others.txt"), "alpha": 0.5, "rollback": 2},
         "evaluate": {
-            "prompts": str(world / "prompts.txt"), "judges": [judge], "samples": 2, "num_candidates": [4],
+            "prompts": str(world / "unseen.txt"), "judges": [judge], "samples": 2, "num_candidates": [4],
             "alphas": ALPHAS, "in_the_loop": [judge], "rollback": 2, "baselines": ["best_of_n"], "best_of": 2,
         },
         **sections,
@@ -76,7 +81,8 @@ def test_onsets_are_where_the_judge_objects_first(finished, judge):
         of, prefixes, ends = targets.of(row), labels.read("prefixes", row), labels.read("completes", row)
         wanted = ((prefixes > 0.5) & ends).nonzero().flatten().tolist()
         assert (of == 1).nonzero().flatten().tolist() == wanted[:1]
-        assert (of.isnan().nonzero().flatten() > (wanted or [len(of)])[0]).all()
+        unknown = of.isnan().nonzero().flatten().tolist()
+        assert unknown == list(range(wanted[0] + 1, len(of))) if wanted else unknown in ([], [len(of) - 1])
         found += len(wanted[:1])
     assert found > 10
 
@@ -132,15 +138,70 @@ def test_the_trade_off(finished, judge):
     assert "against safe texts touched" in page and "safe texts touched" in page
 
 
+@pytest.mark.parametrize("section", ["collect", "calibrate"])
+def test_prompts_to_report_on_are_used_for_nothing_else(world, judge, tmp_path, section):
+    given = recipe(world, judge, tmp_path)
+    given["evaluate"]["prompts"] = given[section]["prompts"]
+    with pytest.raises(ValueError, match=f"evaluate.prompts: `prompts` hold .* of those of section '{section}'"):
+        Steps(Marked(given)).look_for_sources()
+
+
+GIVEN = {"output": "o", "value_head": "h", "prompts": "p", "judges": ["j"], "model": "m"}
+
+
 def test_some_ways_only(finished):
     head = ValueHead.from_pretrained(finished[0] / "head")
-    given = {"output": "o", "value_head": "h", "prompts": "p", "judges": ["j"], "model": "m", "alphas": ALPHAS}
-    arguments = EvaluateArguments(**given, ways=["soft", "end"])
+    arguments = EvaluateArguments(**GIVEN, alphas=ALPHAS, ways=["soft", "end"])
     settings = trade_off(head, arguments, filter_thresholds(head, arguments))
     assert [setting.method for setting in settings] == ["soft", "soft", "end", "end"]
-    for wrong in ([], ["hard"]):
-        with pytest.raises(ValueError, match="ways"):
-            EvaluateArguments(**given, ways=wrong)
+    assert {setting.value_steer.rollback for setting in settings[:2]} == {2}  # as the head has it
+    with pytest.raises(ValueError, match="ways"):
+        EvaluateArguments(**GIVEN, alphas=ALPHAS, ways=["hard"])
+
+
+def test_what_the_head_leaves_open_is_as_ever(finished):
+    head = ValueHead.from_pretrained(finished[0] / "head")
+    head.config.operating_point = {"num_candidates": 3, "alpha": 0.5}
+    head.config.threshold = None
+    arguments = EvaluateArguments(**GIVEN)
+    assert filter_thresholds(head, arguments) == [head.calibration.promised_threshold(0.5)]
+    assert candidates(head, arguments) == [3]
+    (setting,) = trade_off(head, EvaluateArguments(**GIVEN, alphas=[0.5], ways=["rollback"]), [0.5])
+    assert (setting.num_candidates, setting.value_steer.rollback) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"ways": ["soft"]}, "`ways` are those of `alphas`"),
+        ({"alphas": [0.5], "num_candidates": [2, 4]}, "`num_candidates` has to be one number"),
+        ({"alphas": [0.5], "thresholds": [0.5]}, "pass one of them"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateArguments(**GIVEN, **given)
+
+
+@pytest.mark.parametrize("made", [{"method": "abstain", "mode": "marginal"}, {"mode": "martingale"}])
+def test_promises_that_are_no_thresholds_of_a_filter_are_refused(finished, judge, tmp_path, made):
+    folder = tmp_path / "head"
+    shutil.copytree(finished[0] / "head", folder)
+    own = str(finished[0] / "calibration")
+    calibrate(CalibrateArguments(collection=own, value_head=str(folder), judge=judge, **made))
+    head = ValueHead.from_pretrained(folder)
+    assert head.config.operating_point is None  # that of another calibration
+    with pytest.raises(ValueError, match="calibrat"):
+        filter_thresholds(head, EvaluateArguments(**GIVEN, alphas=[0.5]))
+
+
+def test_other_texts_of_prompts_that_trained_are_not_new(finished, world, judge, tmp_path):
+    given = {"model": str(world / "model"), "prompts": str(world / "prompts.txt"), "feature_layers": [0]}
+    again = CollectArguments(output=str(tmp_path), **given, samples=1, max_new_tokens=4, seed=5)
+    other = collect(again, LabelArguments(judges=[judge]))
+    with pytest.raises(ValueError, match="set nothing aside"):
+        held_out_rows(other, finished[0] / "head")
+    assert held_out_rows(Collection(finished[0] / "calibration"), finished[0] / "head")
 
 
 def test_a_layer_that_is_suggested(finished, judge, tmp_path, monkeypatch, caplog):
@@ -161,7 +222,7 @@ def test_a_layer_that_is_suggested(finished, judge, tmp_path, monkeypatch, caplo
         head = train(arguments)
     split = split_rows(collection, arguments)
     [rows] = asked
-    assert sorted(rows) == sorted(split["train"] + split["validation"])  # none of those that are held out
+    assert sorted(rows) == sorted(split["train"])  # none of those that stop training, or are held out
     best = suggest_feature_layers(collection, judge, rows, target="onset").best
     assert head.config.feature_layers == [best.layer] and head.config.temporal == best.temporal
     assert f"Layer {best.layer}, temporal {best.temporal!r}" in caplog.text

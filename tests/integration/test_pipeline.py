@@ -71,7 +71,7 @@ def recipe(world, output, **evaluate):
         },
         "calibrate": {"alpha": 0.8},
         "evaluate": {
-            "prompts": str(world / "prompts.txt"),
+            "prompts": str(world / "unseen.txt"),
             "judges": [judge],
             "samples": 2,
             "num_candidates": [2, 6],
@@ -225,7 +225,7 @@ def test_a_head_that_was_trained_under_the_old_word_goes_on(world, finished, tmp
 def test_records_that_were_cut_or_edited_are_named(world, finished, damage):
     """Those that a finished recipe reads again; nothing is done over them."""
     records = ["head/training.json", "collection/labels/*/labels.json"]
-    records += [f"evaluation/runs/{name}.json" for name in ("base", "runs", "placebo-threshold")]
+    records += [f"evaluation/runs/{name}.json" for name in ("base-*", "runs", "placebo-threshold-*")]
     for pattern in records[:-1] if damage == "5" else records:
         (record,) = finished.glob(pattern)
         content = record.read_bytes()
@@ -253,7 +253,8 @@ def test_cross_fitting_steers_every_prompt_with_a_head_that_never_saw_it(world, 
         rows = split_rows(collection, TrainArguments(collection="", output="", **arguments))
         owners = {name: set(collection.rows.prompt[members].tolist()) for name, members in rows.items()}
         assert not owners["held_out"] & (owners["train"] | owners["validation"] | owners["calibration"])
-        runs = json.loads((folder / "runs" / "base.json").read_text())
+        (base,) = (folder / "runs").glob("base-*.json")
+        runs = json.loads(base.read_text())
         assert len(runs["ids"]) == 2 * len(owners["held_out"])
         judged += owners["held_out"]
     assert sorted(judged) == list(range(len(collection.prompts)))

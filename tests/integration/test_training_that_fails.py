@@ -223,7 +223,7 @@ def test_a_recipe_looks_for_everything_before_it_generates(world, tmp_path, monk
         "label": {"judges": [NOISE]},
         "train": {},
         "calibrate": {},
-        "evaluate": {"prompts": prompts, "judges": [OTHER_NOISE]},
+        "evaluate": {"prompts": str(world / "unseen.txt"), "judges": [OTHER_NOISE]},
     }
     with pytest.raises(ValueError, match=message):
         run_recipe({**content, section: {**content[section], **changes}})

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from hf_value_steer import ValueHead, ValueHeadConfig
+from hf_value_steer import ValueFilterConfig, ValueHead, ValueHeadConfig
 from hf_value_steer.evaluation.measures import Measures, negative_log_likelihood
 from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates, distinct
 from hf_value_steer.evaluation.outcome import coverage
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts, shuffled, worst_value
+from hf_value_steer.judges.in_the_loop import TextJudge
 from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.training.bootstrap import Bootstrap, interval
 from hf_value_steer.training.prompts import Formatter
@@ -111,7 +112,7 @@ def known_measures(polarity, good):
     measures = object.__new__(Measures)
     verdict = good if polarity == "desirable" else 1 - good
     measures.base = {"verdicts": {"judge": verdict}, "tokens": np.full(4, 2.0)}
-    measures.judges, measures.safe_judge, measures.polarity = {"judge": None}, "judge", polarity
+    measures.judges, measures.safe_judges, measures.polarity = {"judge": None}, ["judge"], {"judge": polarity}
     measures.bootstrap = Bootstrap(np.arange(4))
     return measures
 
@@ -121,6 +122,16 @@ def test_safe_texts_are_those_that_the_head_is_for(polarity):
     measures = known_measures(polarity, np.array([1.0, 0.0, 0.0, 1.0]))
     found = measures._interventions({"interventions": np.array([2.0, 1.0, 0.0, 0.0]), "tokens": np.full(4, 2.0)})
     assert found["intervened_on_safe"] == 0.5 and found["intervention_rate"] == 0.375
+
+
+def test_safe_is_what_all_judges_of_labels_find_safe():
+    measures = known_measures("undesirable", np.array([1.0, 1.0, 0.0, 0.0]))  # the last two are bad
+    measures.base["verdicts"]["polite"] = np.array([1.0, 0.0, 1.0, 0.0])
+    measures.polarity["polite"] = "desirable"
+    measures.safe_judges = ["judge", "polite"]
+    assert measures.bad(measures.safe_judges).tolist() == [0, 1, 1, 1]
+    touched = {"interventions": np.array([0.0, 1.0, 1.0, 1.0]), "tokens": np.full(4, 2.0)}
+    assert measures._interventions(touched)["intervened_on_safe"] == 0
 
 
 @pytest.mark.parametrize("polarity", ["undesirable", "desirable"])
@@ -192,7 +203,46 @@ def test_runs_whose_names_differ_by_a_sign_are_two(tmp_path, monkeypatch):
     for name in ("m=-0.5", "m=0.5", "filter K=8", "m=0.5"):
         runner.run(Setting(name, "other"))
     assert made == ["m=-0.5", "m=0.5", "filter K=8"]
-    assert (tmp_path / "filter-k-8.json").exists()
+    assert len(list(tmp_path.glob("filter-k-8-*.json"))) == 1
+
+
+def test_runs_of_one_name_under_other_settings_are_made_anew(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Runner, "_batch", lambda _self, setting, *_: made.append(setting.name))
+    runner, words = make_runner(tmp_path), tmp_path / "words.txt"
+    head = ValueHead(ValueHeadConfig(hidden_size=2))
+    other = shuffled(head, seed=1)
+    words.write_text("a\nb\n")
+
+    def settings():
+        yield from (
+            Setting("n", "filter", ValueFilterConfig(value_head=each, threshold=0.5)) for each in (head, other)
+        )
+        yield Setting("n", "filter", ValueFilterConfig(value_head=head, threshold=0.50001))
+        yield Setting("n", "filter", ValueFilterConfig(value_head=head, threshold=0.5, rollback=2))
+        yield Setting("n", "filter", ValueFilterConfig(value_head=TextJudge(f"lexicon:{words}")))
+        yield Setting("n", "bad_words", options={"bad_words_ids": [[1]]})
+        yield Setting("n", "bad_words", options={"bad_words_ids": [[2]]})
+        yield Setting("n", "system_prompt", system_prompt="Be kind.")
+
+    for setting in [*settings(), *settings()]:
+        runner.run(setting)
+    assert len(made) == len(list(settings()))
+    head.config.operating_point = {"rollback": 6}  # what the config leaves open is another thing now
+    words.write_text("a\nc\n")
+    for setting in settings():
+        runner.run(setting)
+    assert len(made) == len(list(settings())) + 4
+    runner.run(next(settings()), samples=2)
+    assert len(made) == len(list(settings())) + 5
+
+
+def test_a_share_at_the_edge_is_not_certain():
+    measures = Measures.__new__(Measures)
+    measures.bootstrap = Bootstrap(np.repeat(np.arange(10), 2))
+    found = measures._among("share", np.zeros(20), np.repeat([1.0, 0.0], 10))  # safe texts of five prompts
+    assert found == {"share": 0.0, "share_interval": [0.0, round(1 - 0.025 ** (1 / 5), 4)]}
+    assert measures._among("share", np.ones(20), np.zeros(20)) == {"share": None, "share_interval": None}
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
