@@ -38,6 +38,12 @@ def rated(judge: dict[str, Any]) -> str:
     return f"{percent(judge['rate'])} {span(judge['rate_interval'])}"
 
 
+def fall(judge: dict[str, Any]) -> str:
+    """How far a rate falls; of one that falls to 0 no resample knows how sure that is."""
+    bounds = judge["relative_reduction_interval"]
+    return percent(judge["relative_reduction"]) + (f" {span(bounds)}" if bounds else "")
+
+
 def trade_off(document: dict[str, Any], command: str) -> str:
     """How far each judge's rate falls, beside what is touched, in every run of an evaluation."""
     names = {judge["name"]: JUDGES[judge["name"]] for judge in document["judges"]}
@@ -47,7 +53,7 @@ def trade_off(document: dict[str, Any], command: str) -> str:
     lines.append(row("base", *(rated(base["judges"][name]) for name in names), *[""] * 5, *_speed(base)))
     for run in document["runs"][1:]:
         falls = (run["judges"][name] for name in names)
-        reduced = [f"{percent(e['relative_reduction'])} {span(e['relative_reduction_interval'])}" for e in falls]
+        reduced = map(fall, falls)
         touched = f"{percent(run['touched_safe'])} {span(run['touched_safe_interval'])}"
         steps = percent(run["intervention_rate"]) if run.get("intervention_rate") is not None else ""
         relative = (run[key] / base[key] for key in ("mean_tokens", "distinct_2"))
@@ -96,7 +102,7 @@ def steering_heads(document: dict[str, Any]) -> str:
     lines = [row("head", "AUROC", *names.values(), "safe texts touched", "steps", "length"), row(*["---"] * 7)]
     for name, entry in document["tried"].items():
         falls = (entry["judges"][judge] for judge in names)
-        reduced = (f"{percent(e['relative_reduction'])} {span(e['relative_reduction_interval'])}" for e in falls)
+        reduced = map(fall, falls)
         touched = f"{percent(entry['touched_safe'])} {span(entry['touched_safe_interval'])}"
         shares = (percent(entry[key]) for key in ("intervention_rate", "length"))
         lines.append(row(name, f"{entry['text_auroc']:.2f}", *reduced, touched, *shares))

@@ -4,7 +4,7 @@
 
 On the prompts of `benchmarks/results/smollm2-135m-sentiment.json`, each as often as the head intervenes there. A
 shuffled head rejects the same tokens again and again, so that what is drawn has another distribution; noise, drawn
-anew for every token, leaves it as it is.
+anew for every token, leaves it as it is. The result file is of the head that was here before, on the final state.
 """
 
 import argparse

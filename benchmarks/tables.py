@@ -5,7 +5,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks.head_tables import abstention, efficacy, going_back, promises, trade_off, tried
+from benchmarks.head_tables import (
+    abstention,
+    efficacy,
+    going_back,
+    promises,
+    trade_off,
+    tried,
+)
 from benchmarks.markdown import JUDGES, RESULTS, ROOT, percent, row, span
 from hf_value_steer.evaluation.report import render_report
 from hf_value_steer.evaluation.sweep import sweep_page
@@ -180,8 +187,12 @@ def load(name: str) -> dict[str, Any]:
 
 def main() -> None:
     replace(ROOT / "docs" / "results.md", "efficacy", efficacy(load("smollm2-135m-toxicity-final")))
-    toxicity = trade_off(load("smollm2-135m-toxicity"), "examples/recipes/smollm2-toxicity.yaml")
+    toxicity = trade_off(load("smollm2-135m-toxicity"), "hf-value-steer run examples/recipes/smollm2-toxicity.yaml")
     replace(ROOT / "docs" / "results.md", "trade-off", toxicity)
+    sentiment = trade_off(load("smollm2-135m-sentiment"), "hf-value-steer run examples/recipes/smollm2-sentiment.yaml")
+    replace(ROOT / "docs" / "results.md", "sentiment", sentiment)
+    ways = load("ways")
+    replace(ROOT / "docs" / "results.md", "ways", trade_off(ways, ways["command"]))
     measured = sorted(path.stem for path in RESULTS.glob("overhead-*.json"))
     replace(ROOT / "docs" / "results.md", "overhead", overhead([load(name) for name in measured]))
     replace(ROOT / "docs" / "results.md", "depth", depth(load("depth")))
