@@ -194,7 +194,7 @@ def test_what_keeps_no_promise_is_refused(llama):
     certain.calibration = Calibration.from_scores([1.0] * 50)
     refused(llama, certain, "n=50\\) can promise none at all", alpha=0.9)
     for_abstention = calibrated_head(llama, "desirable", method="abstain")
-    refused(llama, for_abstention, 'in a "filter" config needs .* calibrated for "abstain"')
+    refused(llama, for_abstention, 'with the method "filter" needs .* calibrated for "abstain"')
     selective = calibrated_head(llama, "desirable", method="abstain", mode="selective")
     for option in ({"patience": 2}, {"min_new_tokens": 1}):
         refused(llama, selective, "at their first unacceptable value: leave out", AbstentionConfig, **option)

@@ -166,10 +166,10 @@ RECIPES = {
         ", line 9, label.judges: has to be a list, got 'lexicon:words.txt'.",
     ),
     "no judge": ('["lexicon:words.txt"]', "[]", ", line 9, label.judges: has to be a list of 1 or more, got []."),
-    "no candidates": (
+    "candidates that are no list": (
         "[8, 16]",
-        "[]",
-        ", line 21, evaluate.num_candidates: has to be a list of 1 or more, got [].",
+        "8",
+        ", line 21, evaluate.num_candidates: has to be a list, got 8.",
     ),
     "arguments of vLLM that are no JSON": (
         "  samples: 4\n",
