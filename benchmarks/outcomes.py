@@ -1,4 +1,4 @@
-"""The examples in the reports of the shipped filters: `python -m benchmarks.outcomes`, some ten minutes of processor time.
+"""The examples in the reports of the shipped filters: `python -m benchmarks.outcomes`, ten minutes of processor time.
 
 Each head steers, at its own threshold, prompts that it was not trained on. Texts of each outcome, as the judge that
 gave the labels sees it, words masked, go to `benchmarks/results/examples-NAME.json`; `make tables` puts them into
