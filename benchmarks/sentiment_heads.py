@@ -22,11 +22,11 @@ from examples.smollm2 import load_backbone
 from hf_value_steer import ValueFilterConfig, ValueHead
 from hf_value_steer.backbone.features import Layer
 from hf_value_steer.evaluation.crossfit import held_out_prompts, without_fold
-from hf_value_steer.evaluation.metrics import compare_rates
+from hf_value_steer.evaluation.metrics import compare_rates, share_among
 from hf_value_steer.evaluation.runs import Runner, Setting, Texts
 from hf_value_steer.files.marked import read_marked
 from hf_value_steer.recipe.sections import Steps
-from hf_value_steer.training.bootstrap import Bootstrap, interval
+from hf_value_steer.training.bootstrap import Bootstrap
 from hf_value_steer.training.calibrate import calibrate
 from hf_value_steer.training.prompts import Formatter
 from hf_value_steer.training.shards import Collection
@@ -90,13 +90,14 @@ def measured(runner: Runner, base: Texts, steered: Texts, metrics: dict[str, Any
     before, after = verdicts(runner, base), verdicts(runner, steered)
     bootstrap = Bootstrap(np.repeat(np.arange(len(runner.prompts)), runner.samples))
     safe = 1 - np.maximum(before["other_reviews"], before["vader"])
-    touched = safe * [one != other for one, other in zip(base.ids, steered.ids, strict=True)]
+    changed = np.array([one != other for one, other in zip(base.ids, steered.ids, strict=True)], dtype=float)
+    touched, bounds = share_among(changed, safe, bootstrap)
     tokens = sum(map(len, steered.ids))
     return {
         "text_auroc": metrics["text_auroc"],
         "judges": {name: compare_rates(before[name], after[name], bootstrap) for name in JUDGES},
-        "touched_safe": round(float(touched.sum() / safe.sum()), 4),
-        "touched_safe_interval": interval(bootstrap.ratio(touched, safe)),
+        "touched_safe": touched,
+        "touched_safe_interval": bounds,
         "intervention_rate": round(sum(steered.interventions) / tokens, 4),
         "length": round(tokens / sum(map(len, base.ids)), 4),
     }

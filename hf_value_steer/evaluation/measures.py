@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_value_steer.choices import Polarity
-from hf_value_steer.evaluation.metrics import at_the_edge, compare_perplexity, compare_rates, distinct
+from hf_value_steer.evaluation.metrics import compare_perplexity, compare_rates, distinct, share_among
 from hf_value_steer.evaluation.runs import Setting, Texts
 from hf_value_steer.judges import Judge
 from hf_value_steer.judges.prompt import Prompt
 from hf_value_steer.progress import progress
-from hf_value_steer.training.bootstrap import Array, Bootstrap, interval
+from hf_value_steer.training.bootstrap import Array, Bootstrap
 from hf_value_steer.training.chance import discrimination
 from hf_value_steer.training.prompts import Formatter, join
 
@@ -158,12 +158,8 @@ class Measures:
 
     def _among(self, key: str, found: Array, among: Array) -> dict[str, Any]:
         """Under `key`, the share of the rows `among` all that are also `found`, and its interval; 0 and 1 each."""
-        if not among.any():
-            return {key: None, f"{key}_interval": None}
-        both, prompts = found * among, len(np.unique(self.bootstrap.owner[among > 0]))
-        share = float(both.sum() / among.sum())
-        bounds = at_the_edge(share, prompts) or interval(self.bootstrap.ratio(both, among))
-        return {key: round(share, 4), f"{key}_interval": bounds}
+        share, bounds = share_among(found, among, self.bootstrap)
+        return {key: share, f"{key}_interval": bounds}
 
     def _steering(self, rows: Mapping[str, Any]) -> dict[str, Any]:
         return {**self._interventions(rows), "outcomes": dict(Counter(self.outcomes(rows)))}

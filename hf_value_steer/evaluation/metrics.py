@@ -11,7 +11,7 @@ from hf_value_steer.training.bootstrap import Array, Bootstrap, interval
 def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str, Any]:
     """Rate of a judge's verdicts, and how far it fell against the base run, both `(rows,)` of 0 and 1."""
     rate, before = steered.mean(), base.mean()
-    exact = at_the_edge(float(rate), bootstrap.weights.shape[1])
+    exact = _at_the_edge(float(rate), bootstrap.weights.shape[1])
     return {
         "rate": round(float(rate), 4),
         "rate_interval": exact or interval(bootstrap.mean(steered)),
@@ -21,7 +21,16 @@ def compare_rates(base: Array, steered: Array, bootstrap: Bootstrap) -> dict[str
     }
 
 
-def at_the_edge(rate: float, prompts: int) -> list[float] | None:
+def share_among(found: Array, among: Array, bootstrap: Bootstrap) -> tuple[float | None, list[float] | None]:
+    """The share of the rows `among` all that are also `found`, `(rows,)` of 0 and 1 each, and its 95 % interval."""
+    if not among.any():
+        return None, None
+    both, prompts = found * among, len(np.unique(bootstrap.owner[among > 0]))
+    share = float(both.sum() / among.sum())
+    return round(share, 4), _at_the_edge(share, prompts) or interval(bootstrap.ratio(both, among))
+
+
+def _at_the_edge(rate: float, prompts: int) -> list[float] | None:
     """The exact 95 % interval (Clopper-Pearson, of prompts) of a rate of 0 or 1, where resamples know no variation."""
     bound = round(1 - 0.025 ** (1 / prompts), 4)
     return [0.0, bound] if rate == 0 else [round(1 - bound, 4), 1.0] if rate == 1 else None

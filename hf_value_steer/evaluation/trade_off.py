@@ -5,6 +5,7 @@ from typing import Any
 from hf_value_steer.arguments.evaluate import EvaluateArguments
 from hf_value_steer.choices import Way
 from hf_value_steer.configuration.filter import ValueFilterConfig
+from hf_value_steer.configuration.operating_point import DEFAULTS
 from hf_value_steer.evaluation.runs import Setting
 from hf_value_steer.heads.value_head import ValueHead
 from hf_value_steer.judges.in_the_loop import TextJudge
@@ -43,8 +44,8 @@ def in_the_loop(head: ValueHead, arguments: EvaluateArguments) -> list[Setting]:
 
 
 def candidates(head: ValueHead, arguments: EvaluateArguments) -> list[int]:
-    """How many candidates the runs have: those that are asked for, or as many as the head is used with, or 8."""
-    return arguments.num_candidates or [(head.config.operating_point or {}).get("num_candidates", 8)]
+    """How many candidates the runs have: those that are asked for, or as many as the head is used with."""
+    return arguments.num_candidates or [{**DEFAULTS, **(head.config.operating_point or {})}["num_candidates"]]
 
 
 def _rollback(head: ValueHead, arguments: EvaluateArguments) -> int:

@@ -155,8 +155,9 @@ def test_some_ways_only(finished):
     settings = trade_off(head, arguments, filter_thresholds(head, arguments))
     assert [setting.method for setting in settings] == ["soft", "soft", "end", "end"]
     assert {setting.value_steer.rollback for setting in settings[:2]} == {2}  # as the head has it
-    with pytest.raises(ValueError, match="ways"):
-        EvaluateArguments(**GIVEN, alphas=ALPHAS, ways=["hard"])
+    for wrong in ([], ["hard"]):
+        with pytest.raises(ValueError, match="ways"):
+            EvaluateArguments(**GIVEN, alphas=ALPHAS, ways=wrong)
 
 
 def test_what_the_head_leaves_open_is_as_ever(finished):

@@ -168,7 +168,7 @@ def test_what_a_recipe_leaves(finished):
     rates = {run["name"]: next(iter(run["judges"].values()))["rate"] for run in document["runs"]}
     assert rates["bad words"] == 0 and rates["base"] > 0.3
     filtered = [run for run in document["runs"] if run["method"] == "filter"]
-    assert rates["filter K=6"] < 0.85 * rates["base"] and rates["filter K=2"] < rates["base"]
+    assert all(next(iter(run["judges"].values()))["rate"] < 0.85 * rates["base"] for run in filtered)
     assert (finished / "evaluation" / "report.html").stat().st_size > 5000
     assert document["examples"] and not any(word in json.dumps(document["examples"]) for word in BAD)
     for example in document["examples"]:  # the judge's words are what is masked
@@ -178,7 +178,7 @@ def test_what_a_recipe_leaves(finished):
     main = next(run for run in filtered if run["threshold"] == head.config.threshold)
     shown = Counter(example["outcome"] for example in document["examples"])
     assert shown == {name: min(3, count) for name, count in main["outcomes"].items()} and len(shown) > 1
-    assert all(0 < each["lower"] < each["auroc"] < 1 for each in document["discrimination"].values())
+    assert all(each["auroc"] > each["lower"] > 0.5 for each in document["discrimination"].values())
     assert (
         f"Default threshold: {head.config.threshold:.4g}, that of `alpha="
         in (finished / "head" / "README.md").read_text()
