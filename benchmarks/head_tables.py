@@ -96,6 +96,25 @@ def tried(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steering_heads(document: dict[str, Any]) -> str:
+    """What each choice of layers, memory and filter does to each judge's rate, at the same promise."""
+    names = {"other_reviews": "other reviews", "vader": "VADER", "minilm": "label judge (MiniLM)"}
+    lines = [row("head", "AUROC", *names.values(), "safe texts touched", "steps", "length"), row(*["---"] * 8)]
+    for name, entry in document["tried"].items():
+        falls = (entry["judges"][judge] for judge in names)
+        reduced = map(fall, falls)
+        touched = f"{percent(entry['touched_safe'])} {span(entry['touched_safe_interval'])}"
+        shares = (percent(entry[key]) for key in ("intervention_rate", "length"))
+        lines.append(row(name, f"{entry['text_auroc']:.2f}", *reduced, touched, *shares))
+    lines.append("")
+    lines.append(
+        f"How far each judge's rate falls in {document['texts']} texts of {document['prompts']} prompts that no head "
+        f"was trained on, `alpha={document['alpha']}`; AUROC by the label judge, on validation texts. "
+        f"`{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
 def promises(document: dict[str, Any]) -> str:
     """What became of each promise on fresh texts."""
     lines = [row("alpha", "threshold", "safe texts touched", "upper 95 % bound", "p-value"), row(*["---"] * 5)]
@@ -127,6 +146,23 @@ def abstention(document: dict[str, Any]) -> str:
         f"{percent(made['answered'])} are answered, {percent(made['accuracy'] or 0)} of these right; of the "
         f"{made['ended']} others {made['ended_before_the_first_token']} are ended before the first token, and "
         f"{percent(made['tokens_saved'])} of all tokens are saved. `{document['command']}`, {document['date']}."
+    )
+    return "\n".join(lines)
+
+
+def operating_point(document: dict[str, Any]) -> str:
+    """What a head costs as it is meant to be used, beside plain `generate`."""
+    lines = [row("dtype", "batch", "watched", "steered", "tokens replaced", "tokens taken back"), row(*["---"] * 6)]
+    for case in document["cases"]:
+        ratios = (f"x{case[f'{name}_median']:.3f} {case[name]}" for name in ("watched", "steered"))
+        replaced = percent(case["interventions"] / case["steps"])
+        lines.append(row(case["dtype"], str(case["batch"]), *ratios, replaced, str(case["taken_back"])))
+    machine = document["machine"]
+    lines.append("")
+    lines.append(
+        f"Time of whole calls beside plain `generate`: median and single rounds; 32 new tokens, {machine['threads']} "
+        f"threads; threshold {document['threshold']:.2f}, K = {document['num_candidates']}, rollback "
+        f"{document['rollback']}, layers {document['feature_layers']}. `{document['command']}`, {document['date']}."
     )
     return "\n".join(lines)
 

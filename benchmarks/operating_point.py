@@ -25,7 +25,7 @@ from hf_value_steer import ValueFilterConfig, ValueHead, enable_value_steer
 
 
 HEAD = "model_cards/smollm2-135m-toxicity"
-PROMPTS, NEW_TOKENS = {1: 16, 16: 96}, 32
+PROMPTS, NEW_TOKENS = {1: 8, 16: 48}, 32
 
 
 def measure(
@@ -37,7 +37,7 @@ def measure(
     runs = {"plain": None, "watched": alone, "steered": steered}
     prompts = load_prompts("all")[: PROMPTS[batch]]
     ratios: dict[str, list[float]] = {"watched": [], "steered": []}
-    acted = {"steps": 0, "interventions": 0, "searches": 0}
+    acted = {"steps": 0, "interventions": 0, "taken_back": 0}
     for number in range(-1, rounds):  # the first one warms up
         seconds = dict.fromkeys(runs, 0.0)
         for first in range(0, len(prompts) if number >= 0 else batch, batch):
@@ -53,7 +53,7 @@ def measure(
                 if name == "steered" and number == 0:
                     acted["steps"] += out.interventions.numel()
                     acted["interventions"] += int(out.interventions.sum())
-                    acted["searches"] += int((out.taken_back_steps >= 0).sum()) if out.taken_back_steps.numel() else 0
+                    acted["taken_back"] += int((out.taken_back_steps >= 0).sum())
         if number >= 0:
             for name, each in ratios.items():
                 each.append(round(seconds[name] / seconds["plain"], 4))
@@ -68,12 +68,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     head = ValueHead.from_pretrained(HEAD)
+    point = ValueFilterConfig(value_head=head).settled(head.config.operating_point)
     document: dict[str, Any] = {
         "command": command(),
         **describe(),
         "feature_layers": head.config.feature_layers,
         "threshold": head.config.threshold,
-        "operating_point": head.config.operating_point,
+        "num_candidates": point.num_candidates,
+        "rollback": point.rollback,
         "cases": [],
     }
     for dtype in arguments.dtypes:

@@ -9,7 +9,9 @@ from benchmarks.head_tables import (
     abstention,
     efficacy,
     going_back,
+    operating_point,
     promises,
+    steering_heads,
     trade_off,
     tried,
 )
@@ -198,7 +200,7 @@ def main() -> None:
     replace(ROOT / "docs" / "results.md", "depth", depth(load("depth")))
     tables = {
         "rollback": rollback, "going-back": going_back, "onset-heads": tried, "fresh-texts": promises,
-        "abstention-arithmetic": abstention,
+        "abstention-arithmetic": abstention, "operating-point": operating_point, "sentiment-heads": steering_heads,
     }  # fmt: skip
     for name, table in tables.items():
         replace(ROOT / "docs" / "results.md", name, table(load(name)))

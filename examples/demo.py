@@ -1,4 +1,7 @@
-"""Base and steered generation side by side, in the terminal and as a page: `python -m examples.demo`."""
+"""Base and steered generation side by side, in the terminal and as a page: `python -m examples.demo`.
+
+`--attribute toxicity` shows the other head; it has learned from other texts that continue the same prompts.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,15 +20,50 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
+from examples.sentiment import eval_prompts, other_reviews_negative, vader_negative
 from examples.smollm2 import BACKBONE_ID, load_backbone
-from examples.toxicity import SAMPLING, cuss_score, lexicon_score, load_prompts, mask_offensive, profanity_score
+from examples.toxicity import SAMPLING, cuss, load_prompts, mask_offensive, profanity_score, word_list
 from hf_value_steer import ValueFilterConfig, ValueHead, ValueSteerDecoderOnlyOutput, enable_value_steer
 from hf_value_steer.evaluation import PromptTrace, TokenTrace, render_page, trace_tokens
 
 
-JUDGES = {"word list": lexicon_score, "cuss-inspect": cuss_score, "label judge": profanity_score}
 MARKS = {"\ue000": "[", "\ue001": "]"}  # around replaced tokens; private characters until the text is wrapped
 COLOURS = {"\ue000": "\033[30;46m", "\ue001": "\033[0m"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a head is shown on: prompts, how they were chosen, what judges say of the texts; none gave it labels."""
+
+    head: str
+    prompts: Callable[[], list[str]]
+    chosen: str
+    judged: str
+    judges: dict[str, Callable[[Sequence[object], Sequence[str]], np.ndarray]]
+
+
+def most_toxic() -> list[str]:
+    """The prompts of the evaluation split, those first that the label judge finds most toxic: hard to continue."""
+    prompts = load_prompts("eval")
+    return [prompts[index] for index in np.argsort(-profanity_score(prompts), kind="stable")]
+
+
+SUBJECTS = {
+    "sentiment": Subject(
+        head="model_cards/smollm2-135m-sentiment",
+        prompts=eval_prompts,
+        chosen="the first {} openings of film reviews that are kept for evaluation",
+        judged="negative",
+        judges={"other reviews": other_reviews_negative, "VADER": vader_negative},
+    ),
+    "toxicity": Subject(
+        head="model_cards/smollm2-135m-toxicity",
+        prompts=most_toxic,
+        chosen="the {} that the label judge finds most toxic; the head has learned from other texts of them",
+        judged="toxic",
+        judges={"word list": word_list, "cuss-inspect": cuss},
+    ),
+}
 
 
 @dataclass
@@ -48,12 +87,6 @@ class Bar(BaseStreamer):
 
     def end(self) -> None:
         self.bar.close()
-
-
-def pick_prompts(count: int) -> list[str]:
-    """The prompts of the evaluation split that the label judge finds most toxic: the hardest to continue."""
-    prompts = load_prompts("eval")
-    return [prompts[index] for index in np.argsort(-profanity_score(prompts), kind="stable")[:count]]
 
 
 def generate(
@@ -87,17 +120,20 @@ def traces(results: Results, tokenizer: PreTrainedTokenizerBase) -> list[PromptT
     return rows
 
 
-def figures(results: Results, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Rates of both by every judge (on the continuations), how often the filter acted, and what it looked at."""
+def figures(results: Results, tokenizer: PreTrainedTokenizerBase, subject: Subject) -> dict[str, str]:
+    """Rates of both by every judge (on the continuations), how many safe texts changed, how often the filter acted."""
     outputs = {"base": results.base, "steered": results.steered}
     new_tokens = [output.sequences[:, results.prompt_length :] for output in outputs.values()]
-    texts = [tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in new_tokens]
-    summary = {}
-    for name, judge in JUDGES.items():
-        base, steered = (int((judge(side) > 0.5).sum()) for side in texts)
-        summary[f"toxic texts ({name})"] = f"{base} → {steered} of {len(results.prompts)}"
+    before, after = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in new_tokens)
+    summary, safe = {}, np.ones(len(before), dtype=bool)
+    for name, judge in subject.judges.items():
+        base, steered = (np.asarray(judge(results.prompts, texts)) > 0.5 for texts in (before, after))
+        summary[f"{subject.judged} texts ({name})"] = f"{base.sum()} → {steered.sum()} of {len(results.prompts)}"
+        safe &= ~base
+    changed = np.array([one != other for one, other in zip(before, after, strict=True)])
     steps = {side: int((~output.token_values.isnan()).sum()) for side, output in outputs.items()}
     return summary | {
+        "safe texts touched": f"{(changed & safe).sum()} of {safe.sum()}",
         "steps intervened": f"{int(results.steered.interventions.sum()) / steps['steered']:.1%}",
         "candidates per token": f"{int(results.steered.candidates_evaluated.sum()) / steps['steered']:.2f}",
     }
@@ -141,12 +177,12 @@ def print_table(rows: list[PromptTrace], summary: dict[str, str], reveal: bool) 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Base and steered generation side by side.")
-    parser.add_argument("--head", default="model_cards/smollm2-135m-toxicity", help="folder or Hub id of the head")
+    parser.add_argument(
+        "--attribute", choices=list(SUBJECTS), default="sentiment", help="what the shown head is about"
+    )
     parser.add_argument("--prompts", type=int, default=12, help="number of prompts")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-candidates", type=int, default=8)
-    parser.add_argument("--threshold", type=float, help="default: the head's own")
     parser.add_argument("--output", default="demo.html", help="the page")
     parser.add_argument("--reveal", action="store_true", help="do not mask offensive words")
     return parser.parse_args()
@@ -157,23 +193,22 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # few CPUs have instructions for bfloat16
     model, tokenizer = load_backbone(dtype, device)
-    head = ValueHead.from_pretrained(arguments.head)
-    threshold = arguments.threshold or head.config.threshold
-    config = ValueFilterConfig(
-        value_head=head, threshold=threshold, num_candidates=arguments.num_candidates, output_candidates=True
-    ).settled(head.config.operating_point)
-    results = generate(model, tokenizer, pick_prompts(arguments.prompts), config, arguments.seed, arguments.new_tokens)
+    subject = SUBJECTS[arguments.attribute]
+    head = ValueHead.from_pretrained(subject.head)
+    config = ValueFilterConfig(value_head=head, output_candidates=True).settled(head.config.operating_point)
+    prompts = subject.prompts()[: arguments.prompts]
+    results = generate(model, tokenizer, prompts, config, arguments.seed, arguments.new_tokens)
     rows = traces(results, tokenizer)
-    summary = figures(results, tokenizer)
+    summary = figures(results, tokenizer, subject)
     print_table(rows, summary, arguments.reveal)
     run = {
         "backbone": BACKBONE_ID,
-        "head": Path(arguments.head).name,
+        "head": Path(subject.head).name,
         "attribute": head.config.attribute or "unnamed",
-        "threshold": f"{threshold:g}",
+        "threshold": f"{head.config.threshold:g}",
         "candidates": str(config.num_candidates),
         "seed": str(arguments.seed),
-        "prompts": f"the {len(rows)} that the label judge finds most toxic",
+        "prompts": subject.chosen.format(len(rows)),
         "new tokens": str(arguments.new_tokens),
         "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -183,7 +218,7 @@ def main() -> None:
         title="Value-filtered decoding",
         run=run,
         figures=summary,
-        threshold=threshold,
+        threshold=head.config.threshold,
         polarity=head.config.polarity,
         mask=mask_offensive,
         reveal=arguments.reveal,
