@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_value_steer.progress import progress
+
 
 ROWS = 64  # in one forward pass
 
@@ -30,7 +32,10 @@ class ForcedWords:
         forms = dict.fromkeys(form for word in words for form in _forms(word))
         self.ids: list[list[int]] = tokenizer(list(forms), add_special_tokens=False)["input_ids"]
         self.first = torch.tensor([ids[0] for ids in self.ids], device=model.device)
-        self.rest = torch.cat([_rest(model, self.ids[at : at + ROWS]) for at in range(0, len(self.ids), ROWS)])
+        order = sorted(range(len(self.ids)), key=lambda form: len(self.ids[form]))  # like lengths: little padding
+        batches = progress(range(0, len(order), ROWS), "words to force", "batch")
+        rest = torch.cat([_rest(model, [self.ids[form] for form in order[at : at + ROWS]]) for at in batches])
+        self.rest = rest[torch.tensor(order, device=model.device).argsort()]
 
     def draw(self, logits: Tensor) -> list[int]:
         """Pieces of a word that begins where the model has these `logits` `(vocabulary,)` for the next token."""
