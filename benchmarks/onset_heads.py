@@ -24,6 +24,7 @@ from benchmarks.going_back import JUDGES
 from hf_value_steer.arguments.train import TrainArguments
 from hf_value_steer.backbone.features import Layer
 from hf_value_steer.evaluation.crossfit import without_fold
+from hf_value_steer.files.writing import write_json
 from hf_value_steer.training.bootstrap import Bootstrap, interval
 from hf_value_steer.training.calibrate import row_values
 from hf_value_steer.training.label import tokenizer_of
@@ -42,11 +43,16 @@ class Choice(NamedTuple):
     layers: tuple[Layer, ...]
     target: str = "onset"
     temporal: str = "none"
+    prompts: float = 1.0  # share of those to train on
+    forced: bool = True
 
     @property
     def name(self) -> str:
         where = ", ".join(map(str, self.layers))
-        return f"{self.target}, layer {where}" + (f", {self.temporal}" if self.temporal != "none" else "")
+        parts = [f"{self.target}, layer {where}"]
+        parts += [self.temporal] * (self.temporal != "none")
+        parts += [f"{100 * self.prompts:.0f} % of the prompts"] * (self.prompts < 1)
+        return ", ".join(parts + ["no forced words"] * (not self.forced))
 
 
 CHOICES = [
@@ -55,28 +61,47 @@ CHOICES = [
     Choice((3, 11, 19, 27)),
     Choice((3,), temporal="mean"),
     *(Choice((layer,), "hazard") for layer in (3, 11, "final")),
+    Choice((3, 7, 11), "hazard"),
+    Choice((3, 7, 11), temporal="ema"),
+    Choice((3, 7, 11), prompts=0.5),
+    Choice((3, 7, 11), prompts=0.25),
+    Choice((3, 7, 11), forced=False),
 ]
 
 
 def arguments_of(collection: Collection, choice: Choice, fold: int, output: str) -> TrainArguments:
-    """The recipe's, with the layers, target and memory of a choice."""
+    """The recipe's, with what is tried; prompts that are not trained on validate."""
     training = TrainArguments(
         collection=str(collection.folder), output=output, judge=LABELS, attribute="toxicity", preset="onset",
         target=choice.target, feature_layers=list(choice.layers), temporal=choice.temporal, projection_size=256,
-        validation=0.1, calibration=0,
+        validation=1 - 0.9 * choice.prompts, calibration=0,
     )  # fmt: skip
     return without_fold(training, output, fold, FOLDS)
+
+
+def without_forced_words(collection: Collection, folder: Path) -> Collection:
+    """The first half of the shards: into the texts of the others words were forced."""
+    folder.mkdir()
+    for name in ("shards", "labels", "prompts.jsonl"):
+        (folder / name).symlink_to((collection.folder / name).resolve())
+    manifest = collection.manifest | {"shards": len(collection.shards) // 2}
+    write_json(folder / "collection.json", manifest)
+    part = Collection(folder)
+    assert part.rows.natural.all() and int(collection.rows.natural.sum()) == len(part.rows)
+    return part
 
 
 def examine(collection: Collection, choice: Choice, fold: int) -> dict[str, Any]:
     """Values of the held-out texts by a head that never saw their prompts."""
     with tempfile.TemporaryDirectory() as folder:
+        if not choice.forced:
+            collection = without_forced_words(collection, Path(folder) / "collection")
         arguments = arguments_of(collection, choice, fold, f"{folder}/head")
         start = time.perf_counter()
         head = train(arguments)
         seconds = time.perf_counter() - start
         rows = split_rows(collection, arguments)["held_out"]
-    values = row_values(collection, head, rows, "filter").worst.tolist()
+        values = row_values(collection, head, rows, "filter").worst.tolist()
     return {"rows": rows, "values": values, "seconds": round(seconds, 1)}
 
 
